@@ -1,0 +1,35 @@
+"""mlpmoe: turn the dense MLPs of a language model into a mixture of experts, and measure it.
+
+from mlpmoe import ConversionSpec, convert, load, perplexity
+model, tokenizer = load("demo")
+converted = convert(model, ConversionSpec(branches=16, fade=0.9))
+print(perplexity(converted, tokenizer, text))
+"""
+
+from .core.conversion import convert
+from .core.errors import SpecError, UnsupportedModelError, UserError
+from .core.spec import PRESETS, ConversionSpec
+from .measure.generation import write_side_by_side
+from .measure.magnitudes import magnitudes
+from .measure.parameters import parameter_report
+from .measure.perplexity import compare, perplexity
+from .models import CATALOGUE, ModelError, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CATALOGUE",
+    "PRESETS",
+    "ConversionSpec",
+    "ModelError",
+    "SpecError",
+    "UnsupportedModelError",
+    "UserError",
+    "compare",
+    "convert",
+    "load",
+    "magnitudes",
+    "parameter_report",
+    "perplexity",
+    "write_side_by_side",
+]

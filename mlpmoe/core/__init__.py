@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the conversion itself. Imports torch and transformers only."""

@@ -1,0 +1,225 @@
+"""Find and read the MLPs of any transformers causal language model.
+
+Every MLP of every family becomes one record of tensors, `MLPWeights`. Families are told apart
+by structure (names and exact types of the children), not by model name, so a new model with a
+known layout works unseen; what a layout claims is proved numerically at conversion
+(`conversion.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """One MLP: `down @ (act(gate @ x + gate_bias) * (up @ x + up_bias)) + down_bias`.
+
+    Plain two-layer MLPs have no gate: `down @ act(up @ x + up_bias) + down_bias`.
+    Neuron j is row j of gate and up, with their biases, and column j of down. Tensors are the
+    model's own parameters or views of them, never copies.
+    """
+
+    gate: Tensor | None  # (d_ff, d_model)
+    up: Tensor  # (d_ff, d_model)
+    down: Tensor  # (d_model, d_ff)
+    gate_bias: Tensor | None  # (d_ff,)
+    up_bias: Tensor | None  # (d_ff,)
+    down_bias: Tensor | None  # (d_model,)
+    activation: Callable[[Tensor], Tensor]
+    adds_residual: bool = False  # BLOOM and MPT call mlp(x, residual) and expect the sum
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.up.shape[1]
+
+
+@dataclass(frozen=True)
+class DenseMLP:
+    """An MLP where it was found: its place in the model, its module and its weights."""
+
+    name: str  # module path, e.g. "model.layers.0.mlp"
+    module: nn.Module
+    weights: MLPWeights
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the children of an MLP module. A fused `up` holds gate rows first, then up."""
+
+    up: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.gate, self.up, self.down) if name)
+
+
+LAYOUTS = (
+    Layout(gate="gate_proj", up="up_proj", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, ...
+    Layout(gate="w1", up="w3", down="w2"),  # LFM2
+    Layout(up="gate_up_proj", down="down_proj", fused=True),  # Phi-3, GLM
+    Layout(up="up_proj", down="down_proj"),  # Arcee, Apertus, MPT
+    Layout(up="c_fc", down="c_proj"),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
+    Layout(up="fc1", down="fc2"),  # Phi, NanoChat
+    Layout(up="fc_in", down="fc_out"),  # GPT-J, CodeGen
+    Layout(up="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM, Persimmon
+)
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "gelu_impl")
+# Exact types: a subclass may compute something else (quantised layers do).
+LINEAR_TYPES = (nn.Linear, Conv1D, FalconLinear)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_structure(model: nn.Module) -> None:
+    """Raise UnsupportedModelError unless every decoder layer has one MLP of a known layout.
+
+    Needs no weights: a model on the meta device will do.
+    """
+    for _ in _locate(model):
+        pass
+
+
+def read_mlps(model: nn.Module) -> list[DenseMLP]:
+    """The MLPs of `model`, one per decoder layer, in order.
+
+    Raises UnsupportedModelError, naming the module and the reason, for what cannot be split:
+    norms between up and down, layers without an MLP module, existing mixtures of experts,
+    quantised or offloaded weights.
+    """
+    return [
+        DenseMLP(name, module, _read(name, module, layout))
+        for name, module, layout in _locate(model)
+    ]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder's layers."""
+    decoder = model.get_decoder()
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            path = next(name for name, module in model.named_modules() if module is child)
+            return path, child
+    raise UnsupportedModelError(
+        f"{type(model).__name__} does not keep its {count} decoder layers in one list, "
+        "so its MLPs cannot be found."
+    )
+
+
+def _locate(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
+    path, layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        name = f"{path}.{index}"
+        modules = list(layer.named_modules(prefix=name))
+        for child, module in modules:
+            kind = type(module).__name__
+            if kind in ("BranchedMLP", "LoopedMLP"):
+                raise UnsupportedModelError(
+                    f"{child} is converted already. Convert the dense model instead."
+                )
+            if child.endswith(".experts") or re.search(r"moe|experts", kind, re.IGNORECASE):
+                raise UnsupportedModelError(
+                    f"{child} ({kind}) is a mixture of experts already; only dense MLPs can be "
+                    "converted."
+                )
+        found = [(n, m, layout) for n, m in modules if (layout := _layout(m))]
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"{name} ({type(layer).__name__}) has {len(found) or 'no'} MLP modules of a known "
+                "layout; one is needed."
+            )
+        name, module, layout = found[0]
+        _check_shape(name, module, layout, inside_layer=module is layer)
+        yield name, module, layout
+
+
+def _layout(module: nn.Module) -> Layout | None:
+    children = {name for name, _ in module.named_children()}
+    return next((layout for layout in LAYOUTS if children.issuperset(layout.names)), None)
+
+
+def _check_shape(name: str, module: nn.Module, layout: Layout, inside_layer: bool) -> None:
+    kind = type(module).__name__
+    if inside_layer:
+        raise UnsupportedModelError(
+            f"{name} ({kind}) holds {' and '.join(layout.names)} directly, without an MLP module "
+            "of their own: there is nothing to swap."
+        )
+    for child_name, child in module.named_children():
+        if child_name in layout.names:
+            if type(child) not in LINEAR_TYPES:
+                raise UnsupportedModelError(
+                    f"{name}.{child_name} is a {type(child).__name__}, not a plain linear layer. "
+                    "Quantised or adapted models cannot be split; load the plain checkpoint."
+                )
+        elif child_name not in ACTIVATION_NAMES and any(True for _ in child.parameters()):
+            raise UnsupportedModelError(
+                f"{name}.{child_name} ({type(child).__name__}) works across all neurons at once, "
+                "so branches of this MLP do not sum to it."
+            )
+    if getattr(module, "activation_sparsity", 0) > 0:  # Gemma 3n
+        raise UnsupportedModelError(
+            f"{name} ({kind}) keeps only its strongest activations, chosen across all neurons, "
+            "so branches of this MLP do not sum to it."
+        )
+
+
+def _read(name: str, module: nn.Module, layout: Layout) -> MLPWeights:
+    up, up_bias = _linear(f"{name}.{layout.up}", getattr(module, layout.up))
+    down, down_bias = _linear(f"{name}.{layout.down}", getattr(module, layout.down))
+    gate = gate_bias = None
+    if layout.gate:
+        gate, gate_bias = _linear(f"{name}.{layout.gate}", getattr(module, layout.gate))
+    elif layout.fused:
+        gate, up = up.detach().chunk(2)
+        if up_bias is not None:
+            gate_bias, up_bias = up_bias.detach().chunk(2)
+    if down.shape[1] != up.shape[0]:  # Moshi gates inside a wider fc1
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) makes {up.shape[0]} neurons but reads "
+            f"{down.shape[1]}, so its neurons cannot be told apart."
+        )
+    activation = next(
+        (getattr(module, a) for a in ACTIVATION_NAMES if callable(getattr(module, a, None))),
+        F.silu,  # LFM2 calls it without a module; the proof at conversion catches a wrong guess
+    )
+    adds_residual = "residual" in inspect.signature(module.forward).parameters
+    return MLPWeights(
+        gate, up, down, gate_bias, up_bias, down_bias, activation, adds_residual=adds_residual
+    )
+
+
+def _linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight as (out, in), and bias."""
+    weight = linear.weight
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"the weights of {name} are not in memory (offloaded to disk or CPU, or never "
+            "loaded). Load the whole model on one device."
+        )
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES:
+        raise UnsupportedModelError(
+            f"{name} stores {type(weight).__name__} of {weight.dtype}; allowed are plain float16, "
+            "bfloat16, float32 and float64 weights."
+        )
+    if type(linear) is Conv1D:  # GPT-2 stores (in, out)
+        weight = weight.detach().T
+    return weight, linear.bias

@@ -1,0 +1,149 @@
+"""The four cards: dense and converted value, the difference, and what to know about it.
+
+Plain functions from measurements to HTML; every text that is not ours is escaped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from ..core.spec import ConversionSpec
+from ..measure.parameters import ParameterReport
+from ..measure.perplexity import Perplexity
+from ..measure.speed import SpeedReport
+from .style import change, count, number, signed_percent
+from .workbench import Evaluation, LoadedModel, Zeros
+
+NO_CHANGE = "no measurable change"
+TEXT_NAMES = {"stories": "evaluation stories", "proxy": "proxy mixture, a health check only"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says; empty strings leave their line blank, so that cards keep their height."""
+
+    title: str
+    dense: str
+    converted: str
+    difference: str
+    note: str
+    unit: str = ""
+
+    def html(self) -> str:
+        return (
+            f'<section class="card"><h3>{escape(self.title)}</h3>'
+            f'<p class="values"><span class="dense" title="dense">{escape(self.dense)}</span>'
+            '<span class="arrow" aria-label="becomes"> → </span>'
+            f'<span class="converted" title="converted">{escape(self.converted)}</span>'
+            f' <span class="unit">{escape(self.unit)}</span></p>'
+            f'<p class="difference">{escape(self.difference)}</p>'
+            f'<p class="note">{escape(self.note)}</p></section>'
+        )
+
+
+def describe(spec: ConversionSpec) -> str:
+    """A spec in one short line, e.g. "B 16 · fade 0.90 · K 12, × √(B/K)"."""
+    parts = [f"B {spec.branches}", f"fade {spec.fade:.2f}", f"K {spec.kept}"]
+    if spec.kept < spec.branches:
+        parts[-1] += ", × √(B/K)" if spec.compensation == "sqrt" else ", not compensated"
+    return " · ".join(parts)
+
+
+def perplexity_card(evaluation: Evaluation, text: str) -> Card:
+    dense, converted = evaluation.dense, evaluation.converted
+    measurable = evaluation.change.measurable
+    ratio = evaluation.change
+    return Card(
+        "Perplexity",
+        number(dense.value),
+        number(converted.value),
+        change(ratio.ratio, ratio.stderr) if measurable else NO_CHANGE,
+        f"{TEXT_NAMES[text]}, {dense.tokens:,} tokens; "
+        f"{dense.bits_per_byte:.2f} → {number(converted.bits_per_byte)} bits per byte",
+    )
+
+
+def pending_perplexity_card(dense: Perplexity | None, text: str, message: str) -> Card:
+    """Before and during a measurement."""
+    value = number(dense.value) if dense else "…"
+    return Card("Perplexity", value, "…", message, f"on the {TEXT_NAMES[text]}")
+
+
+def nonzero_card(
+    dense: ParameterReport, converted: ParameterReport, spec: ConversionSpec, zeros: Zeros
+) -> Card:
+    """Both denominators, and what fade was asked for against what it did."""
+    whole = converted.nonzero / dense.nonzero - 1
+    mlps = converted.mlp_nonzero / dense.mlp_nonzero - 1
+    alphas = converted.total - dense.total
+    if spec.fade:
+        note = (
+            f"fade zeroes {100 * zeros.realised:.2f} % of gate and up, "
+            f"asked for {100 * zeros.requested:.2f} %"
+        )
+    elif spec.kept < spec.branches:
+        note = f"{spec.branches - spec.kept} of {spec.branches} branches are neither kept nor run"
+    else:
+        note = f"nothing removed; one α per branch and layer adds {alphas:,}"
+    return Card(
+        "Non-zero parameters",
+        count(dense.nonzero),
+        count(converted.nonzero),
+        f"{signed_percent(whole)} of all\n{signed_percent(mlps)} of MLPs",
+        note,
+    )
+
+
+def compute_card(dense: ParameterReport, converted: ParameterReport, spec: ConversionSpec) -> Card:
+    mlps = converted.mlp_macs_per_token / dense.mlp_macs_per_token - 1
+    whole = converted.macs_per_token / dense.macs_per_token - 1
+    note = "multiply-adds in weight matrices"
+    if spec.fade:
+        note = "zeros stay in place, so fade saves no multiply-adds"
+    return Card(
+        "Compute per token",
+        count(dense.macs_per_token),
+        count(converted.macs_per_token),
+        f"{signed_percent(whole)} in all\n{signed_percent(mlps)} in MLPs",
+        note,
+    )
+
+
+def speed_card(speed: SpeedReport, loaded: LoadedModel) -> Card:
+    dtype = str(loaded.checked.dtype).removeprefix("torch.")
+    ratio = speed.speedup
+    difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return Card(
+        "Writing speed",
+        number(speed.dense),
+        number(speed.converted),
+        difference if ratio.measurable else NO_CHANGE,
+        f"one text at a time, {dtype} on {loaded.checked.device.type}; range: middle half of runs",
+        unit="tokens/s",
+    )
+
+
+def pending_speed_card(message: str) -> Card:
+    return Card("Writing speed", "…", "…", message, "measured after perplexity", "tokens/s")
+
+
+def status_line(loaded: LoadedModel) -> str:
+    """What is loaded, for the line under the model picker."""
+    weights = loaded.mlps[0].weights
+    parts = [
+        loaded.checked.architecture.removesuffix("ForCausalLM"),
+        f"{len(loaded.mlps)} layers",
+        f"d_model {weights.d_model}",
+        f"d_ff {loaded.d_ff}",
+        f"{count(loaded.report.total)} parameters, {100 * mlp_share(loaded):.0f} % in MLPs",
+        f"{str(loaded.checked.dtype).removeprefix('torch.')} on {loaded.checked.device.type}",
+        f"{loaded.checked.bytes_on_disk / 1e6:,.1f} MB on disk",
+    ]
+    if loaded.checked.revision:
+        parts.append(f"revision {loaded.checked.revision[:8]}")
+    return f"<p><strong>{escape(loaded.label)}</strong> {escape(' · '.join(parts))}</p>"
+
+
+def mlp_share(loaded: LoadedModel) -> float:
+    return loaded.report.mlp_total / loaded.report.total

@@ -1,0 +1,231 @@
+"""The components of the page, panel by panel. What they show and do is wired in page.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from ..core.spec import MAX_FADE, PRESETS
+from ..models import CATALOGUE
+from ..models.catalogue import DEMO_KEY
+from .cards import TEXT_NAMES
+from .preview import QUANTITY_NAMES
+
+MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
+MAX_PROMPT = 2000  # characters
+MAX_NEW_TOKENS = 256
+EXAMPLES = (
+    "Once upon a time, there was a little fox who could not sleep.",
+    "Tom and his sister found a red box under the bed.",
+    "One day, a small boat wanted to see the big sea.",
+)
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class ModelPanel:
+    name: gr.Dropdown
+    load: gr.Button
+    status: gr.HTML
+
+
+@dataclass(frozen=True)
+class ConvertPanel:
+    preset: gr.Dropdown
+    branches: gr.Slider
+    fade: gr.Slider
+    keep: gr.Slider
+    compensation: gr.Radio
+    text: gr.Dropdown
+    measure: gr.Button
+    stop: gr.Button
+    snippet: gr.Code
+
+
+@dataclass(frozen=True)
+class CardsPanel:
+    perplexity: gr.HTML
+    nonzero: gr.HTML
+    compute: gr.HTML
+    speed: gr.HTML
+
+
+@dataclass(frozen=True)
+class BranchesPanel:
+    layer: gr.Slider
+    projection: gr.Radio
+    histograms: gr.Plot
+    quantity: gr.Radio
+    heat: gr.Plot
+
+
+@dataclass(frozen=True)
+class GenerationsPanel:
+    prompt: gr.Textbox
+    tokens: gr.Slider
+    temperature: gr.Slider
+    write: gr.Button
+    stop: gr.Button
+    dense: gr.Textbox
+    converted: gr.Textbox
+    report: gr.HTML
+
+
+@dataclass(frozen=True)
+class LessonPanel:
+    strip: gr.HTML
+    split: gr.Markdown
+    fade: gr.Markdown
+    keep: gr.Markdown
+
+
+def model_panel(any_model: bool) -> ModelPanel:
+    choices = [
+        (entry.label + (" · needs a GPU" if entry.needs_gpu else ""), entry.key)
+        for entry in CATALOGUE
+    ]
+    info = "from the list, or any owner/name on the Hugging Face hub, or a local folder"
+    with gr.Row(elem_id="model-row"):
+        name = gr.Dropdown(
+            choices,
+            value=DEMO_KEY,
+            label="Model",
+            info=info if any_model else "this server offers the models of the list",
+            allow_custom_value=any_model,
+            filterable=any_model,
+            min_width=260,
+            elem_id="model",
+        )
+        load = gr.Button("Load", scale=0, min_width=120, elem_id="load")
+    status = gr.HTML("", elem_id="status")
+    return ModelPanel(name, load, status)
+
+
+def convert_panel() -> ConvertPanel:
+    gr.Markdown("### Convert")
+    preset = gr.Dropdown([*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset")
+    branches = gr.Slider(
+        1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
+        info="parts each MLP is cut into",
+    )  # fmt: skip
+    fade = gr.Slider(
+        0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
+        info="zeroes small weights; paper: 0.9",
+    )  # fmt: skip
+    keep = gr.Slider(
+        1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
+        info="the others are dropped",
+    )  # fmt: skip
+    with gr.Row():
+        measure = gr.Button("Measure", variant="primary", min_width=100, elem_id="measure")
+        stop = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
+    with gr.Accordion("More", open=False, elem_id="more"):
+        compensation = gr.Radio(
+            [("× √(B/K), as published", "sqrt"), ("none", "none")],
+            value="sqrt",
+            label="Compensation of kept branches",
+            elem_id="compensation",
+        )
+        text = gr.Dropdown(
+            [(name[0].upper() + name[1:], key) for key, name in TEXT_NAMES.items()],
+            value="stories",
+            label="Text that perplexity is measured on",
+            filterable=False,
+            elem_id="text",
+        )
+    with gr.Accordion("The same in Python and in the shell", open=False):
+        snippet = gr.Code(
+            language="python", show_label=False, buttons=["copy"], elem_id="snippet",
+            interactive=False, lines=6,
+        )  # fmt: skip
+    return ConvertPanel(
+        preset, branches, fade, keep, compensation, text, measure, stop, snippet
+    )  # fmt: skip
+
+
+def cards_panel() -> CardsPanel:
+    with gr.Row(elem_id="cards"):
+        names = ("perplexity", "nonzero", "compute", "speed")
+        cards = [gr.HTML("", elem_id=f"card-{name}", min_width=200) for name in names]
+    return CardsPanel(*cards)
+
+
+def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
+    gr.Markdown(
+        "#### Size of the weights, branch by branch\n"
+        "Each ridge is one branch: how many of its weights have which size. "
+        "The dashed line is the fade threshold; weights to its left are set to zero."
+    )
+    with gr.Row():
+        layer = gr.Slider(0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
+        projection = gr.Radio(
+            projections, value=projections[0], label="Projection", elem_id="projection"
+        )
+    histograms = gr.Plot(show_label=False, elem_id="histograms")
+    gr.Markdown("#### What each branch loses, layer by layer")
+    quantity = gr.Radio(
+        [(label, key) for key, label in QUANTITY_NAMES.items()],
+        value="nonzero",
+        show_label=False,
+        container=False,
+        elem_id="quantity",
+    )
+    heat = gr.Plot(show_label=False, elem_id="heat")
+    return BranchesPanel(layer, projection, histograms, quantity, heat)
+
+
+def generations_panel() -> GenerationsPanel:
+    prompt = gr.Textbox(
+        EXAMPLES[0],
+        label="Prompt",
+        info="both models go on from here, one token each in turn",
+        lines=2,
+        max_lines=6,
+        max_length=MAX_PROMPT,
+        elem_id="prompt",
+    )
+    gr.Examples(
+        [[example] for example in EXAMPLES], prompt, label="Examples", elem_id="examples",
+        api_visibility="private",
+    )  # fmt: skip
+    with gr.Row():
+        tokens = gr.Slider(
+            16, MAX_NEW_TOKENS, 128, step=16, precision=0, label="Tokens to write",
+            min_width=200, elem_id="tokens",
+        )  # fmt: skip
+        temperature = gr.Slider(
+            0, 1.5, 0, step=0.1, label="Temperature", min_width=200, elem_id="temperature",
+            info="0: always the most likely token; above: sampled, with the same seed for both",
+        )  # fmt: skip
+    with gr.Row():
+        write = gr.Button("Write", variant="primary", min_width=120, elem_id="write")
+        stop = gr.Button("Stop", min_width=80, elem_id="stop-writing")
+    with gr.Row():
+        panes = [
+            gr.Textbox(
+                label=label,
+                lines=12,
+                max_lines=12,
+                min_width=280,
+                interactive=False,
+                autoscroll=True,
+                placeholder="Press Write.",
+                buttons=["copy"],
+                elem_id=f"{label.lower()}-text",
+                elem_classes=[label.lower()],
+            )
+            for label in ("Dense", "Converted")
+        ]
+    report = gr.HTML("", elem_id="writing-report")
+    return GenerationsPanel(prompt, tokens, temperature, write, stop, *panes, report)
+
+
+def lesson_panel() -> LessonPanel:
+    maths = [{"left": "$$", "right": "$$", "display": True}]
+    strip = gr.HTML("", elem_id="strip")
+    steps = [
+        gr.Markdown("", latex_delimiters=maths, elem_classes=["step"], elem_id=f"step-{name}")
+        for name in ("split", "fade", "keep")
+    ]
+    return LessonPanel(strip, *steps)

@@ -1,0 +1,123 @@
+"""The four endpoints for programs: /models, /preview, /evaluate, /generate.
+
+Signatures and docstrings are what `gradio_client` users see. Values are checked here, because a
+program can send anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gradio as gr
+
+from ..core.spec import ConversionSpec
+from ..measure.generation import parted_at, write_side_by_side
+from ..models import CATALOGUE
+from .handlers import check_writing, readable
+from .preview import summary
+from .workbench import Evaluation, LoadedModel, Workbench
+
+MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
+
+
+def add_endpoints(workbench: Workbench) -> None:
+    """Register the endpoints on the Blocks under construction."""
+
+    def models() -> list[dict]:
+        """The models on offer: key, label, parameters, note, needs_gpu, loaded."""
+        return [
+            {
+                "key": entry.key,
+                "label": entry.label,
+                "parameters": entry.parameters,
+                "note": entry.note,
+                "needs_gpu": entry.needs_gpu,
+                "loaded": workbench.holds(entry.key),
+            }
+            for entry in CATALOGUE
+        ]
+
+    def find(
+        model: str, branches: int, fade: float, keep: int | None, compensation: str
+    ) -> tuple[LoadedModel, ConversionSpec]:
+        spec = ConversionSpec(branches=branches, fade=fade, keep=keep, compensation=compensation)
+        loaded = workbench.loaded(model)
+        spec.check_fits(loaded.d_ff)
+        return loaded, spec
+
+    @readable
+    def preview(
+        model: str = "demo",
+        branches: int = 16,
+        fade: float = 0.0,
+        keep: int | None = None,
+        compensation: str = "sqrt",
+    ) -> dict:
+        """Parameters, zeros and compute of a conversion; no forward pass, so it is quick."""
+        return summary(*find(model, branches, fade, keep, compensation))
+
+    @readable
+    def evaluate(
+        model: str = "demo",
+        branches: int = 16,
+        fade: float = 0.0,
+        keep: int | None = None,
+        compensation: str = "sqrt",
+        text: str = "stories",
+    ) -> Iterator[dict]:
+        """Perplexity of dense and converted model on a built-in text ("stories" or "proxy").
+
+        Streams {"done", "total"} tokens; the last message holds the result.
+        """
+        loaded, spec = find(model, branches, fade, keep, compensation)
+        for step in loaded.evaluate(spec, text):
+            if isinstance(step, Evaluation):
+                yield {
+                    "spec": spec.to_dict(),
+                    "text": text,
+                    "tokens": step.dense.tokens,
+                    "dense": step.dense.value,
+                    "dense_stderr": step.dense.stderr,
+                    "converted": step.converted.value,
+                    "converted_stderr": step.converted.stderr,
+                    "ratio": step.change.ratio,
+                    "ratio_stderr": step.change.stderr,
+                    "measurable": step.change.measurable,
+                    "bits_per_byte": step.converted.bits_per_byte,
+                }
+            else:
+                yield {"done": step.done, "total": step.total}
+
+    @readable
+    def generate(
+        prompt: str,
+        model: str = "demo",
+        branches: int = 16,
+        fade: float = 0.0,
+        keep: int | None = None,
+        compensation: str = "sqrt",
+        tokens: int = 64,
+        temperature: float = 0.0,
+    ) -> Iterator[dict]:
+        """Dense and converted model continue a prompt in lockstep.
+
+        Streams {"dense", "converted", "tokens", "parted_at"}; parted_at is the index of the first
+        token that differs, or null.
+        """
+        check_writing(prompt, tokens, temperature)
+        loaded, spec = find(model, branches, fade, keep, compensation)
+        pair = (loaded.model, loaded.converted(spec))
+        for dense, converted in write_side_by_side(
+            pair, loaded.tokenizer, prompt, tokens, temperature
+        ):
+            yield {
+                "dense": dense.text,
+                "converted": converted.text,
+                "tokens": [len(dense.tokens), len(converted.tokens)],
+                "parted_at": parted_at(dense.tokens, converted.tokens),
+            }
+
+    gr.api(models, api_name="models")
+    gr.api(preview, api_name="preview", concurrency_limit=2)
+    gr.api(evaluate, api_name="evaluate", **MODEL_QUEUE)
+    gr.api(generate, api_name="generate", **MODEL_QUEUE)

@@ -1,0 +1,189 @@
+"""build_demo(): the page, its panels put together and their events wired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+
+from ..core.spec import ConversionSpec
+from ..models import assets_folder, host_allows_any_model
+from ..models.catalogue import DEMO_KEY
+from .components import (
+    BranchesPanel,
+    CardsPanel,
+    ConvertPanel,
+    GenerationsPanel,
+    LessonPanel,
+    ModelPanel,
+    branches_panel,
+    cards_panel,
+    convert_panel,
+    generations_panel,
+    lesson_panel,
+    model_panel,
+)
+from .endpoints import MODEL_QUEUE, add_endpoints
+from .handlers import Handlers, readable
+from .style import CSS_VARIABLES
+from .workbench import Workbench
+
+QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
+PRIVATE = {"api_visibility": "private"}
+QUIET = {**PRIVATE, "show_progress": "hidden"}
+HEADER = """# mlpmoe
+Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
+what it saves. Nothing is trained."""
+FOOTER = """Methods: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089). \
+Perplexity: lower is better. Every figure is measured on this server, on the model above."""
+
+
+@dataclass(frozen=True)
+class PageState:
+    """What a visitor's page remembers beside its visible controls."""
+
+    model: gr.State  # key of the loaded model
+    branches_before: gr.State  # B at the last preview: tells whether K meant "all"
+    opened: gr.State  # turns true once the page is open, which asks for the first preview
+
+
+def launch_kwargs() -> dict[str, Any]:
+    """What every launch of the page passes, so that tests and hosts serve the same one."""
+    return {
+        "theme": _theme(),
+        "css": CSS_VARIABLES,
+        "css_paths": [assets_folder() / "page.css"],
+        "footer_links": ["api", "settings"],
+        "enable_monitoring": False,
+        "max_file_size": "1mb",
+        "strict_cors": True,
+    }
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the visitor's own system, and secondary text that stays readable on a projector."""
+    subdued = {"body_text_color_subdued": "#565b63", "block_info_text_color": "#565b63"}
+    subdued |= {f"{name}_dark": "#b6bbc4" for name in list(subdued)}
+    return gr.themes.Default(
+        primary_hue=gr.themes.colors.slate,
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(**subdued)
+
+
+def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
+    """The page over a workbench. The demo model is loaded now, so that no visitor waits for it."""
+    workbench = workbench or Workbench()
+    first = workbench.loaded(DEMO_KEY)
+    with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        gr.Markdown(HEADER, elem_id="header")
+        state = PageState(gr.State(DEMO_KEY), gr.State(ConversionSpec().branches), gr.State(False))
+        picker = model_panel(host_allows_any_model())
+        with gr.Row():
+            with gr.Column(scale=1, min_width=310, elem_id="controls"):
+                convert = convert_panel()
+            with gr.Column(scale=4, min_width=320):
+                cards = cards_panel()
+                with gr.Tabs(elem_id="tabs"):
+                    with gr.Tab("Branches", id="branches"):
+                        branches = branches_panel(len(first.mlps), first.projections)
+                    with gr.Tab("Generations", id="generations"):
+                        generations = generations_panel()
+                    with gr.Tab("How it works", id="how"):
+                        lesson = lesson_panel()
+        gr.Markdown(FOOTER, elem_id="footer")
+        handlers = Handlers(workbench)
+        sliders = [convert.branches, convert.fade, convert.keep, convert.compensation]
+        spec = [state.model, *sliders]
+        _wire_choices(demo, handlers, state, picker, convert, branches, sliders)
+        changed = _wire_preview(handlers, state, convert, cards, branches, lesson, spec)
+        _wire_measurement(handlers, convert, cards, spec, changed)
+        _wire_generations(handlers, generations, spec)
+        add_endpoints(workbench)
+    return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
+
+
+def _wire_choices(
+    demo: gr.Blocks, handlers: Handlers, state: PageState, picker: ModelPanel,
+    convert: ConvertPanel, branches: BranchesPanel, sliders: list,
+) -> None:  # fmt: skip
+    """What sets the controls: the link, a preset, a loaded model."""
+    spec_outputs = [*sliders, state.branches_before]
+    demo.load(
+        readable(handlers.open_link),
+        None,
+        [state.opened, picker.name, picker.status, *spec_outputs],
+        **QUIET,
+    )
+    convert.preset.input(
+        readable(handlers.choose_preset), [state.model, convert.preset], spec_outputs, **QUIET
+    )
+    loaded = picker.load.click(
+        readable(handlers.load),
+        [picker.name, convert.branches],
+        [picker.status, state.model, convert.branches, branches.layer, branches.projection],
+        trigger_mode="once",
+        concurrency_id="load",
+        **QUIET,
+    )
+    loaded.failure(readable(handlers.load_failed), state.model, picker.status, **QUIET)
+
+
+def _wire_preview(
+    handlers: Handlers, state: PageState, convert: ConvertPanel, cards: CardsPanel,
+    branches: BranchesPanel, lesson: LessonPanel, spec: list,
+) -> Dependency:  # fmt: skip
+    """Every change shows its structure at once. `change`, not `release`: the keyboard counts."""
+    views = [branches.layer, branches.projection, branches.quantity]
+    changed = gr.on(
+        [component.change for component in (state.opened, *spec, convert.text, *views)],
+        readable(handlers.preview),
+        [*spec, convert.text, *views, state.branches_before],
+        [
+            convert.keep, state.branches_before, convert.preset, cards.nonzero, cards.compute,
+            cards.perplexity, cards.speed, branches.histograms, branches.heat, convert.snippet,
+        ],
+        trigger_mode="always_last",
+        concurrency_limit=2,
+        **QUIET,
+    )  # fmt: skip
+    changed.then(
+        readable(handlers.lesson),
+        [*spec, branches.layer],
+        [lesson.strip, lesson.split, lesson.fade, lesson.keep],
+        concurrency_limit=2,
+        **QUIET,
+    )
+    return changed
+
+
+def _wire_measurement(
+    handlers: Handlers, convert: ConvertPanel, cards: CardsPanel, spec: list, changed: Dependency
+) -> None:
+    """Perplexity and speed: by themselves when quick, else on the button."""
+    inputs, outputs = [*spec, convert.text], [cards.perplexity, cards.speed]
+    by_itself = changed.then(
+        readable(handlers.measure_if_quick), inputs, outputs,
+        trigger_mode="multiple", **MODEL_QUEUE, **QUIET,
+    )  # fmt: skip
+    on_button = convert.measure.click(
+        readable(handlers.measure), inputs, outputs, trigger_mode="once", **MODEL_QUEUE, **QUIET
+    )
+    convert.stop.click(
+        readable(handlers.stop_measuring), inputs, outputs, cancels=[by_itself, on_button], **QUIET
+    )
+
+
+def _wire_generations(handlers: Handlers, generations: GenerationsPanel, spec: list) -> None:
+    writing = gr.on(
+        [generations.write.click, generations.prompt.submit],
+        readable(handlers.write),
+        [*spec, generations.prompt, generations.tokens, generations.temperature],
+        [generations.dense, generations.converted, generations.report],
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )
+    generations.stop.click(None, None, None, cancels=[writing], **PRIVATE)

@@ -1,0 +1,1 @@
+"""What a conversion costs and buys: parameters, magnitudes, perplexity, text, speed."""

@@ -1,0 +1,99 @@
+"""Weight magnitudes branch by branch: histograms for one projection, sums for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.branched import BranchedMLP
+from ..core.conversion import mlp_modules
+from ..core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """Histograms of |w| of one projection of one layer, a row per branch."""
+
+    edges: Tensor  # (bins + 1,) float32, from 0 to `upper`
+    counts: Tensor  # (branches, bins) int64: weights that are not zero
+    zeros: Tensor  # (branches,) int64
+    thresholds: tuple[float, ...]  # fade threshold per branch; 0.0: branch not faded
+
+
+def magnitudes(
+    model: PreTrainedModel,
+    layer: int,
+    projection: str,
+    bins: int = 60,
+    upper: float | None = None,
+) -> Magnitudes:
+    """Per-branch histograms of |w| in a converted model.
+
+    layer: 0-based. projection: "gate" (if the MLPs have one), "up" or "down". upper: right edge
+    of the last bin, the largest magnitude if None; weights above it are not counted. Raises
+    UserError if there is no such layer or projection, or if the model is dense (convert it with
+    fade 0 for its plain histograms).
+    """
+    mlps = branched_mlps(model)
+    if not 0 <= layer < len(mlps):
+        raise UserError(f"layer must lie between 0 and {len(mlps) - 1}, not {layer}.")
+    weights = branch_weights(mlps[layer], projection)
+    if upper is None:
+        upper = max(float(weight.abs().max()) for weight in weights) or 1.0
+    counts, zeros = [], []
+    for weight in weights:
+        magnitude = weight.abs().float().flatten()
+        zero = int(magnitude.numel() - torch.count_nonzero(magnitude))
+        histogram = torch.histc(magnitude, bins, min=0, max=upper).long().cpu()
+        histogram[0] -= zero
+        counts.append(histogram)
+        zeros.append(zero)
+    return Magnitudes(
+        edges=torch.linspace(0, upper, bins + 1, dtype=torch.float32),
+        counts=torch.stack(counts),
+        zeros=torch.tensor(zeros),
+        thresholds=mlps[layer].fade_thresholds.get(projection, (0.0,) * len(weights)),
+    )
+
+
+QUANTITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nonzero": torch.count_nonzero,  # weights that are not zero
+    "energy": lambda weight: weight.float().square().sum(dtype=torch.float64),
+}
+
+
+def branch_sums(model: PreTrainedModel, quantity: str) -> Tensor:
+    """What every branch of a converted model holds, its projections together.
+
+    quantity: "nonzero" (weights that are not zero) or "energy" (sum of squared weights).
+    Returns (layers, B) float64; branches that were dropped hold 0.
+    """
+    mlps = branched_mlps(model)
+    sums = torch.zeros(len(mlps), mlps[0].branches, dtype=torch.float64)
+    for layer, mlp in enumerate(mlps):
+        for projection in mlp.projections:
+            for branch, weight in enumerate(branch_weights(mlp, projection)):
+                sums[layer, branch] += QUANTITIES[quantity](weight).item()
+    return sums
+
+
+def branched_mlps(model: PreTrainedModel) -> list[BranchedMLP]:
+    """The converted MLPs of a model, in order of the layers."""
+    mlps = mlp_modules(model)
+    if not all(isinstance(mlp, BranchedMLP) for mlp in mlps):
+        raise UserError("this model is dense, so it has no branches; convert it first.")
+    return mlps
+
+
+def branch_weights(mlp: BranchedMLP, projection: str) -> tuple[Tensor, ...]:
+    """One projection of an MLP cut into its branches, as views: gate and up
+    (neurons, d_model), down (d_model, neurons)."""
+    if projection not in mlp.projections:
+        allowed = ", ".join(mlp.projections)
+        raise UserError(f"this model's MLPs have no projection {projection!r}; allowed: {allowed}.")
+    weight = mlp.projections[projection].weight.detach()
+    return weight.split(mlp.sizes, dim=1 if projection == "down" else 0)

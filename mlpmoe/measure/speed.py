@@ -1,0 +1,91 @@
+"""Speed of several models as ratios within one run: timings of one run share its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+from transformers import PreTrainedModel
+
+
+def time_in_turn(actions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each action in each round, (actions, rounds).
+
+    Actions take turns and every second round runs backwards, so a drift of the machine's speed
+    hits all alike. One round beforehand warms up and is not counted.
+    """
+    seconds: list[list[float]] = [[] for _ in actions]
+    for round_ in range(-1, rounds):
+        order = range(len(actions))
+        for index in order if round_ % 2 == 0 else reversed(order):
+            start = perf_counter()
+            actions[index]()
+            if round_ >= 0:
+                seconds[index].append(perf_counter() - start)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long something takes relative to a baseline: median and quartiles over the rounds."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+
+    @property
+    def measurable(self) -> bool:
+        """Whether 1, no difference, lies outside the quartiles."""
+        return not self.low <= 1 <= self.high
+
+
+def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Time relative to a baseline, round by round."""
+    low, middle, high = quantiles([a / b for a, b in zip(seconds, baseline, strict=True)], n=4)
+    return Ratio(middle, low, high)
+
+
+@torch.inference_mode()
+def forward(model: PreTrainedModel, tokens: int) -> None:
+    """One forward pass over a sequence of `tokens` tokens."""
+    ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
+    model(ids, use_cache=False)
+    _wait(model)
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, tokens: int, prompt: int = 16) -> None:
+    """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache."""
+    current, cache = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size, None
+    for _ in range(tokens):
+        out = model(current, past_key_values=cache, use_cache=True)
+        current, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+    _wait(model)
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """Writing speed of two models, batch 1, measured in turn."""
+
+    dense: float  # tokens per second, median
+    converted: float  # tokens per second: the dense median times the ratio
+    speedup: Ratio  # converted / dense, as speeds: above 1 is faster
+
+
+def decode_speed(
+    dense: PreTrainedModel, converted: PreTrainedModel, tokens: int = 16, rounds: int = 7
+) -> SpeedReport:
+    """Measure how fast the two models write, `tokens` tokens in each of `rounds` rounds."""
+    actions = [lambda: decode(dense, tokens), lambda: decode(converted, tokens)]
+    dense_seconds, converted_seconds = time_in_turn(actions, rounds)
+    speedup = ratio(dense_seconds, converted_seconds)
+    base = tokens / median(dense_seconds)
+    return SpeedReport(base, base * speedup.median, speedup)
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,27 @@
+"""Which models there are, whether one can be loaded here, and loading it. Imports core only."""
+
+from .catalogue import CATALOGUE, CatalogueEntry, assets_folder, find_entry, resolve
+from .errors import ModelError, format_bytes, format_parameters
+from .hub import offline_models
+from .loading import load, load_checked
+from .names import host_allows_any_model
+from .preflight import MEMORY_FACTOR, Preflight, memory_needed, preflight
+
+__all__ = [
+    "CATALOGUE",
+    "MEMORY_FACTOR",
+    "CatalogueEntry",
+    "ModelError",
+    "Preflight",
+    "assets_folder",
+    "find_entry",
+    "format_bytes",
+    "format_parameters",
+    "host_allows_any_model",
+    "load",
+    "load_checked",
+    "memory_needed",
+    "offline_models",
+    "preflight",
+    "resolve",
+]

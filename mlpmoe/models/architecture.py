@@ -1,0 +1,137 @@
+"""From a config alone: is it a causal language model whose MLPs can be split, and how large?"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mlpmoe.core.errors import UserError
+from mlpmoe.core.mlps import check_structure
+
+from .errors import ModelError, shorten
+
+MAX_REPEATS = 1000  # layers, or experts per layer; the deepest published models have about 200
+CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+
+_REPEATS = re.compile(r"(num|n)_.*(layer|expert)")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    name: str  # the model's class, e.g. "LlamaForCausalLM"
+    parameters: int  # exact, tied weights counted once
+    saved_dtype: torch.dtype
+
+
+def inspect(config: dict, folder: Path, name: str) -> Architecture:
+    """Build the model of `folder`/config.json without memory, and check what it is made of.
+
+    config: the same file as a dict. name: as messages call the model. Code of the repository is
+    never run. Raises ModelError, and UnsupportedModelError if its MLPs cannot be split.
+    """
+    _check_config(config, name)
+    parsed = _parse(config, folder, name)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(parsed), None)
+    if model_class is None or not _is_causal(config, model_class.__name__):
+        declared = (config.get("architectures") or [config["model_type"]])[0]
+        raise ModelError(
+            f"{name} is no causal language model ({shorten(str(declared))}): it does not write "
+            "text from left to right."
+        )
+    saved_dtype = _saved_dtype(parsed)  # before the config is used, which changes it
+    try:
+        # The dtype does not matter on meta, but any other than float32 would change torch's
+        # default dtype for every thread while the model is built.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                parsed, dtype=torch.float32, trust_remote_code=False
+            )
+        check_structure(model)
+    except UserError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are models
+        logger.debug("%s: the model cannot be built", name, exc_info=True)
+        raise ModelError(
+            f"The config.json of {name} does not describe a working {config['model_type']} model "
+            f"({type(error).__name__})."
+        ) from error
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Architecture(type(model).__name__, parameters, saved_dtype)
+
+
+def _check_config(config: dict, name: str) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelError(
+            f"{name} is quantised ({shorten(str(method or 'unknown method'))}); only plain float "
+            "weights can be converted. Choose the original model."
+        )
+    for key, value in _repeats(config):
+        if value > MAX_REPEATS:
+            raise ModelError(
+                f"The config.json of {name} asks for {value:,} in {shorten(key)}; "
+                f"at most {MAX_REPEATS:,} are built."
+            )
+
+
+def _repeats(config: dict) -> Iterator[tuple[str, int]]:
+    """How often modules are to be built, also in the configs nested one level down."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if _REPEATS.match(key) and isinstance(value, int):
+                yield key, value
+
+
+def _parse(config: dict, folder: Path, name: str) -> PreTrainedConfig:
+    model_type = config["model_type"]
+    try:
+        known = model_type in transformers.CONFIG_MAPPING
+        if known:
+            return AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+    except Exception as error:
+        logger.debug("%s: config.json cannot be parsed", name, exc_info=True)
+        raise ModelError(
+            f"The config.json of {name} holds values that its model type, {model_type}, does not "
+            "allow."
+        ) from error
+    if config.get("auto_map"):
+        raise ModelError(
+            f"{name} needs Python code from its repository (trust_remote_code). "
+            "Such code is never run here."
+        )
+    raise ModelError(
+        f"{name} has the model type {shorten(model_type)}, which transformers "
+        f"{transformers.__version__} does not know."
+    )
+
+
+def _is_causal(config: dict, class_name: str) -> bool:
+    """Whether the checkpoint was saved from a causal model, as far as it says.
+
+    A masked language model (BERT) could be built as a causal one, but was not trained as one.
+    """
+    saved_from = config.get("architectures")
+    if not isinstance(saved_from, list) or not saved_from:
+        return True
+    return any(
+        name == class_name or (isinstance(name, str) and name.endswith(CAUSAL_ENDINGS))
+        for name in saved_from
+    )
+
+
+def _saved_dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = config.dtype or config.get_text_config(decoder=True).dtype
+    # Configs from before the field existed belong to float32 checkpoints.
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,0 +1,201 @@
+"""Load a causal language model and its tokenizer, or say in plain words why not."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from . import hub
+from .errors import ModelError, format_bytes, shorten
+from .preflight import Preflight, preflight
+from .progress import OnProgress, Progress
+
+PROBE = "Once upon a time, 3 cats didn't sleep."  # what a tokenizer is tried on
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    id_or_folder: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_any: bool | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, in evaluation mode on its device, and its tokenizer.
+
+    id_or_folder, revision, token, allow_any: see `preflight`. dtype: "auto", or float32,
+    bfloat16, float16, float64; "auto" is the dtype as saved on a GPU, and on a CPU float32, or
+    bfloat16 for more than 300 M parameters where the CPU has instructions for it. device: "auto"
+    (CUDA, then MPS, then CPU) or a torch device. on_progress(message, fraction): called with
+    what is being done; an exception it raises cancels the load and comes out here.
+
+    Reads safetensors only and runs no code of the repository. Raises ModelError,
+    UnsupportedModelError or UserError; nothing half-loaded is kept.
+    """
+    progress = Progress(on_progress)
+    progress.report("checking")
+    checked = preflight(
+        id_or_folder,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+        allow_any=allow_any,
+    )
+    return load_checked(checked, token=token, on_progress=on_progress)
+
+
+def load_checked(
+    checked: Preflight, *, token: str | None = None, on_progress: OnProgress | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load` does after the preflight, for a caller that has shown its result first."""
+    progress = Progress(on_progress)
+    # The tokenizer first: what is wrong with it shows before the weights are downloaded.
+    tokenizer = _read_tokenizer(_files(checked, checked.small_files, token, None), checked.name)
+    if checked.download:
+        progress.report(f"downloading {format_bytes(checked.download)}", 0.0)
+    try:
+        bars = progress.bar_class(checked.download)
+        folder = _files(checked, checked.weight_files, token, bars)
+    except ModelError:
+        if progress.cancelled is not None:
+            raise progress.cancelled from None
+        raise
+    progress.report("reading weights")
+    model = _read_model(folder, checked)
+    _check_tokenizer(tokenizer, model, checked.name)
+    return model, tokenizer
+
+
+def _files(
+    checked: Preflight, files: tuple[str, ...], token: str | None, bars: type | None
+) -> Path:
+    if checked.folder is not None:
+        return checked.folder
+    return hub.download(checked.source, checked.revision, files, token, bars)
+
+
+def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer_file = folder / "tokenizer.json"
+        if tokenizer_file.is_file():
+            # transformers may choose a class by model type that splits text in its own way,
+            # whatever tokenizer.json says; every number measured would then be wrong.
+            as_saved = Tokenizer.from_file(str(tokenizer_file))
+            if not _agree(tokenizer, as_saved):
+                logger.info("%s: using tokenizer.json as it is", name)
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        return tokenizer
+    except Exception as error:  # tokenizers raises a bare Exception
+        logger.debug("%s: the tokenizer cannot be read", name, exc_info=True)
+        raise ModelError(
+            f"The tokenizer of {name} cannot be read ({type(error).__name__})."
+        ) from error
+
+
+def _agree(tokenizer: PreTrainedTokenizerBase, as_saved: Tokenizer) -> bool:
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    return ids == as_saved.encode(PROBE, add_special_tokens=False).ids
+
+
+def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
+    """The weights on their device. Errors leave nothing behind that refers to a tensor."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=checked.dtype,
+            device_map={"": checked.device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        problem = _missing_tensors(info, checked.name) or _not_finite(
+            model.named_parameters(), checked
+        )
+        if problem is None:
+            return model.eval()
+    except Exception as error:
+        logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)
+        problem = _explain(error, checked)
+    # Outside of the handler: an error that is still being handled refers to the frames in which
+    # it was raised, and so to everything that was loaded there.
+    model = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise ModelError(problem)
+
+
+def _missing_tensors(info: dict, name: str) -> str | None:
+    """transformers fills what it does not find with random numbers, and goes on."""
+    missing = sorted(info["missing_keys"])
+    if not missing:
+        return None
+    return (
+        f"The weights of {name} do not fit its config.json: {len(missing)} of its tensors "
+        f"{'is' if len(missing) == 1 else 'are'} missing, such as {shorten(missing[0])}."
+    )
+
+
+def _not_finite(parameters: Iterable[tuple[str, nn.Parameter]], checked: Preflight) -> str | None:
+    for key, parameter in parameters:
+        # One pass and no temporary tensor: NaN and infinity both reach the extremes.
+        if parameter.numel() and not all(x.isfinite() for x in parameter.detach().aminmax()):
+            dtype = str(checked.dtype).removeprefix("torch.")
+            return (
+                f"The weights of {checked.name} hold values that are not finite numbers in "
+                f"{dtype} ({shorten(key)})."
+            )
+    return None
+
+
+def _explain(error: Exception, checked: Preflight) -> str:
+    if _is_out_of_memory(error):
+        return (
+            f"The memory of {checked.device} ran out while {checked.name} was being read "
+            f"(about {format_bytes(checked.memory_needed)} are needed). Choose a smaller model."
+        )
+    return (
+        f"The weights of {checked.name} cannot be read ({type(error).__name__}). They are damaged "
+        "or do not fit its config.json."
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "can't allocate memory" in str(error)  # what torch's CPU allocator says
+    )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    ids = tokenizer(PROBE)["input_ids"]
+    rows = model.get_input_embeddings().num_embeddings
+    if not ids or max(ids) >= rows:
+        raise ModelError(
+            f"The tokenizer of {name} does not fit its weights: it uses token "
+            f"{max(ids, default=0)}, the model knows {rows}."
+        )

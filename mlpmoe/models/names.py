@@ -1,0 +1,133 @@
+"""What a person typed, made into a hub id or a folder, or refused with a readable reason."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .catalogue import CATALOGUE, find_entry
+from .errors import ModelError, shorten
+
+MAX_NAME_CHARACTERS = 500
+MAX_REVISION_CHARACTERS = 200
+ALLOW_ANY_VARIABLE = "MLPMOE_ALLOW_ANY_MODEL"
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(f"{_PART}/{_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
+_ALLOWED = "Allowed are a catalogue name, a hub id in the form owner/name, or a folder"
+
+
+def on_space() -> bool:
+    """Whether this process serves a public Hugging Face Space."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def host_allows_any_model() -> bool:
+    """Whether models outside the catalogue may be loaded.
+
+    Yes on one's own machine, no on a Space; MLPMOE_ALLOW_ANY_MODEL=1 or =0 decides otherwise.
+    """
+    answer = os.environ.get(ALLOW_ANY_VARIABLE, "").strip().lower()
+    if answer in ("1", "true", "yes", "on"):
+        return True
+    if answer in ("0", "false", "no", "off"):
+        return False
+    return not on_space()
+
+
+def identify(name: str | os.PathLike[str], *, allow_any: bool) -> str | Path:
+    """A hub id (str) or a folder that exists (Path), from what was asked for.
+
+    The catalogue comes first, so that a folder which happens to be called like one of its models
+    is not read by accident. Without `allow_any` nothing else passes, and the disk is not looked
+    at. Raises ModelError.
+    """
+    text = _clean(name)
+    entry = find_entry(text) if isinstance(name, str) else None
+    if entry is None and isinstance(name, str):
+        text = _without_hub_address(text)
+        entry = find_entry(text)
+    if entry is not None:
+        return _catalogue_source(entry.source)
+    if not allow_any:
+        keys = ", ".join(entry.key for entry in CATALOGUE)
+        raise ModelError(f"This host loads only the models of its catalogue: {keys}.")
+    return _folder_or_hub_id(text, is_path=not isinstance(name, str))
+
+
+def check_revision(revision: str | None) -> str | None:
+    """`revision` if it can name a branch, a tag or a commit of a hub repository."""
+    if revision is None:
+        return None
+    fits = isinstance(revision, str) and len(revision) <= MAX_REVISION_CHARACTERS
+    if not fits or not _REVISION.fullmatch(revision) or ".." in revision:
+        raise ModelError("A revision is the name of a branch or tag, or a commit hash.")
+    return revision
+
+
+def _clean(name: str | os.PathLike[str]) -> str:
+    if not isinstance(name, (str, os.PathLike)):
+        raise ModelError(f"A model is named by text. {_ALLOWED}.")
+    text = os.fspath(name)
+    text = text.strip() if isinstance(text, str) else os.fsdecode(text)
+    if not text:
+        raise ModelError(f"No model was named. {_ALLOWED}.")
+    if len(text) > MAX_NAME_CHARACTERS:
+        raise ModelError(
+            f"A model name of {len(text):,} characters is too long; "
+            f"{MAX_NAME_CHARACTERS} are allowed."
+        )
+    if not text.isprintable():
+        raise ModelError(
+            "The model name holds control or invisible characters. Type it instead of pasting it."
+        )
+    return text
+
+
+def _without_hub_address(text: str) -> str:
+    """owner/name from the address of a model's page; other text unchanged."""
+    has_scheme = "://" in text
+    if not has_scheme and text.split("/")[0].lower() not in HUB_HOSTS:
+        return text
+    try:
+        address = urlsplit(text if has_scheme else f"https://{text}")
+        host = address.hostname
+    except ValueError:  # such as an unclosed IPv6 bracket
+        host = None
+    if host not in HUB_HOSTS or address.scheme not in ("http", "https"):
+        raise ModelError(
+            f'"{shorten(text)}" is not the address of a model page on huggingface.co. {_ALLOWED}.'
+        )
+    path = address.path.strip("/")
+    parts = path.split("/")
+    if len(parts) < 2 or parts[0] in ("datasets", "spaces", "collections", "docs", "papers"):
+        raise ModelError(f'"{shorten(text)}" is an address on the hub, but not that of a model.')
+    hub_id = "/".join(parts[:2])
+    if path not in (hub_id, f"{hub_id}/tree/main"):
+        raise ModelError(
+            f'"{shorten(text)}" points inside a repository. Give the model as owner/name.'
+        )
+    return hub_id
+
+
+def _catalogue_source(source: str | Path) -> str | Path:
+    if isinstance(source, Path) and not source.is_dir():
+        raise ModelError("The demo model is not part of this installation.")
+    return source
+
+
+def _folder_or_hub_id(text: str, *, is_path: bool) -> str | Path:
+    # A Space is open to everyone: what lies on its disk is nobody's business.
+    if not on_space():
+        folder = os.path.expanduser(text)
+        if os.path.isdir(folder):
+            return Path(folder)
+        if is_path or text.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", text):
+            raise ModelError(f'There is no folder "{shorten(text)}".')
+    if not _HUB_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith(".git"):
+        raise ModelError(f'"{shorten(text)}" does not name a model. {_ALLOWED}.')
+    return text
