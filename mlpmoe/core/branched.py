@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +71,15 @@ class BranchedMLP(nn.Module):
         self.down_proj = _linear(weights.down, weights.down_bias)
         self.act_fn = weights.activation
         self.alpha = nn.Parameter(weights.up.new_full((len(sizes),), alpha))
-        counts = torch.tensor(sizes, device=weights.up.device)
-        self.register_buffer("neurons_per_branch", counts, persistent=False)
+        index = _branch_of_neuron(sizes, weights.up.device)
+        self.register_buffer("branch_of_neuron", index, persistent=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         h = self.up_proj(x)  # (..., d_ff)
         h = self.act_fn(h) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * h
-        alpha = self.alpha.repeat_interleave(self.neurons_per_branch, output_size=h.shape[-1])
-        y = self.down_proj(h * alpha)  # (..., d_model)
+        alpha = self.alpha.index_select(0, self.branch_of_neuron)  # (d_ff,)
+        h = h * alpha if torch.is_grad_enabled() else h.mul_(alpha)
+        y = self.down_proj(h)  # (..., d_model)
         return y if residual is None else y + residual
 
     @property
@@ -125,6 +127,14 @@ class LoopedMLP(nn.Module):
         return self.alpha[b] * self.downs[b](
             self.act_fn(up) if gate is None else self.act_fn(gate(x)) * up
         )
+
+
+@lru_cache(maxsize=64)
+def _branch_of_neuron(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(d_ff,) int32: the branch each neuron belongs to; one tensor for all layers alike."""
+    with torch.inference_mode(False):  # or it could never be part of a backward pass
+        counts = torch.tensor(sizes)
+        return torch.repeat_interleave(torch.arange(len(sizes)), counts).int().to(device)
 
 
 def _split(linear: nn.Linear, sizes: tuple[int, ...]) -> list[nn.Linear]:

@@ -103,7 +103,7 @@ def _prove(mlp: DenseMLP) -> None:
     scale = expected.abs().max().item()
     # about 50 rounding steps: 6e-6 in float32, 0.03 in bfloat16
     tolerance = torch.finfo(up.dtype).eps ** 0.75
-    if error > tolerance * scale:
+    if not error <= tolerance * scale:  # also if the error is undefined
         raise UnsupportedModelError(
             f"{mlp.name} ({type(mlp.module).__name__}) computes something else than its layout "
             f"says (relative difference {error / scale:.1e}), so it cannot be split safely."

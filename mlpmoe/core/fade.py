@@ -60,8 +60,8 @@ def _order_statistics(weight: Tensor, low: int, high: int) -> tuple[Tensor, Tens
     if weight.dtype == torch.float64:
         weight = weight.float()
     if weight.is_cuda:
-        magnitudes = weight.abs().flatten()
-        found = [magnitudes.kthvalue(rank + 1).values.float().cpu() for rank in (low, high)]
+        magnitudes = weight.abs().float().flatten()
+        found = [magnitudes.kthvalue(rank + 1).values.cpu() for rank in (low, high)]
         return found[0], found[1]
     magnitudes = _magnitude_bits(weight.cpu()).ravel()
     magnitudes.partition(low)

@@ -1,0 +1,298 @@
+"""Fade removes exactly what torch.quantile on the float32 magnitudes would, however many ties."""
+
+from dataclasses import fields
+from math import floor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mlpmoe.core.fade import (
+    QUANTILE_LIMIT,
+    fade,
+    fade_projection,
+    fade_sparsities,
+    magnitude_threshold,
+)
+from mlpmoe.core.mlps import MLPWeights
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+each_device = pytest.mark.parametrize("device", DEVICES)
+
+sparsities = st.floats(0, 1, width=64)
+SMALLEST_SUBNORMAL = {torch.float16: 2**-24, torch.bfloat16: 2**-133, torch.float32: 2**-149}
+
+
+@st.composite
+def weights(draw, dtype, max_size=80):
+    """A finite vector of `dtype`: arbitrary numbers, or many ties, or all equal, or subnormal."""
+    bound = torch.finfo(torch.float16 if dtype is torch.float16 else torch.float32).max / 2
+    if dtype is torch.float64:
+        number = st.floats(-bound, bound, width=64)
+    else:
+        number = st.floats(-bound, bound, width=32)
+    tiny = SMALLEST_SUBNORMAL.get(dtype, 1e-40)
+    subnormal = st.integers(-20, 20).map(lambda n: n * tiny)
+    tied = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.5009765625, 3.0, -3.0, tiny, -tiny])
+    values = draw(
+        st.one_of(
+            st.lists(number, min_size=1, max_size=max_size),
+            st.lists(tied, min_size=1, max_size=max_size),
+            st.lists(subnormal, min_size=1, max_size=max_size),
+            st.builds(lambda value, count: [value] * count, number, st.integers(1, max_size)),
+            st.integers(1, max_size).map(lambda count: [0.0] * count),
+        )
+    )
+    return torch.tensor(values, dtype=torch.float64).to(dtype)
+
+
+def paper_threshold(weight, sparsity):
+    return torch.quantile(weight.abs().float(), sparsity).item()
+
+
+def paper_mask(weight, sparsity):
+    return weight.abs().float() > paper_threshold(weight, sparsity)
+
+
+def bits(tensor):
+    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(sizes[tensor.element_size()])
+
+
+def assert_faded(faded, weight, mask):
+    """Survivors keep every bit, the rest is zero."""
+    assert torch.equal(bits(faded)[mask], bits(weight)[mask])
+    assert not faded[~mask].any()
+
+
+# Thresholds and masks ----------------------------------------------------------------------
+
+
+@each_dtype
+@given(data=st.data(), sparsity=sparsities)
+def test_threshold_is_torch_quantile_to_the_bit(dtype, data, sparsity):
+    weight = data.draw(weights(dtype))
+    found = magnitude_threshold(weight, sparsity)
+    assert found.value == paper_threshold(weight, sparsity)
+    # The same mask, from a number that the weights' own dtype holds exactly.
+    comparable = weight.float() if dtype is torch.float64 else weight
+    assert found.cut in comparable.abs().double().tolist()
+    assert torch.equal(comparable.abs().double() > found.cut, paper_mask(weight, sparsity))
+
+
+@each_dtype
+@given(data=st.data(), sparsity=sparsities.filter(bool))
+def test_survivors_are_those_of_the_paper(dtype, data, sparsity):
+    weight = data.draw(weights(dtype))
+    before = weight.clone()
+    faded, thresholds = fade_projection(weight[:, None], (len(weight),), [sparsity])
+    assert_faded(faded[:, 0], weight, paper_mask(weight, sparsity))
+    assert thresholds == (paper_threshold(weight, sparsity),)
+    assert faded.dtype == dtype
+    assert torch.equal(bits(weight), bits(before))
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("sparsity", [0.05625, 0.3, 0.5, 0.84375])
+def test_real_sizes_lose_what_the_paper_loses(dtype, sparsity, device):
+    generator = torch.Generator().manual_seed(1)
+    weight = (0.02 * torch.randn(100, 173, generator=generator)).to(dtype).to(device)
+    faded, _ = fade_projection(weight, (100,), [sparsity])
+    mask = paper_mask(weight, sparsity)
+    assert_faded(faded, weight, mask)
+    # At least the requested share goes, and ties add less than one part in a hundred.
+    realised = 1 - mask.float().mean().item()
+    assert sparsity <= realised <= sparsity + 0.01
+
+
+@each_device
+@each_dtype
+def test_everything_equal_to_the_threshold_goes(dtype, device):
+    weight = torch.tensor([[1.0, -1.0, 1.0, 2.0, -3.0]], dtype=dtype, device=device)
+    faded, thresholds = fade_projection(weight, (1,), [0.5])
+    assert thresholds == (1.0,)
+    assert faded.tolist() == [[0.0, 0.0, 0.0, 2.0, -3.0]]
+
+
+@each_dtype
+def test_sparsity_one_empties_and_constants_vanish(dtype):
+    weight = torch.linspace(-1, 2, 30, dtype=torch.float64).reshape(10, 3).to(dtype)
+    assert not fade_projection(weight, (10,), [1.0])[0].any()
+    assert not fade_projection(torch.full((4, 3), -0.7, dtype=dtype), (4,), [1e-9])[0].any()
+    assert not fade_projection(torch.zeros(4, 3, dtype=dtype), (4,), [0.5])[0].any()
+
+
+def test_float64_is_compared_in_float32():
+    """Two numbers that float32 cannot tell apart live and die together, as published."""
+    weight = torch.tensor([[1.0], [1.0 + 1e-12], [2.0]], dtype=torch.float64)
+    faded, _ = fade_projection(weight, (3,), [0.5])
+    assert faded.flatten().tolist() == [0.0, 0.0, 2.0]
+
+
+def test_infinitely_small_and_negative_zero():
+    tiny = 2.0**-133
+    weight = torch.tensor([[-0.0, 0.0, tiny, -2 * tiny, 3 * tiny]], dtype=torch.bfloat16)
+    faded, thresholds = fade_projection(weight, (1,), [0.5])
+    assert thresholds == (tiny,)
+    assert faded.tolist() == [[0.0, 0.0, 0.0, -2 * tiny, 3 * tiny]]
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["transposed", "columns", "reversed rows"])
+def test_memory_layout_does_not_matter(dtype, layout):
+    """GPT-2 stores its weights transposed; other readings are views as well."""
+    stored = torch.randn(24, 36, generator=torch.Generator().manual_seed(2)).to(dtype)
+    if layout == "transposed":
+        weight = stored.T
+    elif layout == "columns":
+        weight = stored[:, 3:17]
+    else:
+        weight = stored.T[5:17]
+    assert not weight.is_contiguous()
+    before = stored.clone()
+    sizes, wanted = (len(weight) - 5, 5), [0.3, 0.7]
+    faded, thresholds = fade_projection(weight, sizes, wanted)
+    expected, expected_thresholds = fade_projection(weight.contiguous(), sizes, wanted)
+    assert torch.equal(faded, expected)
+    assert thresholds == expected_thresholds
+    assert torch.equal(stored, before)
+    for part, source, share in zip(faded.split(sizes), weight.split(sizes), wanted, strict=True):
+        assert_faded(part, source, paper_mask(source.contiguous(), share))
+
+
+# Beyond torch.quantile ---------------------------------------------------------------------
+
+
+def magnitude(rank):
+    """Every eighth float32 above 0.001: neighbours are far enough apart to interpolate."""
+    first = torch.tensor(0.001).view(torch.int32)
+    return (first + 8 * torch.as_tensor(rank)).to(torch.int32).view(torch.float32)
+
+
+def all_different(count):
+    """Weights and the ranks of their magnitudes, known without sorting."""
+    assert count % 7919, "7919 is prime, so its multiples are a permutation"
+    ranks = torch.arange(count) * 7919 % count
+    weight = magnitude(ranks)
+    weight[::2] *= -1
+    return weight, ranks
+
+
+def test_branches_beyond_the_limit_of_torch_quantile():
+    count = QUANTILE_LIMIT + 4099
+    weight, ranks = all_different(count)
+    sparsity = 0.84375
+    rank = sparsity * (count - 1)  # ...33.69; float32 would make it ...34
+    found = magnitude_threshold(weight, sparsity)
+    assert found.cut == magnitude(floor(rank))
+    assert magnitude(floor(rank)) < found.value < magnitude(floor(rank) + 1)
+    faded, _ = fade_projection(weight.view(-1, 1), (count,), [sparsity])
+    assert torch.equal(faded.flatten() != 0, ranks > floor(rank))
+
+
+def test_branches_beyond_the_limit_in_bfloat16():
+    count = QUANTILE_LIMIT + 4097
+    weight = torch.empty(count, dtype=torch.bfloat16)
+    weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(3))
+    threshold = np.quantile(weight.abs().double().numpy(), 0.421875)
+    faded, thresholds = fade_projection(weight.view(-1, 1), (count,), [0.421875])
+    assert thresholds == (pytest.approx(threshold, rel=1e-7),)
+    assert_faded(faded.flatten(), weight, weight.abs().double() > threshold)
+
+
+def test_the_last_size_that_torch_quantile_takes():
+    """Up to here ranks are computed in float32, as torch does: 15099493 here, exactly ...93.5."""
+    weight, _ = all_different(QUANTILE_LIMIT)
+    assert magnitude_threshold(weight, 0.9).value == paper_threshold(weight, 0.9)
+
+
+# Branches ----------------------------------------------------------------------------------
+
+
+@given(branches=st.integers(1, 64), strength=st.floats(0, 2))
+def test_sparsities_rise_in_equal_steps_from_zero_to_at_most_one(branches, strength):
+    found = fade_sparsities(branches, strength)
+    assert found == [min(1.0, strength * i / branches) for i in range(branches)]
+    assert found[0] == 0
+    assert found == sorted(found)
+    if strength <= 1:
+        assert sum(found) == pytest.approx(strength * (branches - 1) / 2)
+
+
+def test_published_setting_asks_for_27_of_64_of_gate_and_up():
+    assert sum(fade_sparsities(16, 0.9)) / 16 == pytest.approx(27 / 64)
+
+
+@st.composite
+def faded_mlps(draw):
+    """An MLP with its branch sizes, of which the first ones may be all that is left."""
+    dtype = draw(st.sampled_from(DTYPES))
+    branches = draw(st.integers(1, 9))
+    sizes = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=branches)))
+    d_ff, d_model = sum(sizes), draw(st.integers(1, 6))
+    matrix = weights(dtype, max_size=40).map(
+        lambda pool: pool[torch.arange(d_ff * d_model) * 37 % len(pool)].view(d_ff, d_model)
+    )
+    mlp = MLPWeights(
+        gate=draw(st.none() | matrix),
+        up=draw(matrix),
+        down=torch.randn(d_model, d_ff, generator=torch.Generator().manual_seed(5)).to(dtype),
+        gate_bias=torch.ones(d_ff, dtype=dtype),
+        up_bias=torch.ones(d_ff, dtype=dtype),
+        down_bias=torch.ones(d_model, dtype=dtype),
+        activation=F.silu,
+    )
+    return mlp, sizes, branches
+
+
+@given(case=faded_mlps(), strength=st.floats(0.001, 2))
+@example(
+    case=(
+        MLPWeights(None, torch.ones(3, 2), torch.ones(2, 3), None, None, None, F.relu),
+        (1, 1, 1),
+        3,
+    ),
+    strength=2.0,
+)
+def test_each_branch_fades_against_its_own_magnitudes(case, strength):
+    mlp, sizes, branches = case
+    before = {f.name: getattr(mlp, f.name) for f in fields(mlp)}
+    copies = {k: v.clone() for k, v in before.items() if isinstance(v, torch.Tensor)}
+    shares = fade_sparsities(branches, strength)[: len(sizes)]
+    faded, thresholds = fade(mlp, sizes, shares)
+    assert set(thresholds) == {n for n in ("gate", "up") if any(shares) and before[n] is not None}
+    for name in ("down", "gate_bias", "up_bias", "down_bias", "activation"):
+        assert getattr(faded, name) is before[name]
+    for name, copy in copies.items():
+        assert torch.equal(bits(before[name]), bits(copy))  # the source was not written to
+    assert (faded.gate is None) == (mlp.gate is None)
+    for name in ("gate", "up"):
+        if before[name] is None:
+            continue
+        if len(sizes) == 1:
+            assert getattr(faded, name) is before[name]
+            continue
+        parts = zip(getattr(faded, name).split(sizes), before[name].split(sizes), strict=True)
+        for branch, (part, source) in enumerate(parts):
+            if branch == 0:
+                assert torch.equal(bits(part), bits(source))
+                assert thresholds[name][0] == 0
+                continue
+            share = min(1.0, strength * branch / branches)
+            assert_faded(part, source, paper_mask(source, share))
+            assert thresholds[name][branch] == paper_threshold(source, share)
+            if share == 1:
+                assert not part.any()
+
+
+@pytest.mark.parametrize("shares", [[0.0, 0.0], [0.0]])
+def test_nothing_to_fade_changes_nothing(shares):
+    up = torch.ones(4, 2)
+    mlp = MLPWeights(up, up, up.T, None, None, None, F.silu)
+    assert fade(mlp, (4 // len(shares),) * len(shares), shares) == (mlp, {})

@@ -1,0 +1,327 @@
+"""A spec is right or refused with the allowed values, and survives every form it can take."""
+
+import dataclasses
+import json
+import shlex
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlpmoe.core.compensation import COMPENSATIONS
+from mlpmoe.core.errors import SpecError, UserError
+from mlpmoe.core.spec import MAX_FADE, METHODS, PRESETS, ConversionSpec
+
+HUGE = 10**6000  # Python refuses to print it, and it overflows a float
+
+
+@st.composite
+def specs(draw):
+    branches = draw(st.integers(1, 10**6))
+    return ConversionSpec(
+        method=draw(st.sampled_from(METHODS)),
+        branches=branches,
+        fade=draw(st.floats(0, MAX_FADE)),
+        keep=draw(st.none() | st.integers(1, branches)),
+        compensation=draw(st.sampled_from(sorted(COMPENSATIONS))),
+    )
+
+
+def refusal(**values):
+    with pytest.raises(SpecError) as caught:
+        ConversionSpec(**values)
+    message = str(caught.value)
+    assert_readable(message)
+    return message
+
+
+def assert_readable(message):
+    assert len(message) < 250
+    assert message.isprintable()
+    assert message.endswith(".")
+
+
+# Validation --------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_paper_s_and_change_nothing():
+    spec = ConversionSpec()
+    assert (spec.method, spec.branches, spec.fade, spec.keep) == ("mlpmoe", 16, 0.0, None)
+    assert spec.compensation == "sqrt"
+    assert spec.kept == 16
+    assert spec.alpha == 1
+
+
+def test_fields_are_given_by_name_and_stay():
+    with pytest.raises(TypeError):
+        ConversionSpec("mlpmoe", 16)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ConversionSpec().branches = 4
+    assert len({ConversionSpec(branches=4), ConversionSpec(branches=4)}) == 1
+
+
+@pytest.mark.parametrize("branches", [0, -1, -(10**30)])
+def test_too_few_branches(branches):
+    message = refusal(branches=branches)
+    assert message.startswith("branches (B) must be at least 1, not ")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [16.0, "16", True, False, float("nan"), None, [16], 16 + 0j, np.bool_(True), torch.tensor(3.5)],
+    ids=repr,
+)
+def test_branches_and_keep_are_whole_numbers(value):
+    message = refusal(branches=value)
+    assert message.startswith("branches (B) must be a whole number, not ")
+    if value is not None:
+        assert refusal(keep=value).startswith("keep (K) must be a whole number, not ")
+
+
+@pytest.mark.parametrize("keep", [0, -1, 9, 10**30])
+def test_keep_lies_between_one_and_branches(keep):
+    message = refusal(branches=8, keep=keep)
+    assert f"keep (K) is {keep}" in message
+    assert "between 1 and branches (B) = 8" in message
+
+
+@pytest.mark.parametrize("name", ["branches", "keep", "fade"])
+@pytest.mark.parametrize("value", [HUGE, -HUGE], ids=["huge", "minus huge"])
+def test_numbers_that_cannot_even_be_printed(name, value):
+    if (name, value) != ("branches", HUGE):
+        refusal(**{name: value})
+        return
+    with pytest.raises(SpecError) as caught:
+        ConversionSpec(branches=value).check_fits(172)
+    assert_readable(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "fade",
+    [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        -0.001,
+        2.0001,
+        1e308,
+        10**400,
+        True,
+        "0.9",
+        "",
+        None,
+        [0.9],
+        0.9 + 0j,
+        Decimal("0.9"),
+        np.float32("nan"),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_fade_is_a_number_from_zero_to_two(fade):
+    message = refusal(fade=fade)
+    assert message.startswith("fade must be a number between 0 and 2, not ")
+
+
+def test_boundaries_are_allowed():
+    assert ConversionSpec(branches=1, keep=1, fade=0).kept == 1
+    assert ConversionSpec(branches=8, keep=8, fade=2).fade == 2.0
+    assert ConversionSpec(fade=-0.0).fade == 0
+
+
+def test_other_number_types_become_plain_ones():
+    spec = ConversionSpec(branches=np.int64(8), keep=np.int32(4), fade=np.float32(0.5))
+    assert spec == ConversionSpec(branches=8, keep=4, fade=0.5)
+    assert [type(value) for value in spec.to_dict().values()] == [str, int, float, int, str]
+    assert ConversionSpec(fade=Fraction(1, 2)).fade == 0.5
+    json.dumps(spec.to_dict())
+
+
+@pytest.mark.parametrize("name", ["method", "compensation"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "none ",
+        "MLPMOE",
+        "smart",
+        None,
+        3,
+        ["sqrt"],
+        "x" * 10**6,
+        "\u202etrqs",
+        "\ud800",
+        "\0\n",
+    ],
+    ids=lambda value: ascii(value)[:12],
+)
+def test_names_are_among_the_known_ones(name, value):
+    message = refusal(**{name: value})
+    allowed = METHODS if name == "method" else COMPENSATIONS
+    assert message.startswith(f"{name} must be one of {', '.join(allowed)}; got ")
+
+
+def test_branches_must_fit_the_model():
+    spec = ConversionSpec(branches=173)
+    spec.check_fits(173)
+    with pytest.raises(SpecError, match=r"173.* 172 neurons.* between 1 and 172"):
+        spec.check_fits(172)
+
+
+@pytest.mark.parametrize("value", [None, 1, -1, 0.5, "a", True, [], float("nan"), object()])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ConversionSpec)])
+def test_nothing_but_a_spec_error_ever_comes_out(name, value):
+    try:
+        spec = ConversionSpec(**{name: value})
+    except SpecError as error:
+        assert isinstance(error, UserError)
+    else:
+        assert getattr(spec, name) == value
+
+
+# Forms -------------------------------------------------------------------------------------
+
+
+@given(spec=specs())
+def test_dict_round_trip(spec):
+    values = spec.to_dict()
+    assert list(values) == [field.name for field in dataclasses.fields(spec)]
+    assert ConversionSpec.from_dict(values) == spec
+    assert ConversionSpec.from_dict(json.loads(json.dumps(values))) == spec
+
+
+@given(spec=specs())
+def test_query_round_trip(spec):
+    query = spec.to_query()
+    assert ConversionSpec.from_query(query) == spec
+    assert set(query) <= set(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-=&+%"
+    )
+
+
+@given(spec=specs())
+def test_python_round_trip(spec):
+    assert eval(spec.to_python(), {"ConversionSpec": ConversionSpec}) == spec
+
+
+@given(spec=specs())
+def test_flags_round_trip(spec):
+    words = shlex.split(spec.to_flags())
+    flags, values = words[::2], words[1::2]
+    assert all(flag.startswith("--") for flag in flags)
+    assert not any(value.startswith("-") for value in values)
+    query = "&".join(f"{f[2:]}={v}" for f, v in zip(flags, values, strict=True))
+    assert ConversionSpec.from_query(query) == spec
+
+
+def test_forms_are_short():
+    spec = ConversionSpec(fade=0.9, keep=12)
+    assert spec.to_query() == "branches=16&fade=0.9&keep=12"
+    assert spec.to_python() == "ConversionSpec(branches=16, fade=0.9, keep=12)"
+    assert spec.to_flags() == "--branches 16 --fade 0.9 --keep 12"
+    assert ConversionSpec().to_query() == "branches=16"
+
+
+def query_refusal(query):
+    with pytest.raises(SpecError) as caught:
+        ConversionSpec.from_query(query)
+    message = str(caught.value)
+    assert_readable(message)
+    return message
+
+
+def test_empty_query_is_the_default():
+    assert ConversionSpec.from_query("") == ConversionSpec()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "branches=",
+        "branches=x",
+        "branches=16.0",
+        "branches=1e3",
+        "keep=all",
+        "fade=much",
+        "keep=",
+        "fade=",
+        f"branches={'9' * 10_000}",
+        f"keep={'x' * 10_000}",
+        "fade=%E2%80%AE0.9",
+        "fade=0,9",
+        "branches=%00",
+    ],
+    ids=lambda query: query[:20],
+)
+def test_queries_with_unreadable_numbers(query):
+    name = query.partition("=")[0]
+    assert query_refusal(query).startswith(f"{name} must be a number, not ")
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("branches=0", "at least 1"),
+        ("branches=8&keep=9", "between 1 and branches (B) = 8"),
+        ("fade=nan", "between 0 and 2"),
+        ("fade=inf", "between 0 and 2"),
+        ("fade=-1", "between 0 and 2"),
+        ("method=magic", "mlpmoe"),
+        ("compensation=", "sqrt, none"),
+    ],
+)
+def test_queries_with_values_out_of_range(query, words):
+    assert words in query_refusal(query)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Branches", "b", "__class__", "kept", "to_dict", "<img onerror=1>", "x" * 10**5, "\u202e"],
+)
+def test_unknown_fields_are_named(name):
+    allowed = "method, branches, fade, keep, compensation"
+    message = query_refusal(f"branches=4&{name}=1")
+    assert message.startswith("unknown field ")
+    assert ascii(name)[1:8] in message
+    assert allowed in message
+    with pytest.raises(SpecError, match="unknown field"):
+        ConversionSpec.from_dict({"branches": 4, name: 1})
+
+
+def test_keys_of_any_type_are_refused_alike():
+    with pytest.raises(SpecError, match="unknown field"):
+        ConversionSpec.from_dict({1: 2, "a": 3, None: 4})
+
+
+@given(query=st.text(max_size=60))
+def test_no_query_breaks_it(query):
+    try:
+        ConversionSpec.from_query(query)
+    except SpecError as error:
+        assert_readable(str(error))
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from([field.name for field in dataclasses.fields(ConversionSpec)]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    )
+)
+def test_no_json_breaks_it(values):
+    try:
+        ConversionSpec.from_dict(values)
+    except SpecError as error:
+        assert_readable(str(error))
+
+
+# Presets -----------------------------------------------------------------------------------
+
+
+def test_presets_are_named_specs():
+    assert all(type(spec) is ConversionSpec for spec in PRESETS.values())
+    assert len(set(PRESETS.values())) == len(PRESETS)
+    assert ConversionSpec(branches=16, fade=0.9) in PRESETS.values()
+    assert ConversionSpec(branches=16, keep=12) in PRESETS.values()

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from mlpmoe.core.errors import UserError
+from mlpmoe.models import host
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+def test_dtypes_by_name():
+    assert host.parse_dtype("auto") is None
+    assert host.parse_dtype("bfloat16") is torch.bfloat16
+    assert host.parse_dtype(torch.float64) is torch.float64
+
+
+@pytest.mark.parametrize("dtype", ["int8", "", "float8_e4m3fn", torch.int8, 16, None, "x" * 10_000])
+def test_other_dtypes_are_refused_with_the_list(dtype):
+    with pytest.raises(UserError) as caught:
+        host.parse_dtype(dtype)
+    message = str(caught.value)
+    assert message.endswith("allowed are auto, float32, bfloat16, float16, float64.")
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("device", ["quantum", "cuda:99", "meta", "", "cpu cpu", 3.5, None])
+def test_other_devices_are_refused_with_the_list(device):
+    with pytest.raises(UserError, match=r"this machine has .*cpu, and auto chooses"):
+        host.parse_device(device)
+
+
+def test_devices(monkeypatch):
+    assert host.parse_device("cpu") == CPU
+    assert host.parse_device(CPU) == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert host.parse_device("auto") == GPU
+    assert host.parse_device("cuda") == GPU
+    assert host.parse_device("cuda:1") == torch.device("cuda", 1)
+    assert host.parse_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert host.parse_device("auto") == torch.device("mps")
+
+
+def test_auto_dtype(monkeypatch):
+    def choose(device, parameters, saved=torch.bfloat16, dtype=None):
+        return host.choose_dtype(dtype, device=device, parameters=parameters, saved=saved)
+
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: True)
+    assert choose(CPU, 135_000_000) is torch.float32
+    assert choose(CPU, 494_000_000) is torch.bfloat16
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: False)
+    assert choose(CPU, 494_000_000) is torch.float32
+    assert choose(CPU, 135_000_000, dtype=torch.float16) is torch.float16
+    assert choose(GPU, 135_000_000) is torch.bfloat16
+    assert choose(GPU, 135_000_000, saved=torch.float8_e4m3fn) is torch.float32
+    with pytest.raises(UserError, match="no float64"):
+        choose(torch.device("mps"), 1, dtype=torch.float64)
+
+
+def test_cpu_capability_survives_a_torch_without_the_private_checks(monkeypatch):
+    assert host.cpu_has_bfloat16() in (True, False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not host.cpu_has_bfloat16()
+
+
+def write_group(folder: Path, limit: str, usage: str, cache: int, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cache}\nother 2\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_container_limits_count_and_page_cache_does_not(tmp_path, version):
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
+    assert host.cgroup_headroom(tmp_path, membership) is None
+    write_group(root / "outer" / "inner", "max", "5000", 0, version)
+    assert host.cgroup_headroom(tmp_path, membership) is None
+    write_group(root / "outer", "10000", "7000", 2000, version)  # the group around counts too
+    assert host.cgroup_headroom(tmp_path, membership) == 5000
+    write_group(root / "outer" / "inner", "6000", "7000", 500, version)
+    assert host.cgroup_headroom(tmp_path, membership) == 0
+    assert host.cgroup_headroom(tmp_path / "nowhere", tmp_path / "missing") is None
+
+
+def test_available_memory(monkeypatch):
+    monkeypatch.setattr(host, "cgroup_headroom", lambda: None)
+    assert 0 < host.available_memory(CPU) <= psutil.virtual_memory().total
+    monkeypatch.setattr(host, "cgroup_headroom", lambda: 12345)
+    assert host.available_memory(CPU) == 12345
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (777, 999))
+    assert host.available_memory(GPU) == 777
+
+    def no_driver(device):
+        raise RuntimeError("no NVIDIA driver")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", no_driver)
+    assert host.available_memory(GPU) is None
+
+
+def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path):
+    assert host.free_disk(tmp_path / "not" / "yet") > 0
