@@ -12,6 +12,7 @@ prints the loss of the model in `--out` (this folder) on texts, and three greedy
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -82,7 +83,7 @@ def split_unmarked(text: str) -> list[str]:
     a story; otherwise only a usual opening is."""
     pieces = re.split(r"(?<!\n)\n(?!\n)", re.sub(r"[ \t]+\n", "\n", text.strip()))
     stories = pieces[:1]
-    for before, piece in zip(pieces, pieces[1:], strict=False):
+    for before, piece in itertools.pairwise(pieces):
         spaced = "\n\n" in before and "\n\n" in piece
         if OPENING.match(piece) or (spaced and not INSIDE.match(piece)):
             stories.append(piece)
@@ -224,7 +225,7 @@ def train(model, tokenizer, stories: list[str], held_out: list[str], config: Con
         lambda module, _, output: F.dropout(output, config.dropout, module.training)
     )
     rng = random.Random(config.seed)
-    encoded = [tokenizer(s, verbose=False).input_ids + [tokenizer.eos_token_id] for s in stories]
+    encoded = [[*tokenizer(s, verbose=False).input_ids, tokenizer.eos_token_id] for s in stories]
     average = build_model(config)
     average.load_state_dict(model.state_dict())
     best, best_bits, queue, step, seen = None, math.inf, [], 0, 0

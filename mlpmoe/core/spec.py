@@ -139,6 +139,6 @@ def _fade(value: Any) -> float:
 PRESETS = {
     "All 16 branches": ConversionSpec(branches=16),
     "Fractal Fade (paper)": ConversionSpec(branches=16, fade=0.9),
-    "Compensated Pruning (paper), 12 of 16": ConversionSpec(branches=16, keep=12),
-    "Keep 12 of 16, no compensation": ConversionSpec(branches=16, keep=12, compensation="none"),
+    "Keep 12 of 16 (paper)": ConversionSpec(branches=16, keep=12),
+    "Keep 12 of 16, not scaled": ConversionSpec(branches=16, keep=12, compensation="none"),
 }

@@ -111,7 +111,7 @@ def convert_panel() -> ConvertPanel:
     )  # fmt: skip
     fade = gr.Slider(
         0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
-        info="zeroes small weights; paper: 0.9",
+        info="zeroes small weights",
     )  # fmt: skip
     keep = gr.Slider(
         1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
@@ -137,7 +137,7 @@ def convert_panel() -> ConvertPanel:
     with gr.Accordion("The same in Python and in the shell", open=False):
         snippet = gr.Code(
             language="python", show_label=False, buttons=["copy"], elem_id="snippet",
-            interactive=False, lines=6,
+            interactive=False, lines=6, wrap_lines=True, show_line_numbers=False,
         )  # fmt: skip
     return ConvertPanel(
         preset, branches, fade, keep, compensation, text, measure, stop, snippet

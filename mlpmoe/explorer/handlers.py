@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from html import escape
 from inspect import isgeneratorfunction
+from numbers import Integral, Real
 from time import monotonic
 from typing import Any
 
@@ -46,8 +47,8 @@ def readable(handler: Callable) -> Callable:
     """Turn what a user can mend into a message on the page; log anything else and say so."""
 
     def shown(error: Exception) -> gr.Error:
-        if isinstance(error, UserError):
-            return gr.Error(str(error), print_exception=False)
+        if isinstance(error, UserError):  # toasts show HTML, and a link can name an image in it
+            return gr.Error(_sentence(error), title="Not possible", print_exception=False)
         logger.exception("%s failed", handler.__name__)
         return gr.Error(
             "Something went wrong on the server; nothing was changed. Please try again.",
@@ -91,8 +92,10 @@ class Handlers:
             if known:
                 spec = ConversionSpec.from_query("&".join(f"{k}={v}" for k, v in known.items()))
                 spec.check_fits(self.workbench.loaded(DEMO_KEY).d_ff)
+                if spec.branches > MAX_BRANCHES:
+                    raise UserError(f"this page offers at most {MAX_BRANCHES} branches (B).")
         except UserError as error:
-            gr.Warning(f"This link cannot be used as it is: {error} Showing the defaults.")
+            gr.Warning(f"{_sentence(error)} The page opens with its defaults.", title="Broken link")
             spec = ConversionSpec()
         if model != DEMO_KEY:
             gr.Info(f"This link is about {escape(model[:80])}. Press Load to load it.")
@@ -103,6 +106,7 @@ class Handlers:
         loaded = self.workbench.loaded(model)
         if name not in PRESETS:
             return (gr.skip(),) * 5
+        PRESETS[name].check_fits(loaded.d_ff)
         return self._spec_updates(loaded, PRESETS[name])
 
     def _spec_updates(self, loaded: LoadedModel, spec: ConversionSpec) -> tuple:
@@ -120,7 +124,7 @@ class Handlers:
         unchanged = (gr.skip(),) * 4
         for step in self.workbench.load(name):
             if isinstance(step, str):
-                yield f"<p>{escape(name[:80])}: {escape(step)} …</p>", *unchanged
+                yield f"<p>{escape(str(name)[:80])}: {escape(step)} …</p>", *unchanged
         loaded = step
         yield (
             status_line(loaded),
@@ -205,17 +209,19 @@ class Handlers:
             now = monotonic()
             if now - shown > 1 / UPDATES_PER_SECOND:
                 shown = now
-                yield writings[0].text, writings[1].text, f"<p>writing with {describe(spec)} …</p>"
+                yield *_texts(writings), f"<p>writing with {describe(spec)} …</p>"
             if now - started > WRITING_SECONDS:
                 gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
                 break
-        yield writings[0].text, writings[1].text, writing_report(loaded, spec, writings)
+        yield *_texts(writings), writing_report(loaded, spec, writings)
 
     def _measure(
         self, loaded: LoadedModel, spec: ConversionSpec, text: str, request: gr.Request
     ) -> Iterator[tuple[str, str]]:
         """The cards of perplexity and speed, as the measurement goes on."""
         look = (loaded.key, spec, text)
+        if loaded.known_evaluation(spec, text) is None:
+            yield self._measured_cards(loaded, spec, text, "measuring …")
         for step in loaded.evaluate(spec, text):
             if self._latest.get(request.session_hash) != look:
                 return  # overtaken by a later change
@@ -256,6 +262,11 @@ class Handlers:
             self._latest.popitem(last=False)
 
 
+def _sentence(error: UserError) -> str:
+    message = str(error)
+    return escape(message[:1].upper() + message[1:], quote=False)
+
+
 def settle_keep(branches: int, keep: int, branches_before: int) -> int:
     """K after B moved: all branches stay all, and K never exceeds B."""
     return branches if keep == branches_before else min(keep, branches)
@@ -265,10 +276,14 @@ def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:
     """Raise UserError for what the components forbid, since the API can send anything."""
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
         raise UserError(f"the prompt must be a text of at most {MAX_PROMPT:,} characters.")
-    if isinstance(tokens, bool) or tokens != tokens or not 1 <= tokens <= MAX_NEW_TOKENS:
-        raise UserError(f"tokens must lie between 1 and {MAX_NEW_TOKENS}.")
-    if isinstance(temperature, bool) or not 0 <= temperature <= 2:
-        raise UserError("temperature must lie between 0 and 2.")
+    if not _is(Integral, tokens) or not 1 <= tokens <= MAX_NEW_TOKENS:
+        raise UserError(f"tokens must be a whole number between 1 and {MAX_NEW_TOKENS}.")
+    if not _is(Real, temperature) or not 0 <= temperature <= 2:
+        raise UserError("temperature must be a number between 0 and 2.")
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def writing_report(loaded: LoadedModel, spec: ConversionSpec, writings: tuple[Writing, ...]) -> str:
@@ -294,9 +309,16 @@ def writing_report(loaded: LoadedModel, spec: ConversionSpec, writings: tuple[Wr
     return f"<p>Written with {escape(describe(spec))}. {parting}</p><table>{rows}</table>"
 
 
+def _texts(writings: tuple[Writing, ...]) -> tuple[str, ...]:
+    return tuple(writing.text.lstrip() for writing in writings)
+
+
 def _spec(branches: int, fade: float, keep: int, compensation: str) -> ConversionSpec:
-    """The spec of the controls; keeping all is `keep=None`, so that equal specs are equal."""
-    keep_all = keep == branches
+    """The spec of the controls; keeping all is `keep=None`, so that equal specs are equal.
+
+    K exceeds B for a moment while B is moved down; then all are kept, as `settle_keep` decides.
+    """
+    keep_all = keep >= branches
     return ConversionSpec(
         branches=branches,
         fade=fade,

@@ -85,6 +85,8 @@ Fade zeroes the smallest weights of gate and up, more in later branches: Q is th
 sizes |w| in that branch. Branch 0 and all of down stay as they are.
 """
     mlp = branched_mlps(loaded.converted(spec))[layer]
+    if spec.fade and spec.kept == 1:
+        return text + "\nOnly branch 0 is left now, and fade does not touch it.\n"
     if not mlp.fade_thresholds:
         return text + "\nFade is 0 now, so every weight stays. Move the slider and read on.\n"
     example = spec.kept // 2

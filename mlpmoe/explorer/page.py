@@ -33,6 +33,7 @@ from .workbench import Workbench
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
 PRIVATE = {"api_visibility": "private"}
 QUIET = {**PRIVATE, "show_progress": "hidden"}
+RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50) }"
 HEADER = """# mlpmoe
 Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
 what it saves. Nothing is trained."""
@@ -87,13 +88,14 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             with gr.Column(scale=4, min_width=320):
                 cards = cards_panel()
                 with gr.Tabs(elem_id="tabs"):
-                    with gr.Tab("Branches", id="branches"):
+                    with gr.Tab("Branches", id="branches") as branches_tab:
                         branches = branches_panel(len(first.mlps), first.projections)
                     with gr.Tab("Generations", id="generations"):
                         generations = generations_panel()
                     with gr.Tab("How it works", id="how"):
                         lesson = lesson_panel()
         gr.Markdown(FOOTER, elem_id="footer")
+        add_endpoints(workbench)  # first, since a listener's name would be taken from them
         handlers = Handlers(workbench)
         sliders = [convert.branches, convert.fade, convert.keep, convert.compensation]
         spec = [state.model, *sliders]
@@ -101,7 +103,8 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         changed = _wire_preview(handlers, state, convert, cards, branches, lesson, spec)
         _wire_measurement(handlers, convert, cards, spec, changed)
         _wire_generations(handlers, generations, spec)
-        add_endpoints(workbench)
+        # A plot that was redrawn while its tab was hidden had no width to fit into.
+        branches_tab.select(None, js=RESIZE, **PRIVATE)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
 

@@ -49,11 +49,12 @@ def branch_histograms(
             dashes += [(threshold, b, ""), (threshold, b - RIDGE_REACH, ""), (None, None, "")]
         if above:
             stays += _area(above, b)
+    width = 1 if branches <= 32 else 0.5  # many outlines would hide their fillings
     figure = go.Figure(
         [
-            _filled(dropped, "dropped by K", GREY, 0.15),
-            _filled(zeroed, "zeroed by fade", DAMAGE[2], 0.55),
-            _filled(stays, "stays", CONVERTED, 0.55),
+            _filled(dropped, "dropped by K", GREY, 0.15, width),
+            _filled(zeroed, "zeroed by fade", DAMAGE[2], 0.55, width),
+            _filled(stays, "stays", CONVERTED, 0.55, width),
             go.Scatter(
                 x=[p[0] for p in dashes],
                 y=[p[1] for p in dashes],
@@ -119,7 +120,9 @@ def _height_at(points: Sequence[Point], x: float) -> float:
     return points[-1][1]
 
 
-def _filled(points: list[Point], name: str, colour: str, opacity: float) -> go.Scatter:
+def _filled(
+    points: list[Point], name: str, colour: str, opacity: float, width: float
+) -> go.Scatter:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return go.Scatter(
         x=[p[0] for p in points],
@@ -128,7 +131,7 @@ def _filled(points: list[Point], name: str, colour: str, opacity: float) -> go.S
         mode="lines",
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},{opacity})",
-        line={"color": colour, "width": 1},
+        line={"color": colour, "width": width},
         hoveron="points",
         hovertemplate="%{text} near |w| = %{x:.3g}<extra></extra>",
         name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def histograms(loaded: LoadedModel, spec: ConversionSpec, layer: int, projection
     layer = min(layer, len(mlps) - 1)
     weights = branch_weights(mlps[layer], projection)
     square = sum(float(w.float().square().sum()) for w in weights)
-    upper = HISTOGRAM_REACH * (square / sum(w.numel() for w in weights)) ** 0.5
+    upper = HISTOGRAM_REACH * (square / sum(w.numel() for w in weights)) ** 0.5 or 1.0
     dense, converted = (
         magnitudes(model, layer, projection, HISTOGRAM_BINS, upper)
         for model in (whole, loaded.converted(spec))
@@ -87,10 +88,10 @@ def preset_name(spec: ConversionSpec) -> str | None:
 def snippet(model: str, spec: ConversionSpec) -> str:
     """The run in Python, and in the shell as a comment."""
     return (
-        f"# python -m mlpmoe evaluate {model} {spec.to_flags()}\n"
         "from mlpmoe import ConversionSpec, convert, load\n\n"
         f"model, tokenizer = load({model!r})\n"
-        f"converted = convert(model, {spec.to_python()})\n"
+        f"converted = convert(model, {spec.to_python()})\n\n"
+        f"# or: python -m mlpmoe evaluate {shlex.quote(model)} {spec.to_flags()}\n"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.branched import branch_sizes
 from ..core.conversion import convert
 from ..core.errors import UserError
 from ..core.fade import fade_sparsities
@@ -127,7 +128,7 @@ class LoadedModel:
     @cached_property
     def report(self) -> ParameterReport:
         """The parameters of the dense model."""
-        return parameter_report(self.model, self._count_nonzero)
+        return parameter_report(self.model, lambda tensor: self._dense_nonzero.get(id(tensor)))
 
     @cached_property
     def tokens_per_second(self) -> float:
@@ -142,40 +143,49 @@ class LoadedModel:
             return self._conversions.get_or_make(spec, lambda: convert(self.model, spec))
 
     def converted_report(self, spec: ConversionSpec) -> ParameterReport:
-        """The parameters after conversion; tensors of the dense model are not counted again."""
+        """The parameters after conversion. Nothing is counted that was counted before: tensors of
+        the dense model, and branches."""
         with self._lock:
-            return self._reports.get_or_make(
-                spec, lambda: parameter_report(self.converted(spec), self._count_nonzero)
-            )
+            return self._reports.get_or_make(spec, lambda: self._report(spec))
 
-    def left(self, spec: ConversionSpec, quantity: str) -> Tensor:
-        """The share of each branch's non-zero weights ("nonzero") or squared weights ("energy")
-        that the conversion leaves; (layers, B), 0 to 1."""
-        whole = ConversionSpec(branches=spec.branches)
-        return self._sums_of(spec, quantity) / self._sums_of(whole, quantity).clamp(min=1e-30)
+    def _report(self, spec: ConversionSpec) -> ParameterReport:
+        model, sums = self.converted(spec), self.sums(spec, "nonzero")
+        known = dict(self._dense_nonzero)
+        for layer, mlp in enumerate(branched_mlps(model)):
+            for name, linear in mlp.projections.items():
+                known[id(linear.weight)] = int(sums[name][layer].sum())
+        return parameter_report(model, lambda tensor: known.get(id(tensor)))
 
-    def zeros(self, spec: ConversionSpec) -> Zeros:
-        """What fade asks for and what it does, over all layers."""
-        asked = zeroed = total = 0.0
-        sparsities = fade_sparsities(spec.branches, spec.fade)
-        for mlp in branched_mlps(self.converted(spec)):
-            faded = [linear.weight for name, linear in mlp.projections.items() if name != "down"]
-            size = sum(weight.numel() for weight in faded)
-            total += size
-            zeroed += size - sum(self._count_nonzero(weight) for weight in faded)
-            wanted = sum(n * s for n, s in zip(mlp.sizes, sparsities, strict=False))
-            asked += size * wanted / sum(mlp.sizes)
-        return Zeros(asked / total, zeroed / total)
-
-    def _sums_of(self, spec: ConversionSpec, quantity: str) -> Tensor:
+    def sums(self, spec: ConversionSpec, quantity: str) -> dict[str, Tensor]:
+        """`branch_sums` of the converted model."""
         with self._lock:
             return self._sums.get_or_make(
                 (spec, quantity), lambda: branch_sums(self.converted(spec), quantity)
             )
 
+    def left(self, spec: ConversionSpec, quantity: str) -> Tensor:
+        """The share of each branch's non-zero weights ("nonzero") or squared weights ("energy")
+        that the conversion leaves; (layers, B), 0 to 1."""
+        left, whole = (
+            torch.stack(list(self.sums(s, quantity).values())).sum(0)
+            for s in (spec, ConversionSpec(branches=spec.branches))
+        )
+        return left / whole.clamp(min=1e-30)
+
+    def zeros(self, spec: ConversionSpec) -> Zeros:
+        """What fade asks for and what it does, over all layers."""
+        sizes = torch.tensor([branch_sizes(m.weights.d_ff, spec.branches) for m in self.mlps])
+        weights = (sizes * self.mlps[0].weights.d_model)[:, : spec.kept].double()  # (layers, K)
+        asked = torch.tensor(fade_sparsities(spec.branches, spec.fade)[: spec.kept])
+        faded = [s[:, : spec.kept] for p, s in self.sums(spec, "nonzero").items() if p != "down"]
+        return Zeros(
+            requested=float((weights * asked).sum() / weights.sum()),
+            realised=float(1 - sum(faded).sum() / (len(faded) * weights.sum())),
+        )
+
     def text(self, key: str) -> EncodedText:
         """One of the built-in texts, encoded."""
-        if key not in TEXTS:
+        if not isinstance(key, str) or key not in TEXTS:
             raise UserError(f"no text is called {key!r:.60}; allowed: {', '.join(TEXTS)}.")
         with self._lock:
             if key not in self._texts:
@@ -206,7 +216,8 @@ class LoadedModel:
         """
         encoded = self.text(text)
         models = {None: lambda: self.model, spec: lambda: self.converted(spec)}
-        missing = [s for s in models if (s, text) not in self._perplexities]
+        known = {s: self._perplexities.get((s, text)) for s in models}
+        missing = [s for s in models if known[s] is None]
         total, done = len(missing) * encoded.scored_tokens, 0
         for key in missing:
             losses: list[Tensor] = []
@@ -214,12 +225,14 @@ class LoadedModel:
                 losses.append(piece)
                 done += len(piece)
                 yield Progress(done, total)
-            measured = summarise(torch.cat(losses), encoded.scored_bytes)
-            with self._lock:
-                self._perplexities.get_or_make((key, text), lambda found=measured: found)
-        evaluation = self.known_evaluation(spec, text)
-        assert evaluation is not None
-        yield evaluation
+            known[key] = summarise(torch.cat(losses), encoded.scored_bytes)
+            self._remember(key, text, known[key])
+        self._remember(None, text, known[None])  # used last, so that others make room first
+        yield Evaluation(known[None], known[spec], compare(known[None], known[spec]))
+
+    def _remember(self, spec: ConversionSpec | None, text: str, measured: Perplexity) -> None:
+        with self._lock:
+            self._perplexities.get_or_make((spec, text), lambda: measured)
 
     def known_speed(self, spec: ConversionSpec) -> SpeedReport | None:
         return self._speeds.get(spec)
@@ -231,10 +244,6 @@ class LoadedModel:
             with self._lock:
                 self._speeds.get_or_make(spec, lambda: measured)
         return self._speeds[spec]
-
-    def _count_nonzero(self, tensor: Tensor) -> int:
-        known = self._dense_nonzero.get(id(tensor))
-        return int(torch.count_nonzero(tensor)) if known is None else known
 
 
 class Workbench:
@@ -318,5 +327,7 @@ def _in_thread(work: Callable[[Callable[[str, float | None], None]], T]) -> Gene
 
 def model_key(name: str) -> str:
     """One name per model: the catalogue's key where there is one."""
+    if not isinstance(name, str):
+        raise UserError("no model was named. Choose one of the list.")
     entry = find_entry(name)
     return entry.key if entry else name.strip()

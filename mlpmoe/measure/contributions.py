@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..core.branched import BranchedMLP, LoopedMLP
 from ..core.conversion import convert, convert_mlp, mlp_modules
+from ..core.errors import UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
 
@@ -33,9 +34,14 @@ def contributions(
     """Measure split and keep (not fade) of `spec` on the input that `layer`'s MLP gets for `ids`.
 
     model: dense. layer: 0-based. ids: (tokens,) int64. The sum of the branches is taken by the
-    paper's loop, in the model's dtype.
+    paper's loop, in the model's dtype. Raises UserError if there is no such layer or the MLP has
+    fewer neurons than `spec` has branches.
     """
-    weights = replace(read_mlps(model)[layer].weights, down_bias=None, adds_residual=False)
+    mlps = read_mlps(model)
+    if not 0 <= layer < len(mlps):
+        raise UserError(f"layer must lie between 0 and {len(mlps) - 1}, not {layer}.")
+    weights = replace(mlps[layer].weights, down_bias=None, adds_residual=False)
+    spec.check_fits(weights.d_ff)
     x = _mlp_input(model, layer, ids)  # (tokens, d_model)
     whole = BranchedMLP(weights, (weights.d_ff,))(x).float()
     loop = LoopedMLP(convert_mlp(weights, replace(spec, fade=0.0, keep=None)))

@@ -13,6 +13,8 @@ from ..core.branched import BranchedMLP
 from ..core.conversion import mlp_modules
 from ..core.errors import UserError
 
+EXACT_COUNT = 2**24  # torch.histc counts in float32, which cannot count further
+
 
 @dataclass(frozen=True)
 class Magnitudes:
@@ -48,7 +50,8 @@ def magnitudes(
     for weight in weights:
         magnitude = weight.abs().float().flatten()
         zero = int(magnitude.numel() - torch.count_nonzero(magnitude))
-        histogram = torch.histc(magnitude, bins, min=0, max=upper).long().cpu()
+        pieces = magnitude.split(EXACT_COUNT)
+        histogram = sum(torch.histc(piece, bins, min=0, max=upper).long() for piece in pieces).cpu()
         histogram[0] -= zero
         counts.append(histogram)
         zeros.append(zero)
@@ -66,18 +69,19 @@ QUANTITIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def branch_sums(model: PreTrainedModel, quantity: str) -> Tensor:
-    """What every branch of a converted model holds, its projections together.
+def branch_sums(model: PreTrainedModel, quantity: str) -> dict[str, Tensor]:
+    """What every branch of a converted model holds, projection by projection.
 
     quantity: "nonzero" (weights that are not zero) or "energy" (sum of squared weights).
-    Returns (layers, B) float64; branches that were dropped hold 0.
+    Returns (layers, B) float64 for each projection; branches that were dropped hold 0.
     """
     mlps = branched_mlps(model)
-    sums = torch.zeros(len(mlps), mlps[0].branches, dtype=torch.float64)
+    shape = len(mlps), mlps[0].branches
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in mlps[0].projections}
     for layer, mlp in enumerate(mlps):
-        for projection in mlp.projections:
+        for projection, total in sums.items():
             for branch, weight in enumerate(branch_weights(mlp, projection)):
-                sums[layer, branch] += QUANTITIES[quantity](weight).item()
+                total[layer, branch] = QUANTITIES[quantity](weight).item()
     return sums
 
 

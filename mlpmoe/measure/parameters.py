@@ -27,17 +27,20 @@ class ParameterReport:
 
 
 def parameter_report(
-    model: PreTrainedModel, count_nonzero: Callable[[Tensor], int] | None = None
+    model: PreTrainedModel, known_nonzero: Callable[[Tensor], int | None] | None = None
 ) -> ParameterReport:
     """Count the parameters of a dense or converted model.
 
     Multiply-adds leave out attention scores, which depend on the context length. A static
-    conversion runs all that it stores, so active_per_token equals total. `count_nonzero` may
-    replace the plain count, for a caller that remembers counts of unchanged tensors.
+    conversion runs all that it stores, so active_per_token equals total. `known_nonzero(parameter)`
+    may give a count that the caller remembers; None has the parameter counted.
     """
-    count_nonzero = count_nonzero or (lambda tensor: int(torch.count_nonzero(tensor)))
     mlps = mlp_modules(model)
-    nonzero = {id(p): count_nonzero(p.detach()) for p in model.parameters()}
+    nonzero = {}
+    for parameter in model.parameters():
+        known = known_nonzero(parameter) if known_nonzero else None
+        count = torch.count_nonzero(parameter) if known is None else known
+        nonzero[id(parameter)] = int(count)
     total = sum(p.numel() for p in model.parameters())
     mlp_parameters = list({id(p): p for mlp in mlps for p in mlp.parameters()}.values())
     return ParameterReport(

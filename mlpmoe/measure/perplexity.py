@@ -78,6 +78,24 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def choose_window(
+    model: PreTrainedModel, window: int | None = None, stride: int | None = None
+) -> tuple[int, int]:
+    """Window and stride, in tokens, with the defaults of `perplexity` filled in; UserError if they
+    do not fit the model or each other."""
+    limit = context_length(model)
+    if window is None:
+        window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    if window < 2 or (limit and window > limit):
+        raise UserError(
+            f"window must lie between 2 and the model's context of {limit} tokens, not {window}."
+        )
+    stride = window // 2 if stride is None else stride
+    if not 1 <= stride < window:
+        raise UserError(f"stride must lie between 1 and window - 1 = {window - 1}, not {stride}.")
+    return window, stride
+
+
 def window_losses(
     model: PreTrainedModel, text: EncodedText, window: int | None = None, stride: int | None = None
 ) -> Iterator[Tensor]:
@@ -87,7 +105,7 @@ def window_losses(
     shares with that one is context and not scored again. So each token is scored once, with
     at least window - stride tokens before it (where the text has them).
     """
-    window, stride = _window(model, window, stride)
+    window, stride = choose_window(model, window, stride)
     for document in text.documents:
         scored = 1  # tokens of this document that need no (more) scoring
         for start in range(0, len(document), stride):
@@ -142,20 +160,6 @@ def compare(dense: Perplexity, other: Perplexity) -> PerplexityChange:
     stderr = difference.std().item() / sqrt(len(difference)) if len(difference) > 1 else 0.0
     ratio = exp(mean) if mean < 700 else float("inf")
     return PerplexityChange(ratio, ratio * stderr, measurable=abs(mean) > 1.96 * stderr)
-
-
-def _window(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    limit = context_length(model)
-    if window is None:
-        window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
-    if window < 2 or (limit and window > limit):
-        raise UserError(
-            f"window must lie between 2 and the model's context of {limit} tokens, not {window}."
-        )
-    stride = window // 2 if stride is None else stride
-    if not 1 <= stride < window:
-        raise UserError(f"stride must lie between 1 and window - 1 = {window - 1}, not {stride}.")
-    return window, stride
 
 
 @torch.inference_mode()
