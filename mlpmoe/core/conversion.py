@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TypeVar
 from weakref import WeakSet
@@ -34,13 +35,17 @@ def convert(model: PreTrainedModel, spec: ConversionSpec) -> PreTrainedModel:
     proved against the original module on random input. Raises UnsupportedModelError if the model
     cannot be split, SpecError if the spec does not fit it.
     """
-    replacements = {}
-    for mlp in read_mlps(model):
+    mlps = read_mlps(model)
+    for mlp in mlps:
         spec.check_fits(mlp.weights.d_ff)
         _prove(mlp)
+    # Layers side by side: NumPy, which finds the fade thresholds, lets other threads run.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        converted = list(pool.map(lambda mlp: convert_mlp(mlp.weights, spec), mlps))
+    replacements = {}
+    for mlp, new in zip(mlps, converted, strict=True):
         # copied, since the activation in it is a module of the dense model
-        converted = _with_modules_replaced(convert_mlp(mlp.weights, spec), {})
-        replacements[mlp.module] = converted.train(mlp.module.training)
+        replacements[mlp.module] = _with_modules_replaced(new, {}).train(mlp.module.training)
     return _with_modules_replaced(model, replacements)
 
 

@@ -5,7 +5,7 @@ The published loop takes `torch.quantile(|w|.float(), s_i)` per branch: a full s
 selection: magnitudes of floating-point numbers order like their bit patterns without the sign,
 so the two order statistics around the quantile are found by an integer partition, and the mask
 is an integer comparison. On the CPU this runs in NumPy, one branch at a time, which stays in
-cache and needs no thread pool: it is as fast on a busy server as on an idle one.
+cache.
 """
 
 from __future__ import annotations
@@ -37,61 +37,36 @@ def fade_sparsities(branches: int, strength: float) -> list[float]:
     return [min(1.0, strength * i / branches) for i in range(branches)]
 
 
-def magnitude_threshold(weight: Tensor, sparsity: float) -> Threshold:
+def magnitude_threshold(
+    weight: Tensor, sparsity: float, memory: np.ndarray | None = None
+) -> Threshold:
     """The magnitude at quantile `sparsity` of `weight`, as torch.quantile(|w|.float(), s) gives it.
 
     `weight`: any shape, float16/bfloat16/float32/float64. The rank is computed in float32 as
     torch does, up to 2**24 elements; above, where torch has no answer, in float64. Quantiles
-    between two magnitudes are interpolated linearly, also as torch does.
+    between two magnitudes are interpolated linearly, also as torch does. `memory`: see
+    `_magnitude_bits`.
     """
-    last = weight.numel() - 1
-    if last < QUANTILE_LIMIT:
-        rank = float(torch.tensor(sparsity, dtype=torch.float32) * last)
-    else:
-        rank = sparsity * last
-    below, above = _order_statistics(weight, floor(rank), min(ceil(rank), last))
-    value = float(torch.lerp(below, above, torch.tensor(rank - floor(rank), dtype=torch.float32)))
-    return Threshold(value, cut=float(above) if value >= float(above) else float(below))
-
-
-def _order_statistics(weight: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The magnitudes of rank `low` and `high` (0-based) as float32 scalars."""
     weight = weight.detach()
     if weight.dtype == torch.float64:
-        weight = weight.float()
+        weight = weight.float()  # the paper compares in float32
+    last = weight.numel() - 1
+    if last < QUANTILE_LIMIT:
+        rank = float(np.float32(sparsity) * np.float32(last))
+    else:
+        rank = sparsity * last
+    low, high = floor(rank), min(ceil(rank), last)
     if weight.is_cuda:
         magnitudes = weight.abs().float().flatten()
-        found = [magnitudes.kthvalue(rank + 1).values.cpu() for rank in (low, high)]
-        return found[0], found[1]
-    magnitudes = _magnitude_bits(weight.cpu()).ravel()
-    magnitudes.partition(low)
-    next_up = magnitudes[low + 1 :].min() if high > low else magnitudes[low]
-    found = np.array([magnitudes[low], next_up])
-    below, above = torch.from_numpy(found).view(weight.dtype).float()
-    return below, above
-
-
-def _bits(weight: Tensor) -> np.ndarray:
-    """The bit patterns of a 16- or 32-bit float tensor on the CPU, as signed integers; a view
-    where the tensor is contiguous."""
-    bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    return weight.contiguous().view(bits).numpy()
-
-
-def _magnitude_bits(weight: Tensor) -> np.ndarray:
-    bits = _bits(weight)
-    return bits & np.iinfo(bits.dtype).max
-
-
-def _shrink(source: Tensor, threshold: Threshold, target: Tensor) -> None:
-    """target = source * (|source| > threshold), exactly."""
-    if source.dtype == torch.float64:  # the paper compares in float32
-        target.copy_(source * (source.abs().float() > threshold.value))
-    elif source.device.type == "cpu":
-        cut = _bits(torch.tensor([threshold.cut], dtype=source.dtype))
-        np.multiply(_bits(source), _magnitude_bits(source) > cut, out=_bits(target))
+        below, above = (magnitudes.kthvalue(k + 1).values.cpu() for k in (low, high))
     else:
-        target.copy_(F.hardshrink(source, threshold.cut))
+        bits = _magnitude_bits(weight.cpu(), memory).ravel()
+        bits.partition(low)
+        next_up = bits[low + 1 :].min() if high > low else bits[low]
+        found = np.array([bits[low], next_up])
+        below, above = torch.from_numpy(found).view(weight.dtype).float()
+    value = float(torch.lerp(below, above, rank - floor(rank)))
+    return Threshold(value, cut=float(above) if value >= float(above) else float(below))
 
 
 def fade_projection(
@@ -99,21 +74,56 @@ def fade_projection(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """Fade one projection (d_ff, d_model), branch by branch, each against its own quantile.
 
-    Returns the new weight and the threshold per branch (0.0 where nothing was asked for:
-    quantile 0 is the smallest magnitude, and a strict `>` would zero it).
+    Returns the new weight and the threshold per branch.
     """
     faded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    thresholds = []
+    memory = np.empty(max(sizes) * weight.shape[1], _integers(weight.dtype))
     pieces = zip(weight.detach().split(sizes), faded.split(sizes), sparsities, strict=True)
-    for source, target, sparsity in pieces:
-        if sparsity == 0:
-            target.copy_(source)
-            thresholds.append(0.0)
-            continue
-        threshold = magnitude_threshold(source, sparsity)
-        _shrink(source, threshold, target)
-        thresholds.append(threshold.value)
-    return faded, tuple(thresholds)
+    return faded, tuple(_fade_branch(*piece, memory) for piece in pieces)
+
+
+def _fade_branch(source: Tensor, target: Tensor, sparsity: float, memory: np.ndarray) -> float:
+    """Write the faded `source` into `target`, both (neurons, d_model).
+
+    Returns the threshold, or 0.0 if nothing is asked for: quantile 0 is the smallest magnitude,
+    and a strict `>` would zero it.
+    """
+    if sparsity == 0:
+        target.copy_(source)
+        return 0.0
+    threshold = magnitude_threshold(source, sparsity, memory)
+    if source.dtype == torch.float64:
+        target.copy_(source * (source.abs().float() > threshold.value))
+    elif source.device.type == "cpu":
+        (cut,) = _bits(torch.tensor([threshold.cut], dtype=source.dtype))
+        bits, survives = _bits(source), _magnitude_bits(source, memory)
+        # the difference is negative where the weight survives; its sign, spread over all bits,
+        # is the mask
+        np.subtract(cut, survives, out=survives)
+        np.right_shift(survives, np.iinfo(bits.dtype).bits - 1, out=survives)
+        np.bitwise_and(bits, survives, out=_bits(target))
+    else:
+        target.copy_(F.hardshrink(source, threshold.cut))
+    return threshold.value
+
+
+def _integers(dtype: torch.dtype) -> type[np.signedinteger]:
+    """The integers that hold the bits of a float dtype; float64 is compared in float32."""
+    return np.int16 if dtype.itemsize == 2 else np.int32
+
+
+def _bits(weight: Tensor) -> np.ndarray:
+    """The bit patterns of a float tensor on the CPU; a view where the tensor is contiguous."""
+    bits = torch.int16 if weight.dtype.itemsize == 2 else torch.int32
+    return weight.contiguous().view(bits).numpy()
+
+
+def _magnitude_bits(weight: Tensor, memory: np.ndarray | None = None) -> np.ndarray:
+    """The bit patterns without the sign, in `memory` if there is some: fresh memory for every
+    branch would cost more than the arithmetic."""
+    bits = _bits(weight)
+    out = None if memory is None else memory[: bits.size].reshape(bits.shape)
+    return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out)
 
 
 def fade(

@@ -1,0 +1,411 @@
+"""The command line: `python -m mlpmoe COMMAND`. Each command is thin over one of the library's."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import torch
+import transformers
+from torch import Tensor
+
+from .core.conversion import convert, mlp_modules
+from .core.errors import UnsupportedModelError, UserError
+from .core.spec import ConversionSpec
+from .explorer.style import change, number, signed_percent
+from .measure.bench import LAYERS, BenchLine, bench, machine
+from .measure.parameters import ParameterReport, parameter_report
+from .measure.perplexity import (
+    EncodedText,
+    Perplexity,
+    PerplexityChange,
+    choose_window,
+    compare,
+    encode_text,
+    summarise,
+    window_losses,
+)
+from .measure.speed import SpeedReport, decode_speed
+from .models import CATALOGUE, ModelError, assets_folder, load
+
+NO_CHANGE = "no measurable change"
+EXIT_STATUS = (
+    "exit status: 0 done, 1 failed, 2 wrong usage or a value out of range, 130 interrupted"
+)
+EXAMPLES = """examples:
+  python -m mlpmoe models
+  python -m mlpmoe evaluate demo --branches 16 --fade 0.9
+  python -m mlpmoe evaluate qwen2.5-0.5b --keep 12 --compensation none --text mine.txt --json
+  python -m mlpmoe bench --layers 4 --rounds 3
+"""
+EVALUATE_EXAMPLES = """examples:
+  python -m mlpmoe evaluate demo --branches 16 --fade 0.9
+  python -m mlpmoe evaluate ./my-model --branches 16 --keep 12 --window 512 --stride 256
+"""
+SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
+    "method": ("NAME", "method of conversion: mlpmoe"),
+    "branches": ("B", "branches per MLP"),
+    "fade": (
+        "S",
+        "Fractal Fade strength: branch i loses its smallest min(1, S·i/B) of gate and up",
+    ),
+    "keep": ("K", "only the first K branches stay"),
+    "compensation": ("NAME", "factor on branches that stay: sqrt, which is √(B/K), or none"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± or √ gets a ?
+    arguments = _parser().parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ModelError, UnsupportedModelError, OSError, UnicodeError) as error:
+        return _fail(error, 1)
+    except UserError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(reason: object, status: int) -> int:
+    progress("")
+    print(f"mlpmoe: {' '.join(str(reason).split())}", file=sys.stderr)
+    return status
+
+
+def progress(message: str, fraction: float | None = None) -> None:
+    """Replace the line on stderr that says what is being done, if a person may be watching."""
+    if sys.stderr.isatty():
+        share = "" if fraction is None else f" {fraction:.0%}"
+        print(f"\r\033[K{message}{share}", end="", file=sys.stderr, flush=True)
+
+
+# Arguments ---------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(
+        "python -m mlpmoe",
+        description="Turn the dense MLPs of a language model into a mixture of experts, and "
+        "measure it.",
+        epilog=f"{EXAMPLES}\n{EXIT_STATUS}",
+        **layout,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable, name: str, help: str, examples: str = "") -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=help, description=help, epilog=examples or None, **layout
+        )
+        made.add_argument("--json", action="store_true", help="one JSON object, nothing rounded")
+        made.set_defaults(run=run)
+        return made
+
+    command(run_models, "models", "the models that have a short name")
+
+    evaluate = command(
+        run_evaluate,
+        "evaluate",
+        "perplexity, parameters and speed of a model and of its conversion",
+        EVALUATE_EXAMPLES,
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    evaluate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8; default: our stories")
+    evaluate.add_argument("--window", type=int, metavar="N", help="tokens per window")
+    evaluate.add_argument("--stride", type=int, metavar="N", help="tokens from window to window")
+    evaluate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, ...")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    evaluate.add_argument("--no-speed", dest="speed", action="store_false", help="skip speed")
+    _add_spec(evaluate)
+
+    benchmark = command(
+        run_bench, "bench", "speed and memory of the conversion, as ratios in one run"
+    )
+    dtypes = ("float32", "bfloat16", "both")
+    benchmark.add_argument("--dtype", choices=dtypes, default="both", help="default: %(default)s")
+    benchmark.add_argument(
+        "--rounds", type=_at_least(3), default=7, metavar="N", help="default: %(default)s"
+    )
+    benchmark.add_argument(
+        "--layers", type=_at_least(1), default=LAYERS, metavar="N", help="default: %(default)s"
+    )
+    return parser
+
+
+def _add_spec(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of ConversionSpec, which reads and checks the values itself."""
+    group = parser.add_argument_group("conversion")
+    for field in fields(ConversionSpec):
+        default = "all" if field.default is None else field.default
+        placeholder, meaning = SPEC_FLAGS.get(field.name, ("VALUE", field.name))
+        group.add_argument(
+            f"--{field.name}",
+            default=argparse.SUPPRESS,
+            metavar=placeholder,
+            help=f"{meaning} (default: {default})",
+        )
+
+
+def _spec(arguments: argparse.Namespace) -> ConversionSpec:
+    names = [field.name for field in fields(ConversionSpec) if field.name in arguments]
+    return ConversionSpec.from_query(urlencode({name: getattr(arguments, name) for name in names}))
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number_of(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    number_of.__name__ = "whole number"  # argparse names it in its message
+    return number_of
+
+
+# models ------------------------------------------------------------------------------------
+
+
+def run_models(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        entries = [asdict(entry) | {"source": str(entry.source)} for entry in CATALOGUE]
+        return print_json({"models": entries})
+    rows = [["model", "parameters", "GPU", "note"]]
+    for entry in CATALOGUE:
+        gpu = "needed" if entry.needs_gpu else ""
+        rows.append([entry.key, f"{entry.parameters:,}", gpu, entry.note])
+    print_table(rows, align="<><<")
+
+
+# evaluate ----------------------------------------------------------------------------------
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    spec = _spec(arguments)
+    path = arguments.text or assets_folder() / "texts" / "evaluation.txt"
+    text = read_text(path)
+    dense, tokenizer = load(
+        arguments.model, arguments.dtype, arguments.device, on_progress=progress
+    )
+    window, stride = choose_window(dense, arguments.window, arguments.stride)
+    encoded = encode_text(tokenizer, text)
+    progress("converting")
+    converted = convert(dense, spec)
+    perplexities = [
+        _perplexity(name, model, encoded, window, stride)
+        for name, model in (("dense", dense), ("converted", converted))
+    ]
+    speed = None
+    if arguments.speed:
+        progress("measuring speed")
+        speed = decode_speed(dense, converted)
+    progress("counting parameters")
+    reports = [parameter_report(model) for model in (dense, converted)]
+    progress("")
+    changed = compare(*perplexities)
+    setting = {
+        "model": arguments.model,
+        "architecture": type(dense).__name__,
+        "layers": len(mlp_modules(dense)),
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "device": str(dense.device),
+        "threads": torch.get_num_threads(),
+        "text": path.name,
+        "documents": len(encoded.documents),
+        "bytes": encoded.scored_bytes,
+        "tokens": encoded.scored_tokens,
+        "window": window,
+        "stride": stride,
+    }
+    if arguments.json:
+        models = {
+            name: _perplexity_fields(measured) | asdict(report)
+            for name, measured, report in zip(
+                ("dense", "converted"), perplexities, reports, strict=True
+            )
+        }
+        print_json(
+            {"setting": setting, "spec": spec.to_dict(), **models}
+            | {"perplexity_change": asdict(changed), "speed": asdict(speed) if speed else None}
+        )
+        return
+    print(
+        "{model}: {architecture}, {layers} layers, {dtype} on {device}, {threads} threads\n"
+        "{text}: {documents} documents, {bytes:,} bytes, {tokens:,} tokens, "
+        "windows of {window} every {stride}".format(**setting)
+    )
+    print(f"converted with {spec.to_flags()}\n")
+    rows = [["", "dense", "converted", "difference"]]
+    rows += _perplexity_rows(*perplexities, changed)
+    rows += _parameter_rows(*reports)
+    rows += _speed_rows(speed)
+    print_table(rows, align="<>><")
+    if spec.fade:
+        print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file. Raises OSError and UnicodeError with messages for a person."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UnicodeError(f"{path} is not UTF-8 text (byte {error.start:,}).") from error
+
+
+def _perplexity(
+    name: str, model: transformers.PreTrainedModel, text: EncodedText, window: int, stride: int
+) -> Perplexity:
+    losses: list[Tensor] = []
+    done = 0
+    progress(f"perplexity, {name}", 0)
+    for piece in window_losses(model, text, window, stride):
+        losses.append(piece)
+        done += len(piece)
+        progress(f"perplexity, {name}", done / text.scored_tokens)
+    return summarise(torch.cat(losses), text.scored_bytes)
+
+
+def _perplexity_fields(measured: Perplexity) -> dict[str, float]:
+    return {
+        "perplexity": measured.value,
+        "stderr": measured.stderr,
+        "bits_per_byte": measured.bits_per_byte,
+    }
+
+
+def _perplexity_rows(
+    dense: Perplexity, converted: Perplexity, changed: PerplexityChange
+) -> Iterator[list[str]]:
+    def with_error(measured: Perplexity) -> str:
+        if measured.value >= 1e4 or not math.isfinite(measured.value + measured.stderr):
+            return number(measured.value)
+        return f"{measured.value:,.2f} ± {measured.stderr:,.2f}"
+
+    difference = change(changed.ratio, changed.stderr) if changed.measurable else NO_CHANGE
+    yield ["perplexity", with_error(dense), with_error(converted), difference]
+    bits = dense.bits_per_byte, converted.bits_per_byte
+    yield ["bits per byte", *(f"{value:.3f}" for value in bits), f"{bits[1] - bits[0]:+.3f}"]
+
+
+def _parameter_rows(dense: ParameterReport, converted: ParameterReport) -> Iterator[list[str]]:
+    names = {
+        "total": "parameters",
+        "nonzero": "  not zero",
+        "mlp_total": "  in MLPs",
+        "mlp_nonzero": "  in MLPs, not zero",
+        "macs_per_token": "multiply-adds per token",
+        "mlp_macs_per_token": "  in MLPs",
+    }
+    for field, name in names.items():
+        old, new = getattr(dense, field), getattr(converted, field)
+        difference = f"{new - old:+,}".replace("-", "−").replace("+0", "0")
+        if new != old:
+            difference += f" ({signed_percent(new / old - 1)})"
+        yield [name, f"{old:,}", f"{new:,}", difference]
+
+
+def _speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
+    if speed is None:
+        return
+    ratio = speed.speedup
+    difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    if not ratio.measurable:
+        difference = NO_CHANGE
+    yield ["tokens written per second", number(speed.dense), number(speed.converted), difference]
+
+
+# bench -------------------------------------------------------------------------------------
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    dtypes = ["float32", "bfloat16"] if arguments.dtype == "both" else [arguments.dtype]
+    setting = machine() | {"rounds": arguments.rounds, "layers": arguments.layers}
+    if not arguments.json:
+        features = ", ".join(setting["cpu_features"]) or "no known features"
+        print(
+            f"Qwen2.5-0.5B shape, {arguments.layers} layers, random weights · "
+            f"torch {setting['torch']} · {setting['cores']} cores, {setting['threads']} threads "
+            f"({features}) · median and quartiles of {arguments.rounds} rounds"
+        )
+    lines = []
+    for dtype in dtypes:
+        if not arguments.json:
+            print(f"\n{dtype}", flush=True)
+        options = {"layers": arguments.layers, "rounds": arguments.rounds}
+        for line in bench(getattr(torch, dtype), **options, report=progress):
+            lines.append(line)
+            if not arguments.json:
+                progress("")
+                print(_bench_line(line), flush=True)
+    progress("")
+    if arguments.json:
+        print_json(setting | {"lines": [asdict(line) | {"met": line.met} for line in lines]})
+
+
+def _bench_line(line: BenchLine) -> str:
+    def shown(value: float) -> str:
+        if line.unit == "%":
+            return f"{100 * value:.2g} %"
+        return f"{number(value)} {line.unit}" if line.unit == "s" else f"× {number(value)}"
+
+    measured = line.measured
+    spread = ""
+    if measured.low != measured.high:
+        spread = f"({number(measured.low)} to {number(measured.high)})"
+    target = ""
+    if line.target is not None:
+        sign = "≥" if line.at_least else "≤"
+        target = f"target {sign} {shown(line.target)}: {'met' if line.met else 'not met'}"
+    text = f"  {line.what:<62}{shown(measured.median):>9} {spread:<18}{target}"
+    return f"{text.rstrip()}{'   ' + line.note if line.note else ''}"
+
+
+# Output ------------------------------------------------------------------------------------
+
+
+def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
+    """Columns two spaces apart, each aligned left (<) or right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
+        )
+        print("  ".join(cells).replace("\N{NO-BREAK SPACE}", " ").rstrip())
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for infinite and undefined numbers, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

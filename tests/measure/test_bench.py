@@ -1,0 +1,89 @@
+"""The benchmark measures what it says; how fast that is depends on the machine."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from mlpmoe.core.conversion import convert, mlp_modules
+from mlpmoe.core.mlps import read_mlps
+from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.measure import bench
+from mlpmoe.measure.bench import BenchLine, bench_model, machine, new_bytes, published_fade
+from mlpmoe.measure.speed import Ratio
+from tests.tiny import D_FF, D_MODEL, LAYERS, tiny_model
+
+
+def test_the_shape_is_that_of_the_papers_model():
+    with torch.device("meta"):
+        model = bench.random_model(torch.bfloat16, layers=24)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 494_032_768
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    mlps = [parameter for name, parameter in model.named_parameters() if ".mlp." in name]
+    assert sum(parameter.numel() for parameter in mlps) == 24 * 3 * 896 * 4864
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_published_loop_and_the_conversion_zero_the_same_weights(dtype):
+    model = tiny_model().to(dtype)
+    converted = convert(model, ConversionSpec(branches=5, fade=0.9))
+    published = published_fade([mlp.weights for mlp in read_mlps(model)], 5, 0.9)
+    ours = [
+        weight
+        for mlp in mlp_modules(converted)
+        for weight in (mlp.gate_proj.weight, mlp.up_proj.weight)
+    ]
+    assert len(published) == 2 * LAYERS
+    for theirs, mine in zip(published, ours, strict=True):
+        assert torch.equal(theirs, mine)
+
+
+def test_new_bytes():
+    dense = tiny_model()
+    assert new_bytes(dense, dense) == 0
+    split = new_bytes(dense, convert(dense, ConversionSpec(branches=6)))
+    alphas, indices = LAYERS * 6 * 4, D_FF * 8
+    assert alphas <= split <= alphas + LAYERS * indices
+    faded = new_bytes(dense, convert(dense, ConversionSpec(branches=6, fade=0.5)))
+    assert faded == split + LAYERS * 2 * D_MODEL * D_FF * 4
+
+
+@pytest.mark.parametrize(
+    ("median", "target", "at_least", "met"),
+    [
+        (1.04, 1.05, False, True),
+        (1.06, 1.05, False, False),
+        (51, 50, True, True),
+        (49, 50, True, False),
+        (49, None, False, None),
+    ],
+)
+def test_targets(median, target, at_least, met):
+    line = BenchLine("float32", "x", Ratio(median, 0, 99), target=target, at_least=at_least)
+    assert line.met is met
+
+
+def test_all_lines_on_a_tiny_model(monkeypatch):
+    monkeypatch.setattr(bench, "WRITTEN", 2)
+    monkeypatch.setattr(bench, "READ", 8)
+    doing = []
+    lines = list(bench_model(tiny_model(), rounds=3, report=doing.append))
+    assert doing
+    whats = [line.what for line in lines]
+    assert len(set(whats)) == len(whats) == 10
+    for words in ("new memory", "fade 0.9", "16 branches fused", "in a loop", "first 8 of 16"):
+        assert any(words in what for what in whats)
+    for line in lines:
+        low, median, high = (getattr(line.measured, name) for name in ("low", "median", "high"))
+        assert 0 < low <= median <= high < math.inf
+        assert line.dtype == "float32"
+    json.dumps([asdict(line) for line in lines], allow_nan=False)
+
+
+def test_the_machine_is_described():
+    described = machine()
+    assert described["threads"] == torch.get_num_threads()
+    assert described["torch"] == torch.__version__
+    json.dumps(described, allow_nan=False)
