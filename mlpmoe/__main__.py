@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
 import torch
@@ -21,23 +18,29 @@ from torch import Tensor
 from .core.conversion import convert, mlp_modules
 from .core.errors import UnsupportedModelError, UserError
 from .core.spec import ConversionSpec
-from .explorer.style import change, number, signed_percent
-from .measure.bench import LAYERS, BenchLine, bench, machine
-from .measure.parameters import ParameterReport, parameter_report
+from .measure.bench import LAYERS, bench, machine
+from .measure.parameters import parameter_report
 from .measure.perplexity import (
     EncodedText,
     Perplexity,
-    PerplexityChange,
     choose_window,
     compare,
     encode_text,
     summarise,
     window_losses,
 )
-from .measure.speed import SpeedReport, decode_speed
+from .measure.speed import decode_speed
 from .models import CATALOGUE, ModelError, assets_folder, load
+from .terminal import (
+    bench_line,
+    parameter_rows,
+    perplexity_rows,
+    print_json,
+    print_table,
+    progress,
+    speed_rows,
+)
 
-NO_CHANGE = "no measurable change"
 EXIT_STATUS = (
     "exit status: 0 done, 1 failed, 2 wrong usage or a value out of range, 130 interrupted"
 )
@@ -90,13 +93,6 @@ def _fail(reason: object, status: int) -> int:
     progress("")
     print(f"mlpmoe: {' '.join(str(reason).split())}", file=sys.stderr)
     return status
-
-
-def progress(message: str, fraction: float | None = None) -> None:
-    """Replace the line on stderr that says what is being done, if a person may be watching."""
-    if sys.stderr.isatty():
-        share = "" if fraction is None else f" {fraction:.0%}"
-        print(f"\r\033[K{message}{share}", end="", file=sys.stderr, flush=True)
 
 
 # Arguments ---------------------------------------------------------------------------------
@@ -255,9 +251,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     )
     print(f"converted with {spec.to_flags()}\n")
     rows = [["", "dense", "converted", "difference"]]
-    rows += _perplexity_rows(*perplexities, changed)
-    rows += _parameter_rows(*reports)
-    rows += _speed_rows(speed)
+    rows += perplexity_rows(*perplexities, changed)
+    rows += parameter_rows(*reports)
+    rows += speed_rows(speed)
     print_table(rows, align="<>><")
     if spec.fade:
         print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
@@ -294,47 +290,6 @@ def _perplexity_fields(measured: Perplexity) -> dict[str, float]:
     }
 
 
-def _perplexity_rows(
-    dense: Perplexity, converted: Perplexity, changed: PerplexityChange
-) -> Iterator[list[str]]:
-    def with_error(measured: Perplexity) -> str:
-        if measured.value >= 1e4 or not math.isfinite(measured.value + measured.stderr):
-            return number(measured.value)
-        return f"{measured.value:,.2f} ± {measured.stderr:,.2f}"
-
-    difference = change(changed.ratio, changed.stderr) if changed.measurable else NO_CHANGE
-    yield ["perplexity", with_error(dense), with_error(converted), difference]
-    bits = dense.bits_per_byte, converted.bits_per_byte
-    yield ["bits per byte", *(f"{value:.3f}" for value in bits), f"{bits[1] - bits[0]:+.3f}"]
-
-
-def _parameter_rows(dense: ParameterReport, converted: ParameterReport) -> Iterator[list[str]]:
-    names = {
-        "total": "parameters",
-        "nonzero": "  not zero",
-        "mlp_total": "  in MLPs",
-        "mlp_nonzero": "  in MLPs, not zero",
-        "macs_per_token": "multiply-adds per token",
-        "mlp_macs_per_token": "  in MLPs",
-    }
-    for field, name in names.items():
-        old, new = getattr(dense, field), getattr(converted, field)
-        difference = f"{new - old:+,}".replace("-", "−").replace("+0", "0")
-        if new != old:
-            difference += f" ({signed_percent(new / old - 1)})"
-        yield [name, f"{old:,}", f"{new:,}", difference]
-
-
-def _speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
-    if speed is None:
-        return
-    ratio = speed.speedup
-    difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    if not ratio.measurable:
-        difference = NO_CHANGE
-    yield ["tokens written per second", number(speed.dense), number(speed.converted), difference]
-
-
 # bench -------------------------------------------------------------------------------------
 
 
@@ -357,54 +312,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
             lines.append(line)
             if not arguments.json:
                 progress("")
-                print(_bench_line(line), flush=True)
+                print(bench_line(line), flush=True)
     progress("")
     if arguments.json:
         print_json(setting | {"lines": [asdict(line) | {"met": line.met} for line in lines]})
-
-
-def _bench_line(line: BenchLine) -> str:
-    def shown(value: float) -> str:
-        if line.unit == "%":
-            return f"{100 * value:.2g} %"
-        return f"{number(value)} {line.unit}" if line.unit == "s" else f"× {number(value)}"
-
-    measured = line.measured
-    spread = ""
-    if measured.low != measured.high:
-        spread = f"({number(measured.low)} to {number(measured.high)})"
-    target = ""
-    if line.target is not None:
-        sign = "≥" if line.at_least else "≤"
-        target = f"target {sign} {shown(line.target)}: {'met' if line.met else 'not met'}"
-    text = f"  {line.what:<62}{shown(measured.median):>9} {spread:<18}{target}"
-    return f"{text.rstrip()}{'   ' + line.note if line.note else ''}"
-
-
-# Output ------------------------------------------------------------------------------------
-
-
-def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
-    """Columns two spaces apart, each aligned left (<) or right (>)."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
-        )
-        print("  ".join(cells).replace("\N{NO-BREAK SPACE}", " ").rstrip())
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for infinite and undefined numbers, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

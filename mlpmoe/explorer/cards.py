@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from html import escape
 
 from ..core.spec import ConversionSpec
+from ..measure.notation import change, count, number, signed_percent
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
-from .style import change, count, number, signed_percent
 from .workbench import Evaluation, LoadedModel, Zeros
 
 NO_CHANGE = "no measurable change"

@@ -11,6 +11,7 @@ from ..models import CATALOGUE
 from ..models.catalogue import DEMO_KEY
 from .cards import TEXT_NAMES
 from .preview import QUANTITY_NAMES
+from .sliders import KeepSlider, LimitedSlider
 
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
 MAX_PROMPT = 2000  # characters
@@ -105,7 +106,7 @@ def model_panel(any_model: bool) -> ModelPanel:
 def convert_panel() -> ConvertPanel:
     gr.Markdown("### Convert")
     preset = gr.Dropdown([*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset")
-    branches = gr.Slider(
+    branches = LimitedSlider(
         1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
         info="parts each MLP is cut into",
     )  # fmt: skip
@@ -113,7 +114,7 @@ def convert_panel() -> ConvertPanel:
         0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
         info="zeroes small weights",
     )  # fmt: skip
-    keep = gr.Slider(
+    keep = KeepSlider(
         1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
         info="the others are dropped",
     )  # fmt: skip
@@ -158,7 +159,7 @@ def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
         "The dashed line is the fade threshold; weights to its left are set to zero."
     )
     with gr.Row():
-        layer = gr.Slider(0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
+        layer = LimitedSlider(0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
         projection = gr.Radio(
             projections, value=projections[0], label="Projection", elem_id="projection"
         )

@@ -144,14 +144,16 @@ class Handlers:
     ) -> tuple:  # fmt: skip
         """All that needs no forward pass, at once; what was measured before, if it was."""
         loaded = self.workbench.loaded(model)
-        keep = settle_keep(branches, keep, branches_before)
+        chosen, keep = keep, settle_keep(branches, keep, branches_before)
+        # K is left alone where it may stay: the visitor may have moved it further meanwhile.
+        settled = keep == chosen and branches == branches_before
         spec = _spec(branches, fade, keep, compensation)
         spec.check_fits(loaded.d_ff)
         shown = preview(loaded, spec, layer, projection, quantity)
         self._look_at(request, (loaded.key, spec, text))
         return (
-            gr.update(value=keep, maximum=max(2, branches)),
-            branches,
+            gr.skip() if settled else gr.update(value=keep, maximum=max(2, branches)),
+            gr.skip() if branches == branches_before else branches,
             preset_name(spec) or CUSTOM,
             shown.nonzero.html(),
             shown.compute.html(),

@@ -9,7 +9,7 @@ from ..core.fade import fade_sparsities
 from ..core.spec import ConversionSpec
 from ..measure.contributions import Contributions, contributions
 from ..measure.magnitudes import branched_mlps
-from .style import number
+from ..measure.notation import number
 from .workbench import LoadedModel
 
 TOKENS = 64  # of the evaluation text

@@ -46,7 +46,9 @@ class PageState:
     """What a visitor's page remembers beside its visible controls."""
 
     model: gr.State  # key of the loaded model
-    branches_before: gr.State  # B at the last preview: tells whether K meant "all"
+    # B at the last preview: tells whether K meant "all". A component and no gr.State, because the
+    # page must send it together with the B and K it belongs to.
+    branches_before: gr.Number
     opened: gr.State  # turns true once the page is open, which asks for the first preview
 
 
@@ -80,7 +82,8 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     first = workbench.loaded(DEMO_KEY)
     with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Markdown(HEADER, elem_id="header")
-        state = PageState(gr.State(DEMO_KEY), gr.State(ConversionSpec().branches), gr.State(False))
+        before = gr.Number(ConversionSpec().branches, precision=0, visible="hidden")
+        state = PageState(gr.State(DEMO_KEY), before, gr.State(False))
         picker = model_panel(host_allows_any_model())
         with gr.Row():
             with gr.Column(scale=1, min_width=310, elem_id="controls"):

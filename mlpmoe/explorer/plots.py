@@ -42,11 +42,12 @@ def branch_histograms(
             continue
         below = [p for p in points if p[0] <= threshold]
         above = [p for p in points if p[0] > threshold]
-        if below:
-            edge = (threshold, _height_at(points, threshold), below[-1][2])
-            zeroed += _area([*below, edge], b)
-            above = [edge, *above]
+        if threshold > 0:
+            edge = (threshold, _height_at(points, threshold), (below or points)[-1][2])
+            above = [edge, *above] if above else []
             dashes += [(threshold, b, ""), (threshold, b - RIDGE_REACH, ""), (None, None, "")]
+            if below:
+                zeroed += _area([*below, edge], b)
         if above:
             stays += _area(above, b)
     width = 1 if branches <= 32 else 0.5  # many outlines would hide their fillings
@@ -117,7 +118,7 @@ def _height_at(points: Sequence[Point], x: float) -> float:
     for (x0, y0, _), (x1, y1, _) in pairwise(points):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return points[-1][1]
+    return points[0 if x < points[0][0] else -1][1]
 
 
 def _filled(

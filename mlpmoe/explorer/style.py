@@ -1,8 +1,6 @@
-"""Colours of the page, the same in plots, cards and style sheet, and how numbers are written."""
+"""Colours of the page, the same in plots, cards and style sheet."""
 
 from __future__ import annotations
-
-from math import floor, isfinite, log10
 
 DENSE = "#3f6fb0"  # blue and orange stay apart for all common kinds of colour blindness
 CONVERTED = "#d9741a"
@@ -11,42 +9,4 @@ GRID = "rgba(128,128,128,0.25)"
 # one scale for damage: nothing lost to everything lost
 DAMAGE = ["#e9e7ef", "#cdb4d6", "#b07cb6", "#8f4792", "#661a66", "#3b0a3f"]
 
-NBSP = "\N{NO-BREAK SPACE}"  # between a figure and its unit
 CSS_VARIABLES = f":root {{ --dense: {DENSE}; --converted: {CONVERTED}; }}"
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A figure with `digits` significant digits: 4.5, 27.1, 1,034, 2.1 × 10⁷."""
-    if not isfinite(value):
-        return "∞" if value > 0 else "undefined"
-    if value == 0:
-        return "0"
-    exponent = floor(log10(abs(value)))
-    if exponent >= 6 or exponent < -3:
-        power = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{value / 10**exponent:.{digits - 1}f} × 10{power}"
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
-
-
-def count(value: float) -> str:
-    """A count in short form: 845, 12.3 k, 5.64 M, 1.24 B."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{number(value / size)}{NBSP}{unit}"
-    return f"{value:.0f}"
-
-
-def signed_percent(share: float, digits: int = 1) -> str:
-    """A change as a percentage with its sign, and a real minus."""
-    text = f"{100 * share:+.{digits}f}{NBSP}%".replace("-", "−")
-    return text.replace("+", "±", 1) if float(f"{100 * share:.{digits}f}") == 0 else text
-
-
-def change(ratio: float, stderr: float) -> str:
-    """A ratio with its error: "+2.5 % ± 0.4 %", or "× 6.02 ± 0.10" above a doubling."""
-    if not isfinite(ratio) or ratio >= 1e5:
-        return f"× {number(ratio)}"
-    if ratio < 2:
-        return f"{signed_percent(ratio - 1)} ±{NBSP}{100 * stderr:.1f}{NBSP}%"
-    digits = max(0, 2 - floor(log10(ratio)))
-    return f"× {ratio:,.{digits}f} ±{NBSP}{stderr:,.{digits}f}"

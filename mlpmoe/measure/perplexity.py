@@ -159,7 +159,7 @@ def compare(dense: Perplexity, other: Perplexity) -> PerplexityChange:
     mean = difference.mean().item()
     stderr = difference.std().item() / sqrt(len(difference)) if len(difference) > 1 else 0.0
     ratio = exp(mean) if mean < 700 else float("inf")
-    return PerplexityChange(ratio, ratio * stderr, measurable=abs(mean) > 1.96 * stderr)
+    return PerplexityChange(ratio, ratio * stderr, measurable=not abs(mean) <= 1.96 * stderr)
 
 
 @torch.inference_mode()

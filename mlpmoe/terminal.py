@@ -1,0 +1,106 @@
+"""What the command line writes: tables, JSON, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .measure.bench import BenchLine
+from .measure.notation import change, number, signed_percent
+from .measure.parameters import ParameterReport
+from .measure.perplexity import Perplexity, PerplexityChange
+from .measure.speed import SpeedReport
+
+NO_CHANGE = "no measurable change"
+
+
+def progress(message: str, fraction: float | None = None) -> None:
+    """Replace the line on stderr that says what is being done, if a person may be watching."""
+    if sys.stderr.isatty():
+        share = "" if fraction is None else f" {fraction:.0%}"
+        print(f"\r\033[K{message}{share}", end="", file=sys.stderr, flush=True)
+
+
+def perplexity_rows(
+    dense: Perplexity, converted: Perplexity, changed: PerplexityChange
+) -> Iterator[list[str]]:
+    def with_error(measured: Perplexity) -> str:
+        if measured.value >= 1e4 or not math.isfinite(measured.value + measured.stderr):
+            return number(measured.value)
+        return f"{measured.value:,.2f} ± {measured.stderr:,.2f}"
+
+    difference = change(changed.ratio, changed.stderr) if changed.measurable else NO_CHANGE
+    yield ["perplexity", with_error(dense), with_error(converted), difference]
+    bits = dense.bits_per_byte, converted.bits_per_byte
+    yield ["bits per byte", *(f"{value:.3f}" for value in bits), f"{bits[1] - bits[0]:+.3f}"]
+
+
+def parameter_rows(dense: ParameterReport, converted: ParameterReport) -> Iterator[list[str]]:
+    names = {
+        "total": "parameters",
+        "nonzero": "  not zero",
+        "mlp_total": "  in MLPs",
+        "mlp_nonzero": "  in MLPs, not zero",
+        "macs_per_token": "multiply-adds per token",
+        "mlp_macs_per_token": "  in MLPs",
+    }
+    for field, name in names.items():
+        old, new = getattr(dense, field), getattr(converted, field)
+        difference = f"{new - old:+,}".replace("-", "−").replace("+0", "0")
+        if new != old:
+            difference += f" ({signed_percent(new / old - 1)})"
+        yield [name, f"{old:,}", f"{new:,}", difference]
+
+
+def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
+    if speed is None:
+        return
+    ratio = speed.speedup
+    difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    if not ratio.measurable:
+        difference = NO_CHANGE
+    yield ["tokens written per second", number(speed.dense), number(speed.converted), difference]
+
+
+def bench_line(line: BenchLine) -> str:
+    def shown(value: float) -> str:
+        if line.unit == "%":
+            return f"{100 * value:.2g} %"
+        return f"{number(value)} {line.unit}" if line.unit == "s" else f"× {number(value)}"
+
+    measured = line.measured
+    spread = ""
+    if measured.low != measured.high:
+        spread = f"({number(measured.low)} to {number(measured.high)})"
+    target = ""
+    if line.target is not None:
+        sign = "≥" if line.at_least else "≤"
+        target = f"target {sign} {shown(line.target)}: {'met' if line.met else 'not met'}"
+    text = f"  {line.what:<62}{shown(measured.median):>9} {spread:<18}{target}"
+    return f"{text.rstrip()}{'   ' + line.note if line.note else ''}"
+
+
+def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
+    """Columns two spaces apart, each aligned left (<) or right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
+        )
+        print("  ".join(cells).replace("\N{NO-BREAK SPACE}", " ").rstrip())
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for infinite and undefined numbers, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,293 @@
+"""The four endpoints, through the client that other people's programs use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+from gradio_client.exceptions import AppError
+
+from mlpmoe import CATALOGUE, ConversionSpec, convert, perplexity, write_side_by_side
+from mlpmoe.explorer import endpoints
+from mlpmoe.explorer.preview import summary
+from mlpmoe.explorer.workbench import TEXTS
+from mlpmoe.models import assets_folder
+
+SPEC = {"branches": 8, "fade": 0.5, "keep": 6}
+LEAKS = ("Traceback", "site-packages", ".py", 'File "', "/usr", "/tmp", "Errno")
+
+
+def refused(client, api_name: str, *arguments, **values) -> str:
+    """The sentence that a call is refused with."""
+    with pytest.raises(AppError) as caught:
+        client.predict(*arguments, api_name=api_name, **values)
+    message = str(caught.value)
+    assert message[0].isupper(), message
+    assert message.endswith("."), message
+    assert 15 < len(message) < 300
+    assert not any(leak in message for leak in LEAKS), message
+    assert str(assets_folder().parent) not in message
+    return message
+
+
+def test_only_four_endpoints_are_public(client):
+    api = client.view_api(return_format="dict", print_info=False)
+    assert set(api["named_endpoints"]) == {"/models", "/preview", "/evaluate", "/generate"}
+    assert api["unnamed_endpoints"] == {}
+
+
+def test_endpoints_describe_themselves(client):
+    """Names and defaults are what programs rely on."""
+    api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    spec = ["model", "branches", "fade", "keep", "compensation"]
+    names = {
+        name: [p["parameter_name"] for p in endpoint["parameters"]]
+        for name, endpoint in api.items()
+    }
+    assert names["/models"] == []
+    assert names["/preview"] == spec
+    assert names["/evaluate"] == [*spec, "text"]
+    assert names["/generate"] == ["prompt", *spec, "tokens", "temperature"]
+    for parameter in api["/preview"]["parameters"]:
+        assert parameter["parameter_has_default"]
+
+
+def test_models(client):
+    listed = client.predict(api_name="/models")
+    assert [model["key"] for model in listed] == [entry.key for entry in CATALOGUE]
+    assert [model["key"] for model in listed if model["loaded"]] == ["demo"]
+    assert all(str(assets_folder()) not in str(model) for model in listed)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, SPEC, {"branches": 1}, {"branches": 16, "keep": 12, "compensation": "none"}],
+    ids=str,
+)
+def test_preview(app, client, values):
+    expected = summary(app.demo, ConversionSpec(**values))
+    assert client.predict(**values, api_name="/preview") == expected
+    assert expected["parameters"]["dense"] == sum(p.numel() for p in app.demo.model.parameters())
+
+
+@pytest.mark.parametrize("text", list(TEXTS))
+def test_evaluate_streams_and_ends_with_the_library_s_perplexity(app, client, text):
+    job = client.submit(**SPEC, text=text, api_name="/evaluate")
+    result = job.result(timeout=120)
+    steps = job.outputs()
+    assert steps[-1] == result
+    done = [step["done"] for step in steps[:-1]]
+    assert done == sorted(done)
+    assert not done or done[-1] == steps[0]["total"]
+    content = (assets_folder() / "texts" / TEXTS[text]).read_text(encoding="utf-8")
+    dense = perplexity(app.demo.model, app.demo.tokenizer, content)
+    spec = ConversionSpec(**SPEC)
+    converted = perplexity(convert(app.demo.model, spec), app.demo.tokenizer, content)
+    assert result["spec"] == spec.to_dict()
+    assert result["tokens"] == dense.tokens
+    assert result["dense"] == pytest.approx(dense.value, rel=1e-5)
+    assert result["converted"] == pytest.approx(converted.value, rel=1e-5)
+    assert result["converted_stderr"] == pytest.approx(converted.stderr, rel=1e-4)
+    assert result["ratio"] == pytest.approx(converted.value / dense.value, rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(converted.bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_streams_and_ends_with_the_library_s_text(app, client, temperature):
+    prompt = "Once upon a time"
+    job = client.submit(prompt, **SPEC, tokens=24, temperature=temperature, api_name="/generate")
+    result = job.result(timeout=120)
+    pair = (app.demo.model, convert(app.demo.model, ConversionSpec(**SPEC)))
+    *_, (dense, converted) = write_side_by_side(pair, app.demo.tokenizer, prompt, 24, temperature)
+    assert (result["dense"], result["converted"]) == (dense.text, converted.text)
+    assert result["tokens"] == [len(dense.tokens), len(converted.tokens)]
+    steps = job.outputs()
+    assert len(steps) == max(result["tokens"])
+    for earlier, later in pairwise(steps):
+        assert later["dense"].startswith(earlier["dense"].rstrip("�"))
+
+
+BAD_SPECS = [
+    ({"branches": 8, "keep": 9}, "must lie between 1 and"),
+    ({"branches": 8, "keep": 0}, "must lie between 1 and"),
+    ({"branches": 8, "keep": -1}, "must lie between 1 and"),
+    ({"branches": 8, "keep": 2.5}, "must be a whole number"),
+    ({"branches": 8, "keep": True}, "must be a whole number"),
+    ({"branches": 8, "keep": "4"}, "must be a whole number"),
+    ({"branches": 0}, "must be at least 1"),
+    ({"branches": -1}, "must be at least 1"),
+    ({"branches": 100_000}, "neurons: choose B between 1 and"),
+    ({"branches": 10**30}, "neurons: choose B between 1 and"),
+    ({"branches": 2.5}, "must be a whole number"),
+    ({"branches": True}, "must be a whole number"),
+    ({"branches": None}, "must be a whole number"),
+    ({"branches": "8"}, "must be a whole number"),
+    ({"branches": [8]}, "must be a whole number"),
+    ({"branches": {"value": 8}}, "must be a whole number"),
+    ({"fade": -0.1}, "number between 0 and 2"),
+    ({"fade": 2.1}, "number between 0 and 2"),
+    ({"fade": 10**400}, "number between 0 and 2"),
+    ({"fade": "0.5"}, "number between 0 and 2"),
+    ({"fade": None}, "number between 0 and 2"),
+    ({"fade": False}, "number between 0 and 2"),
+    ({"fade": []}, "number between 0 and 2"),
+    ({"compensation": "double"}, "must be one of sqrt, none"),
+    ({"compensation": None}, "must be one of sqrt, none"),
+    ({"compensation": ["sqrt"]}, "must be one of sqrt, none"),
+    ({"model": "qwen2.5-0.5b"}, "is not loaded"),
+    ({"model": "owner/absent"}, "is not loaded"),
+    ({"model": "../demo"}, "is not loaded"),
+    ({"model": "/etc"}, "is not loaded"),
+    ({"model": str(assets_folder() / "demo")}, "is not loaded"),
+    ({"model": ""}, "is not loaded"),
+    ({"model": "x" * 10**6}, "is not loaded"),
+    ({"model": None}, "no model was named"),
+    ({"model": 3}, "no model was named"),
+    ({"model": ["demo"]}, "no model was named"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("api_name", ["/preview", "/evaluate", "/generate"])
+def test_bad_specs_are_refused_with_a_sentence(client, api_name):
+    """All in one test, since every one must leave the server as it was for the next."""
+    arguments = ("Once",) if api_name == "/generate" else ()
+    for values, reason in BAD_SPECS:
+        with pytest.raises(AppError) as caught:
+            client.predict(*arguments, **values, api_name=api_name)
+        message = str(caught.value)
+        assert reason.lower() in message.lower(), (values, message)
+        assert len(message) < 300
+        assert message.endswith("."), message
+        named = values.get("model")
+        unsaid = message.replace(repr(named)[:60], "") if named else message
+        assert not any(leak in unsaid for leak in LEAKS), message
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    "text", ["", "Stories", "../evaluation.txt", "/etc/passwd", None, 3, ["stories"], "x" * 10**6]
+)
+def test_unknown_texts_are_refused(client, text):
+    message = refused(client, "/evaluate", text=text) if text != "/etc/passwd" else ""
+    if message:
+        assert "text is called" in message
+        assert "stories, proxy" in message
+    else:
+        with pytest.raises(AppError, match="text is called"):
+            client.predict(text=text, api_name="/evaluate")
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"prompt": " \n "}, "The prompt is empty"),
+        ({"prompt": "x" * 10**6}, "The prompt must be a text of at most 2,000 characters"),
+        ({"prompt": None}, "The prompt must be a text"),
+        ({"prompt": 3}, "The prompt must be a text"),
+        ({"prompt": ["Once"]}, "The prompt must be a text"),
+        ({"tokens": 0}, "Tokens must be a whole number between 1 and"),
+        ({"tokens": -5}, "Tokens must be a whole number"),
+        ({"tokens": 10**9}, "Tokens must be a whole number"),
+        ({"tokens": 2.5}, "Tokens must be a whole number"),
+        ({"tokens": "8"}, "Tokens must be a whole number"),
+        ({"tokens": None}, "Tokens must be a whole number"),
+        ({"tokens": True}, "Tokens must be a whole number"),
+        ({"tokens": [8]}, "Tokens must be a whole number"),
+        ({"temperature": -0.1}, "Temperature must be a number between 0 and 2"),
+        ({"temperature": 10**9}, "Temperature must be a number"),
+        ({"temperature": "hot"}, "Temperature must be a number"),
+        ({"temperature": None}, "Temperature must be a number"),
+        ({"temperature": True}, "Temperature must be a number"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_writing_orders_are_refused(client, values, reason):
+    assert refused(client, "/generate", **{"prompt": "Once", **values}).startswith(reason)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_prompt_longer_than_the_model_reads_is_refused(client):
+    message = refused(client, "/generate", "語" * 2000)
+    assert "tokens long; this model reads at most" in message
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    "prompt", ["‮abc‬ \u200d \ufeff", "<img src=x onerror=alert(1)>", "\0\x1b[2J", "🙂" * 50]
+)
+def test_strange_prompts_are_continued(client, prompt):
+    result = client.predict(prompt, branches=4, tokens=2, api_name="/generate")
+    assert result["tokens"] == [2, 2] or min(result["tokens"]) == 1
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_cancelled_client_frees_the_queue(connect, monkeypatch):
+    """A writer without end, so that only its cancellation can make room."""
+    closed = threading.Event()
+    original = endpoints.write_side_by_side
+
+    def endless(models, tokenizer, prompt, tokens, temperature):
+        try:
+            while True:
+                yield from original(models, tokenizer, prompt, tokens, temperature)
+        finally:
+            closed.set()
+
+    monkeypatch.setattr(endpoints, "write_side_by_side", endless)
+    job = connect().submit("Once", branches=8, keep=4, tokens=64, api_name="/generate")
+    wait_until(lambda: len(job.outputs()) > 2)
+    waiting = connect().submit("Once", tokens=1, api_name="/generate")
+    monkeypatch.setattr(endpoints, "write_side_by_side", original)
+    assert not closed.is_set()
+    job.cancel()
+    assert closed.wait(timeout=10)
+    assert waiting.result(timeout=30)["tokens"] == [1, 1]
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_two_clients_get_their_own_results(app, connect):
+    """At once and again and again, with specs that differ in everything."""
+    specs = [
+        {"branches": 16, "fade": 0.9},
+        {"branches": 5, "keep": 2, "compensation": "none"},
+    ]
+    content = (assets_folder() / "texts" / TEXTS["proxy"]).read_text(encoding="utf-8")
+    start = threading.Barrier(len(specs))
+
+    def visit(values):
+        client = connect()
+        start.wait(timeout=30)
+        found = []
+        for _ in range(2):
+            shown = client.predict(**values, api_name="/preview")
+            measured = client.predict(**values, text="proxy", api_name="/evaluate")
+            written = client.predict("Once", **values, tokens=12, api_name="/generate")
+            found.append((shown, measured, written))
+        return found
+
+    with ThreadPoolExecutor(len(specs)) as pool:
+        visits = list(pool.map(visit, specs))
+    demo = app.demo
+    for values, found in zip(specs, visits, strict=True):
+        spec = ConversionSpec(**values)
+        model = convert(demo.model, spec)
+        alone = perplexity(model, demo.tokenizer, content).value
+        *_, (dense, converted) = write_side_by_side((demo.model, model), demo.tokenizer, "Once", 12)
+        for shown, measured, written in found:
+            assert shown == summary(demo, spec)
+            assert measured["spec"] == spec.to_dict()
+            assert measured["converted"] == pytest.approx(alone, rel=1e-5)
+            assert (written["dense"], written["converted"]) == (dense.text, converted.text)

@@ -1,0 +1,188 @@
+"""HTTP as nobody's client sends it: the server answers with an error and goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+LEAKS = ("Traceback", "site-packages", ".py", 'File \\"', "mlpmoe/")
+SPEC = ["demo", 16, 0.0, 16, "sqrt"]
+
+
+def call(app, name: str, data: str) -> tuple[str, str]:
+    """POST a body as it is; the last event and its data."""
+    base = f"{app.url}gradio_api/call/{name}"
+    answer = httpx.post(
+        base, content='{"data": ' + data + "}", headers={"Content-Type": "application/json"}
+    )
+    if answer.status_code != 200:
+        assert 400 <= answer.status_code < 500
+        return "refused", answer.text
+    event_id = answer.json()["event_id"]
+    return _last_event(httpx.get(f"{base}/{event_id}", timeout=60).text)
+
+
+def _last_event(stream: str) -> tuple[str, str]:
+    event, data = stream.strip().split("\n\n")[-1].split("\n", 1)
+    return event.removeprefix("event: "), data.removeprefix("data: ")
+
+
+def listen(app, fn: str, data: list, session: str = "odd") -> dict[str, Any]:
+    """Trigger one of the page's own listeners, as the page does, and give its last message."""
+    (index,) = (
+        listener["id"]
+        for listener in app.blocks.config["dependencies"]
+        if listener["api_visibility"] == "private"
+        and getattr(app.blocks.fns[listener["id"]].fn, "__name__", None) == fn
+    )
+    joined = httpx.post(
+        f"{app.url}gradio_api/queue/join",
+        content=json.dumps({"data": data, "fn_index": index, "session_hash": session}),
+        headers={"Content-Type": "application/json"},
+    )
+    if joined.status_code != 200:
+        assert 400 <= joined.status_code < 500
+        return {"success": False, "output": {"error": joined.text}}
+    url = f"{app.url}gradio_api/queue/data?session_hash={session}"
+    with httpx.stream("GET", url, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data:"):
+                message = json.loads(line.removeprefix("data:"))
+                if message["msg"] == "process_completed":
+                    return message
+    raise AssertionError("the stream ended without a result")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        '["demo", 16, NaN, null, "sqrt"]',
+        '["demo", 16, Infinity, null, "sqrt"]',
+        '["demo", 16, -Infinity, null, "sqrt"]',
+        '["demo", 16, 1e999, null, "sqrt"]',
+        '["demo", NaN, 0, null, "sqrt"]',
+        '["demo", 1e3000, 0, null, "sqrt"]',
+        '["demo", ' + "9" * 4000 + ', 0, null, "sqrt"]',
+        '["demo", ' + "9" * 5000 + ', 0, null, "sqrt"]',
+        '["demo", 16, 0, NaN, "sqrt"]',
+        '["demo", {"__type__": "update"}, 0, null, "sqrt"]',
+        '["demo", 16, 0, null, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]',
+        '[{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 16, 0, null, "sqrt"]',
+        '["\\ud800", 16, 0, null, "sqrt"]',
+        '["demo\\u0000", 16, 0, null, "sqrt"]',
+        "{}",
+        "null",
+        '"demo"',
+        "[" * 2000 + "]" * 2000,
+        "not json",
+    ],
+    ids=lambda data: data[:40],
+)
+@pytest.mark.parametrize("name", ["preview", "evaluate"])
+def test_odd_bodies(app, name, data):
+    event, text = call(app, name, data)
+    assert event in ("error", "refused")
+    assert not any(leak in text for leak in LEAKS), text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        '["Once", "demo", 16, 0, null, "sqrt", NaN, 0]',
+        '["Once", "demo", 16, 0, null, "sqrt", 8, NaN]',
+        '["Once", "demo", 16, 0, null, "sqrt", 8, Infinity]',
+        '["\\ud800", "demo", 16, 0, null, "sqrt", 8, 0]',
+        '[NaN, "demo", 16, 0, null, "sqrt", 8, 0]',
+        "[]",
+    ],
+)
+def test_odd_writing_orders(app, data):
+    event, text = call(app, "generate", data)
+    assert event in ("error", "refused")
+    assert not any(leak in text for leak in LEAKS), text
+
+
+def preview_data(**change: Any) -> list:
+    values = {
+        "model": None, "branches": 16, "fade": 0.0, "keep": 16, "compensation": "sqrt",
+        "text": "stories", "layer": 0, "projection": "gate", "quantity": "nonzero", "before": 16,
+    }  # fmt: skip
+    return list({**values, **change}.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"branches": 0},
+        {"branches": 65},
+        {"branches": 10**30},
+        {"branches": "16"},
+        {"branches": None},
+        {"fade": -1},
+        {"fade": 3},
+        {"fade": "NaN"},
+        {"keep": 17},
+        {"keep": None},
+        {"compensation": "other"},
+        {"text": "../evaluation.txt"},
+        {"text": None},
+        {"layer": -1},
+        {"layer": 10**6},
+        {"layer": "0"},
+        {"projection": None},
+        {"projection": ["gate"]},
+        {"quantity": "other"},
+    ],
+    ids=str,
+)
+def test_odd_values_for_the_page_s_own_listeners(app, change):
+    message = listen(app, "preview", preview_data(**change))
+    text = json.dumps(message["output"].get("error"))
+    assert not any(leak in text for leak in LEAKS), text
+
+
+def test_the_page_s_own_listener_works_when_called_well(app):
+    """So that the tests above do not pass for a wrong reason."""
+    message = listen(app, "preview", preview_data(branches=8))
+    assert message["success"]
+    assert message["output"]["data"][1] == 8 or "value" in str(message["output"]["data"][0])
+
+
+@pytest.mark.parametrize(
+    "name", [None, 3, "", "/etc", "../..", "owner/absent", "<img src=x>", ["demo"], "x" * 10**6]
+)
+def test_loading_odd_names_through_the_page(app, name):
+    message = listen(app, "load", [name, 16])
+    assert not message["success"]
+    text = json.dumps(message["output"])
+    assert not any(leak in text for leak in LEAKS), text
+    assert app.workbench.holds("demo")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "temperature"),
+    [(None, 64, 0), ("Once", 0, 0), ("Once", 10**9, 0), ("Once", 64, 99), ("x" * 10**6, 16, 0)],
+    ids=lambda value: str(value)[:10],
+)
+def test_odd_writing_orders_through_the_page(app, prompt, tokens, temperature):
+    message = listen(app, "write", [None, *SPEC[1:], prompt, tokens, temperature])
+    assert not message["success"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../../../etc/passwd", "app.py", "assets/demo/train.py"]
+)
+def test_files_of_the_machine_are_not_served(app, path):
+    answer = httpx.get(f"{app.url}gradio_api/file={path}")
+    assert answer.status_code in (400, 403, 404)
+    assert "root:" not in answer.text
+
+
+def test_nobody_watches_the_visitors(app):
+    answer = httpx.get(f"{app.url}monitoring", follow_redirects=True)
+    assert answer.status_code in (403, 404)

@@ -1,0 +1,160 @@
+"""The page as a person starts and sees it: `python app.py`, and headless Chromium.
+
+The browser is looked for at MLPMOE_CHROMIUM, by default /usr/bin/chromium. Every journey leaves
+a picture in tests/browser/screenshots.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.on_the_page import wait_until_measured
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = Path(__file__).resolve().parent / "screenshots"
+CHROMIUM = os.environ.get("MLPMOE_CHROMIUM", "/usr/bin/chromium")
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+START_SECONDS = 120  # until the page has to answer
+FAILED = pytest.StashKey[bool]()
+PATIENCE = 60_000  # milliseconds for anything awaited; a busy machine may pause anywhere
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    missing = None
+    if not Path(CHROMIUM).exists():
+        missing = f"there is no browser at {CHROMIUM}; set MLPMOE_CHROMIUM to one"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing = "playwright is not installed"
+    if missing and os.environ.get("CI"):
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the app, started by its own entry point."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    ours = ("SPACE_ID", "MLPMOE_ALLOW_ANY_MODEL", "GRADIO_ROOT_PATH", "GRADIO_SERVER_NAME")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    log = tmp_path_factory.mktemp("app") / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
+        try:
+            _wait_for_answer(url, process, log)
+            yield url
+            assert process.poll() is None, f"the app has ended:\n{log.read_text()[-2000:]}"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+    text = log.read_text()
+    # what Gradio itself refuses, such as a value beyond a slider's end, would show here as well
+    assert "Traceback" not in text, text[-4000:]
+
+
+def _wait_for_answer(url: str, process: subprocess.Popen, log: Path) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with opener.open(f"{url}/config", timeout=5):
+                return
+        except OSError:
+            assert process.poll() is None, f"the app did not start:\n{log.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, "the page does not answer"
+            time.sleep(0.1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> object:
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+@pytest.fixture
+def new_window(browser, server: str, request: pytest.FixtureRequest) -> Iterator[Callable]:
+    """Opens browser windows of their own; afterwards none may have asked another machine for
+    anything, or logged an error."""
+    contexts, elsewhere, complaints = [], [], []
+
+    def watch(page) -> None:
+        page.on("request", lambda request: elsewhere.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: message.type == "error" and complaints.append(message.text),
+        )
+
+    def open_window(width: int = 1400, height: int = 1000, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        context.set_default_timeout(PATIENCE)
+        context.on("page", watch)
+        contexts.append(context)
+        return context
+
+    yield open_window
+    for context in contexts:
+        if request.node.stash.get(FAILED, False):
+            SCREENSHOTS.mkdir(exist_ok=True)
+            for number, page in enumerate(context.pages):
+                page.screenshot(path=SCREENSHOTS / f"failed-{request.node.name}-{number}.png")
+        context.close()
+    assert [u for u in elsewhere if not u.startswith((f"{server}/", "data:", "blob:"))] == []
+    assert complaints == []
+
+
+@pytest.fixture
+def open_page(new_window, server: str) -> Callable:
+    """Opens the page, by default in a new window, and waits until everything on it is filled in."""
+
+    def open_it(query: str = "", window=None, **options):
+        page = (window or new_window(**options)).new_page()
+        page.goto(f"{server}/{query}")
+        wait_until_measured(page)
+        return page
+
+    return open_it
+
+
+@pytest.fixture
+def take_picture(request: pytest.FixtureRequest) -> Callable:
+    def take(page, name: str, full_page: bool = True) -> None:
+        SCREENSHOTS.mkdir(exist_ok=True)
+        journey = re.sub(r"^test_", "", request.node.name)
+        page.screenshot(path=SCREENSHOTS / f"{journey}-{name}.png", full_page=full_page)
+
+    return take

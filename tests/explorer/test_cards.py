@@ -1,0 +1,196 @@
+"""What the cards say: true, complete, and harmless whatever a model is called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from math import inf, log
+
+import pytest
+import torch
+
+from mlpmoe import ConversionSpec
+from mlpmoe.explorer.cards import (
+    NO_CHANGE,
+    TEXT_NAMES,
+    Card,
+    compute_card,
+    describe,
+    mlp_share,
+    nonzero_card,
+    pending_perplexity_card,
+    pending_speed_card,
+    perplexity_card,
+    speed_card,
+    status_line,
+)
+from mlpmoe.explorer.workbench import TEXTS, Evaluation, Zeros
+from mlpmoe.measure.notation import NBSP
+from mlpmoe.measure.parameters import ParameterReport
+from mlpmoe.measure.perplexity import compare, summarise
+from mlpmoe.measure.speed import Ratio, SpeedReport
+
+HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>&amp;"
+DENSE = ParameterReport(
+    total=1000, nonzero=1000, mlp_total=500, mlp_nonzero=500,
+    active_per_token=1000, macs_per_token=800, mlp_macs_per_token=480,
+)  # fmt: skip
+
+
+class Elements(HTMLParser):
+    """The elements and the text of a piece of HTML, as a browser sees them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def plain(text: str) -> str:
+    return text.replace(NBSP, " ")
+
+
+def evaluation(dense: torch.Tensor, converted: torch.Tensor) -> Evaluation:
+    first, second = (
+        summarise(losses, scored_bytes=len(dense) * 4) for losses in (dense, converted)
+    )
+    return Evaluation(first, second, compare(first, second))
+
+
+def losses(mean: float, count: int = 1000) -> torch.Tensor:
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    return mean + 0.5 * (noise - noise.mean())
+
+
+def test_card_escapes_every_field():
+    html = Card(*[HOSTILE] * 5, unit=HOSTILE).html()
+    found = Elements(html)
+    assert set(found.tags) == {"section", "h3", "p", "span"}
+    assert found.attributes == {"class", "title", "aria-label"}
+    assert found.text.count(HOSTILE) == 6
+
+
+def test_status_line_escapes_names(tiny):
+    hostile = replace(tiny, label=HOSTILE, checked=replace(tiny.checked, architecture=HOSTILE))
+    found = Elements(status_line(hostile))
+    assert set(found.tags) == {"p", "strong"}
+    assert found.text.count(HOSTILE) == 2
+
+
+def test_status_line_says_what_is_loaded(tiny, tiny_folder):
+    text = plain(Elements(status_line(tiny)).text)
+    for part in ("tiny", "Llama", "2 layers", "d_model 32", "d_ff 48", "float32 on cpu"):
+        assert part in text
+    size = sum(file.stat().st_size for file in tiny_folder.iterdir()) / 1e6
+    assert f"{size:.1f} MB on disk" in text
+    assert f"{100 * tiny.report.mlp_total / tiny.report.total:.0f} % in MLPs" in text
+    assert str(tiny_folder.parent) not in text
+    assert mlp_share(tiny) == tiny.report.mlp_total / tiny.report.total
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (ConversionSpec(), "B 16 · fade 0.00 · K 16"),
+        (ConversionSpec(fade=0.9), "B 16 · fade 0.90 · K 16"),
+        (ConversionSpec(keep=12), "B 16 · fade 0.00 · K 12, × √(B/K)"),
+        (
+            ConversionSpec(branches=4, keep=1, compensation="none"),
+            "B 4 · fade 0.00 · K 1, not compensated",
+        ),
+    ],
+)
+def test_describe(spec, text):
+    assert describe(spec) == text
+
+
+def test_every_text_has_a_name():
+    assert set(TEXT_NAMES) == set(TEXTS)
+    assert "proxy" in TEXT_NAMES["proxy"]
+
+
+@pytest.mark.parametrize("text", list(TEXTS))
+def test_perplexity_card(text):
+    card = perplexity_card(evaluation(losses(log(8)), losses(log(8)) + log(1.5)), text)
+    assert (card.dense, card.converted) == ("8.00", "12.0")
+    assert plain(card.difference) == "+50.0 % ± 0.0 %"
+    assert TEXT_NAMES[text] in card.note
+    assert "1,000 tokens" in card.note
+    assert "0.75 → 0.896 bits per byte" in plain(card.note)
+
+
+def test_a_difference_inside_its_error_is_no_change():
+    dense = losses(2.0)
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(2))
+    card = perplexity_card(
+        evaluation(dense, dense + 0.01 * (noise - noise.mean()) + 1e-6), "stories"
+    )
+    assert card.difference == NO_CHANGE
+
+
+def test_an_infinite_perplexity_is_a_change():
+    broken = losses(2.0)
+    broken[3] = inf
+    card = perplexity_card(evaluation(losses(2.0), broken), "stories")
+    assert card.converted == "∞"
+    assert card.difference != NO_CHANGE
+
+
+def test_pending_cards():
+    dense = summarise(losses(log(8)), scored_bytes=4000)
+    assert pending_perplexity_card(None, "stories", "wait").dense == "…"
+    card = pending_perplexity_card(dense, "proxy", "measuring, 40%")
+    assert (card.dense, card.converted, card.difference) == ("8.00", "…", "measuring, 40%")
+    assert TEXT_NAMES["proxy"] in card.note
+    assert pending_speed_card("soon").difference == "soon"
+
+
+def test_nonzero_card_has_both_denominators():
+    converted = replace(DENSE, total=1006, nonzero=856, mlp_total=506, mlp_nonzero=356)
+    card = nonzero_card(DENSE, converted, ConversionSpec(fade=0.9), Zeros(0.421875, 0.43))
+    assert plain(card.difference) == "−14.4 % of all\n−28.8 % of MLPs"
+
+
+def test_nonzero_card_tells_requested_from_realised():
+    card = nonzero_card(DENSE, DENSE, ConversionSpec(fade=0.9), Zeros(0.421875, 0.4307))
+    assert "43.07 %" in card.note
+    assert "asked for 42.19 %" in card.note
+
+
+def test_nonzero_card_without_fade():
+    kept = nonzero_card(DENSE, DENSE, ConversionSpec(keep=12), Zeros(0, 0))
+    assert kept.note.startswith("4 of 16 branches")
+    added = replace(DENSE, total=DENSE.total + 1234)
+    assert "1,234" in nonzero_card(DENSE, added, ConversionSpec(), Zeros(0, 0)).note
+
+
+def test_compute_card():
+    converted = replace(DENSE, macs_per_token=680, mlp_macs_per_token=360)
+    card = compute_card(DENSE, converted, ConversionSpec(keep=12))
+    assert plain(card.difference) == "−15.0 % in all\n−25.0 % in MLPs"
+    assert "zeros" not in card.note
+    assert "saves no" in compute_card(DENSE, DENSE, ConversionSpec(fade=0.9)).note
+
+
+@pytest.mark.parametrize(
+    ("speedup", "difference"),
+    [
+        (Ratio(1.15, 1.08, 1.21), "× 1.15 (1.08 to 1.21)"),
+        (Ratio(0.80, 0.75, 0.90), "× 0.80 (0.75 to 0.90)"),
+        (Ratio(1.02, 0.97, 1.08), NO_CHANGE),
+    ],
+)
+def test_speed_card(tiny, speedup, difference):
+    card = speed_card(SpeedReport(400.0, 400.0 * speedup.median, speedup), tiny)
+    assert card.difference == difference
+    assert card.unit == "tokens/s"
+    assert "float32 on cpu" in card.note

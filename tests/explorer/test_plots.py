@@ -1,0 +1,229 @@
+"""The figures: what is drawn is what was measured, whole and at its place."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlpmoe import ConversionSpec
+from mlpmoe.explorer import style
+from mlpmoe.explorer.plots import HEAT_HEIGHT, RIDGES_HEIGHT, branch_histograms, branches_left
+from mlpmoe.measure.magnitudes import Magnitudes, magnitudes
+
+BINS = 10
+UPPER = 2.0
+CENTRES = [(i + 0.5) * UPPER / BINS for i in range(BINS)]
+
+Polygon = list[tuple[float, float]]
+
+
+def histogram(counts: list[list[int]], thresholds: list[float]) -> Magnitudes:
+    return Magnitudes(
+        edges=torch.linspace(0, UPPER, BINS + 1),
+        counts=torch.tensor(counts),
+        zeros=torch.zeros(len(counts), dtype=torch.int64),
+        thresholds=tuple(thresholds),
+    )
+
+
+@st.composite
+def ridges(draw):
+    """Dense and converted histograms: B from 1 to 64, K up to B, some of the kept faded."""
+    branches = draw(st.integers(1, 64))
+    keep = draw(st.integers(1, branches))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (branches, BINS)
+    counts = torch.randint(draw(st.sampled_from([1, 2, 10_000])), shape, generator=random)
+    highest = draw(st.sampled_from([0.3, 1.0, 1.2])) * UPPER
+    thresholds = CENTRES[0] + (highest - CENTRES[0]) * torch.rand(keep, generator=random)
+    faded = torch.rand(keep, generator=random) < draw(st.sampled_from([0.0, 0.7, 1.0]))
+    dense = histogram(counts.tolist(), [0.0] * branches)
+    return dense, histogram(counts[:keep].tolist(), (thresholds * faded).tolist())
+
+
+few = settings(max_examples=25)
+
+
+def polygons(figure: go.Figure, name: str) -> list[Polygon]:
+    """The pieces of a trace between its gaps."""
+    (trace,) = figure.select_traces({"name": name})
+    pieces: list[Polygon] = [[]]
+    for x, y in zip(trace.x, trace.y, strict=True):
+        if x is None:
+            pieces.append([])
+        else:
+            pieces[-1].append((x, y))
+    return [piece for piece in pieces if piece]
+
+
+def row(polygon: Polygon) -> float:
+    return polygon[0][1]
+
+
+def area(polygon: Polygon) -> float:
+    """Shoelace formula."""
+    ring = zip(polygon, polygon[1:] + polygon[:1], strict=True)
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in ring)) / 2
+
+
+@few
+@given(ridges())
+def test_one_ridge_per_branch_each_in_its_row(pair):
+    dense, converted = pair
+    figure = branch_histograms(dense, converted, 0, "gate")
+    branches, keep = len(dense.counts), len(converted.counts)
+    assert [row(p) for p in polygons(figure, "stays")] == list(range(keep))
+    assert [row(p) for p in polygons(figure, "dropped by K")] == list(range(keep, branches))
+    faded = [b for b in range(keep) if converted.thresholds[b]]
+    assert [row(p) for p in polygons(figure, "zeroed by fade")] == faded
+
+
+@few
+@given(ridges())
+def test_what_stays_and_what_is_zeroed_make_up_the_whole_ridge(pair):
+    dense, converted = pair
+    figure = branch_histograms(dense, converted, 0, "gate")
+    whole = branch_histograms(dense, dense, 0, "gate")
+    full = {row(p): area(p) for p in polygons(whole, "stays")}
+    for b, threshold in enumerate(converted.thresholds):
+        if threshold <= CENTRES[-1]:
+            pieces = polygons(figure, "stays") + polygons(figure, "zeroed by fade")
+            drawn = sum(area(p) for p in pieces if row(p) == b)
+            assert drawn == pytest.approx(full[b], abs=1e-9)
+    for polygon in polygons(figure, "dropped by K"):
+        assert area(polygon) == pytest.approx(full[row(polygon)], abs=1e-9)
+
+
+@few
+@given(ridges())
+def test_thresholds_part_what_stays_from_what_is_zeroed(pair):
+    dense, converted = pair
+    figure = branch_histograms(dense, converted, 0, "gate")
+    for polygon in polygons(figure, "zeroed by fade"):
+        threshold = converted.thresholds[int(row(polygon))]
+        assert max(x for x, _ in polygon) == threshold
+    for polygon in polygons(figure, "stays"):
+        threshold = converted.thresholds[int(row(polygon))]
+        assert min(x for x, _ in polygon) >= threshold
+
+
+@few
+@given(ridges())
+def test_a_dashed_line_at_every_threshold(pair):
+    dense, converted = pair
+    figure = branch_histograms(dense, converted, 0, "gate")
+    drawn = {int(row(line)): {x for x, _ in line} for line in polygons(figure, "fade threshold")}
+    assert drawn == {b: {t} for b, t in enumerate(converted.thresholds) if t}
+
+
+def test_a_threshold_below_the_first_bin_centre_is_drawn_too():
+    dense = histogram([[100] * BINS] * 2, [0.0, 0.0])
+    converted = histogram([[100] * BINS] * 2, [0.0, CENTRES[0] / 2])
+    figure = branch_histograms(dense, converted, 0, "gate")
+    lines = polygons(figure, "fade threshold")
+    assert [(row(line), line[0][0]) for line in lines] == [(1, CENTRES[0] / 2)]
+
+
+@few
+@given(ridges())
+def test_ridges_stay_in_the_picture(pair):
+    dense, converted = pair
+    figure = branch_histograms(dense, converted, 0, "gate")
+    low, high = figure.layout.yaxis.range  # branch 0 on top
+    for name in ("stays", "zeroed by fade", "dropped by K", "fade threshold"):
+        for polygon in polygons(figure, name):
+            assert all(high <= y <= low for _, y in polygon)
+    assert list(figure.layout.xaxis.range) == [0, UPPER]
+
+
+@few
+@given(ridges())
+def test_ridges_are_plain_numbers_of_a_fixed_height(pair):
+    figure = branch_histograms(*pair, 3, "up")
+    assert figure.layout.height == RIDGES_HEIGHT
+    assert "up, layer 3" in figure.layout.xaxis.title.text
+    text = figure.to_json()
+    assert len(json.loads(text)["data"]) == 4
+    assert len(text) < 64 * BINS * 200
+
+
+def test_the_legend_names_only_what_is_there():
+    counts = [[5] * BINS] * 4
+    whole = branch_histograms(histogram(counts, [0.0] * 4), histogram(counts, [0.0] * 4), 0, "up")
+    assert [trace.name for trace in whole.data if trace.showlegend] == ["stays"]
+    some = branch_histograms(
+        histogram(counts, [0.0] * 4), histogram(counts[:2], [0.0, 1.0]), 0, "up"
+    )
+    assert all(trace.showlegend for trace in some.data)
+
+
+def test_hover_texts_give_the_counts():
+    counts = [[1234, *[0] * (BINS - 1)], [0] * BINS]
+    figure = branch_histograms(
+        histogram(counts, [0.0] * 2), histogram(counts, [0.0] * 2), 0, "gate"
+    )
+    assert "branch 0<br>1,234 weights" in figure.data[2].text
+
+
+@pytest.mark.parametrize("spec", [ConversionSpec(), ConversionSpec(fade=0.9, keep=10)])
+def test_ridges_of_a_real_model(tiny, spec):
+    whole = tiny.converted(ConversionSpec(branches=spec.branches))
+    dense = magnitudes(whole, 1, "up", 60, 0.8)
+    converted = magnitudes(tiny.converted(spec), 1, "up", 60, 0.8)
+    figure = branch_histograms(dense, converted, 1, "up")
+    assert len(polygons(figure, "stays")) == spec.kept
+    assert len(polygons(figure, "dropped by K")) == spec.branches - spec.kept
+    assert len(polygons(figure, "zeroed by fade")) == (spec.kept - 1 if spec.fade else 0)
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 64))
+def test_heat_map_shows_what_is_lost(layers, branches):
+    left = torch.rand(layers, branches, dtype=torch.float64)
+    figure = branches_left(left, "non-zero weights")
+    (heat,) = figure.data
+    assert torch.allclose(torch.tensor(heat.z, dtype=torch.float64), 100 * (1 - left))
+    assert (heat.zmin, heat.zmax) == (0, 100)
+    assert figure.layout.height == HEAT_HEIGHT
+    assert figure.layout.yaxis.autorange == "reversed"  # layer 0 on top
+    json.loads(figure.to_json())
+
+
+@pytest.mark.parametrize("branches", [1, 2, 15, 16, 17, 63, 64])
+def test_ticks_are_whole_branches_and_few(branches):
+    counts = [[1] * BINS] * branches
+    histograms = histogram(counts, [0.0] * branches)
+    ridge_ticks = branch_histograms(histograms, histograms, 0, "gate").layout.yaxis.tickvals
+    heat = branches_left(torch.ones(3, branches), "").layout
+    for ticks, most in ((ridge_ticks, 16), (heat.xaxis.tickvals, 8), (heat.yaxis.tickvals, 8)):
+        assert ticks[0] == 0
+        assert 1 <= len(ticks) <= most
+        assert max(ticks) < max(branches, 3)
+
+
+def test_only_colours_of_the_page():
+    counts = [[3] * BINS] * 3
+    figures = [
+        branch_histograms(histogram(counts, [0.0] * 3), histogram(counts[:2], [0, 1.0]), 0, "up"),
+        branches_left(torch.ones(2, 3), "squared weights"),
+    ]
+    named = [style.DENSE, style.CONVERTED, style.GREY, *style.DAMAGE]
+    allowed = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in named}
+    transparent = (0, 0, 0, 0)
+    for figure in figures:
+        text = json.dumps(figure.to_plotly_json()["layout"]) + json.dumps(
+            [trace.to_plotly_json() for trace in figure.data]
+        )
+        hexes = re.findall(r"#[0-9a-fA-F]{6}\b", text)
+        assert hexes
+        assert {tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in hexes} <= allowed
+        for numbers in re.findall(r"rgba?\(([^)]*)\)", text):
+            parts = tuple(float(part) for part in numbers.split(","))
+            assert parts[:3] in allowed or parts == transparent or f"rgba({numbers})" == style.GRID
+        assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
