@@ -44,7 +44,7 @@ def branch_histograms(
         above = [p for p in points if p[0] > threshold]
         if threshold > 0:
             edge = (threshold, _height_at(points, threshold), (below or points)[-1][2])
-            above = [edge, *above] if above else []
+            above = [edge, *above]
             dashes += [(threshold, b, ""), (threshold, b - RIDGE_REACH, ""), (None, None, "")]
             if below:
                 zeroed += _area([*below, edge], b)
