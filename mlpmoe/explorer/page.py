@@ -152,14 +152,16 @@ def _wire_preview(
             cards.perplexity, cards.speed, branches.histograms, branches.heat, convert.snippet,
         ],
         trigger_mode="always_last",
-        concurrency_limit=2,
+        # One after the other: setting several controls at once asks for several previews, and an
+        # older one that took longer would end up on the page.
+        concurrency_limit=1,
         **QUIET,
     )  # fmt: skip
     changed.then(
         readable(handlers.lesson),
         [*spec, branches.layer],
         [lesson.strip, lesson.split, lesson.fade, lesson.keep],
-        concurrency_limit=2,
+        concurrency_limit=1,
         **QUIET,
     )
     return changed

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
 import pytest
+
+from mlpmoe.explorer import handlers
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
@@ -32,30 +35,43 @@ def _last_event(stream: str) -> tuple[str, str]:
     return event.removeprefix("event: "), data.removeprefix("data: ")
 
 
-def listen(app, fn: str, data: list, session: str = "odd") -> dict[str, Any]:
-    """Trigger one of the page's own listeners, as the page does, and give its last message."""
+def join(app, fn: str, data: list, session: str) -> httpx.Response:
+    """Trigger one of the page's own listeners, as the page does."""
     (index,) = (
         listener["id"]
         for listener in app.blocks.config["dependencies"]
         if listener["api_visibility"] == "private"
         and getattr(app.blocks.fns[listener["id"]].fn, "__name__", None) == fn
     )
-    joined = httpx.post(
+    return httpx.post(
         f"{app.url}gradio_api/queue/join",
         content=json.dumps({"data": data, "fn_index": index, "session_hash": session}),
         headers={"Content-Type": "application/json"},
     )
-    if joined.status_code != 200:
-        assert 400 <= joined.status_code < 500
-        return {"success": False, "output": {"error": joined.text}}
+
+
+def results(app, session: str, count: int) -> list[dict[str, Any]]:
+    """The next results of a session, in the order in which the page gets them."""
+    found = []
     url = f"{app.url}gradio_api/queue/data?session_hash={session}"
     with httpx.stream("GET", url, timeout=60) as stream:
         for line in stream.iter_lines():
             if line.startswith("data:"):
                 message = json.loads(line.removeprefix("data:"))
                 if message["msg"] == "process_completed":
-                    return message
+                    found.append(message)
+                    if len(found) == count:
+                        return found
     raise AssertionError("the stream ended without a result")
+
+
+def listen(app, fn: str, data: list, session: str = "odd") -> dict[str, Any]:
+    """What a listener answers."""
+    joined = join(app, fn, data, session)
+    if joined.status_code != 200:
+        assert 400 <= joined.status_code < 500
+        return {"success": False, "output": {"error": joined.text}}
+    return results(app, session, 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +167,23 @@ def test_the_page_s_own_listener_works_when_called_well(app):
     message = listen(app, "preview", preview_data(branches=8))
     assert message["success"]
     assert message["output"]["data"][1] == 8 or "value" in str(message["output"]["data"][0])
+
+
+def test_a_slow_preview_is_not_shown_after_a_later_one(app, monkeypatch):
+    """A link sets several sliders at once, and the page asks for a preview at each."""
+    original = handlers.preview
+
+    def preview(loaded, spec, *views):
+        if spec.branches == 7:
+            time.sleep(0.5)
+        return original(loaded, spec, *views)
+
+    monkeypatch.setattr(handlers, "preview", preview)
+    events = [
+        join(app, "preview", preview_data(branches=branches), "link").json()["event_id"]
+        for branches in (7, 9)
+    ]
+    assert [message["event_id"] for message in results(app, "link", 2)] == events
 
 
 @pytest.mark.parametrize(
