@@ -28,7 +28,6 @@ class Card:
     converted: str
     difference: str
     note: str
-    unit: str = ""
 
     def html(self) -> str:
         return (
@@ -36,7 +35,7 @@ class Card:
             f'<p class="values"><span class="dense" title="dense">{escape(self.dense)}</span>'
             '<span class="arrow" aria-label="becomes"> → </span>'
             f'<span class="converted" title="converted">{escape(self.converted)}</span>'
-            f' <span class="unit">{escape(self.unit)}</span></p>'
+            "</p>"
             f'<p class="difference">{escape(self.difference)}</p>'
             f'<p class="note">{escape(self.note)}</p></section>'
         )
@@ -115,17 +114,16 @@ def speed_card(speed: SpeedReport, loaded: LoadedModel) -> Card:
     ratio = speed.speedup
     difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
     return Card(
-        "Writing speed",
+        "Tokens per second",
         number(speed.dense),
         number(speed.converted),
         difference if ratio.measurable else NO_CHANGE,
-        f"one text at a time, {dtype} on {loaded.checked.device.type}; range: middle half of runs",
-        unit="tokens/s",
+        f"writing one text, {dtype} on {loaded.checked.device.type}; range: middle half of runs",
     )
 
 
 def pending_speed_card(message: str) -> Card:
-    return Card("Writing speed", "…", "…", message, "measured after perplexity", "tokens/s")
+    return Card("Tokens per second", "…", "…", message, "measured after perplexity")
 
 
 def status_line(loaded: LoadedModel) -> str:

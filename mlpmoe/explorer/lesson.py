@@ -114,10 +114,13 @@ zero on average.
 """
     if spec.kept == spec.branches:
         return text + "\nAll branches are kept now, and α = 1. Lower K and read on.\n"
+    size = f"**{100 * measured.kept_norm * measured.alpha:.0f} %**"
+    scaled = f"; with α = {measured.alpha:.3f} it is {size}"
+    if spec.compensation == "none":
+        scaled = ", and compensation is off"
     return f"""{text}
 **Measured** at layer {layer} on {measured.tokens} tokens: {spec.kept} of {spec.branches} branches \
-reach **{100 * measured.kept_norm:.0f} %** of the size of the whole output; with α = \
-{measured.alpha:.3f} it is **{100 * measured.kept_norm * measured.alpha:.0f} %**. But scaling \
+reach **{100 * measured.kept_norm:.0f} %** of the size of the whole output{scaled}. But scaling \
 cannot turn the output: the cosine between what is kept and the whole is \
 **{measured.cosine:.2f}** (1 would be the same direction).
 """

@@ -194,4 +194,6 @@ def _wire_generations(handlers: Handlers, generations: GenerationsPanel, spec: l
         **MODEL_QUEUE,
         **QUIET,
     )
-    generations.stop.click(None, None, None, cancels=[writing], **PRIVATE)
+    generations.stop.click(
+        lambda: "<p>Stopped.</p>", None, generations.report, cancels=[writing], **QUIET
+    )

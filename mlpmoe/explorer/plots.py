@@ -153,7 +153,7 @@ def _finish(figure: go.Figure, height: int) -> None:
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 56, "r": 12, "t": 36, "b": 48},
+        margin={"l": 56, "r": 12, "t": 36, "b": 56},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY, "size": 14},
