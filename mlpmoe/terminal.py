@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .measure.bench import BenchLine
-from .measure.notation import change, number, signed_percent
+from .measure.notation import NO_CHANGE, change, number, signed_percent, speedup
 from .measure.parameters import ParameterReport
 from .measure.perplexity import Perplexity, PerplexityChange
 from .measure.speed import SpeedReport
-
-NO_CHANGE = "no measurable change"
 
 
 def progress(message: str, fraction: float | None = None) -> None:
@@ -58,11 +56,12 @@ def parameter_rows(dense: ParameterReport, converted: ParameterReport) -> Iterat
 def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
     if speed is None:
         return
-    ratio = speed.speedup
-    difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    if not ratio.measurable:
-        difference = NO_CHANGE
-    yield ["tokens written per second", number(speed.dense), number(speed.converted), difference]
+    yield [
+        "tokens written per second",
+        number(speed.dense),
+        number(speed.converted),
+        speedup(speed.speedup),
+    ]
 
 
 def bench_line(line: BenchLine) -> str:

@@ -140,5 +140,6 @@ PRESETS = {
     "All 16 branches": ConversionSpec(branches=16),
     "Fractal Fade (paper)": ConversionSpec(branches=16, fade=0.9),
     "Keep 12 of 16 (paper)": ConversionSpec(branches=16, keep=12),
+    "Fade 0.9 and keep 12 of 16": ConversionSpec(branches=16, fade=0.9, keep=12),
     "Keep 12 of 16, not scaled": ConversionSpec(branches=16, keep=12, compensation="none"),
 }

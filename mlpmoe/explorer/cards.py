@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from html import escape
 
 from ..core.spec import ConversionSpec
-from ..measure.notation import change, count, number, signed_percent
+from ..measure.notation import NO_CHANGE, change, count, number, signed_percent, speedup
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
 from .workbench import Evaluation, LoadedModel, Zeros
 
-NO_CHANGE = "no measurable change"
-TEXT_NAMES = {"stories": "evaluation stories", "proxy": "proxy mixture, a health check only"}
+TEXT_NAMES = {"stories": "evaluation stories", "proxy": "proxy mixture (health check)"}
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ def nonzero_card(
     mlps = converted.mlp_nonzero / dense.mlp_nonzero - 1
     alphas = converted.total - dense.total
     if spec.fade:
+        where = " in what is kept" if spec.kept < spec.branches else ""
         note = (
-            f"fade zeroes {100 * zeros.realised:.2f} % of gate and up, "
+            f"fade zeroes {100 * zeros.realised:.2f} % of gate and up{where}, "
             f"asked for {100 * zeros.requested:.2f} %"
         )
     elif spec.kept < spec.branches:
@@ -111,13 +111,11 @@ def compute_card(dense: ParameterReport, converted: ParameterReport, spec: Conve
 
 def speed_card(speed: SpeedReport, loaded: LoadedModel) -> Card:
     dtype = str(loaded.checked.dtype).removeprefix("torch.")
-    ratio = speed.speedup
-    difference = f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
     return Card(
         "Tokens per second",
         number(speed.dense),
         number(speed.converted),
-        difference if ratio.measurable else NO_CHANGE,
+        speedup(speed.speedup),
         f"writing one text, {dtype} on {loaded.checked.device.type}; range: middle half of runs",
     )
 

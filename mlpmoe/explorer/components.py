@@ -110,7 +110,7 @@ def convert_panel() -> ConvertPanel:
         1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
         info="parts each MLP is cut into",
     )  # fmt: skip
-    fade = gr.Slider(
+    fade = LimitedSlider(
         0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
         info="zeroes small weights",
     )  # fmt: skip
@@ -156,7 +156,8 @@ def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
     gr.Markdown(
         "#### Size of the weights, branch by branch\n"
         "Each ridge is one branch: how many of its weights have which size. "
-        "The dashed line is the fade threshold; weights to its left are set to zero."
+        "The dashed line is the fade threshold: weights to its left are set to zero. "
+        "Fade works on gate and up only."
     )
     with gr.Row():
         layer = LimitedSlider(0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
@@ -168,6 +169,7 @@ def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
     quantity = gr.Radio(
         [(label, key) for key, label in QUANTITY_NAMES.items()],
         value="nonzero",
+        label="What is counted",
         show_label=False,
         container=False,
         elem_id="quantity",
@@ -191,11 +193,11 @@ def generations_panel() -> GenerationsPanel:
         api_visibility="private",
     )  # fmt: skip
     with gr.Row():
-        tokens = gr.Slider(
+        tokens = LimitedSlider(
             16, MAX_NEW_TOKENS, 128, step=16, precision=0, label="Tokens to write",
             min_width=200, elem_id="tokens",
         )  # fmt: skip
-        temperature = gr.Slider(
+        temperature = LimitedSlider(
             0, 1.5, 0, step=0.1, label="Temperature", min_width=200, elem_id="temperature",
             info="0: always the most likely token; above: sampled, with the same seed for both",
         )  # fmt: skip

@@ -185,7 +185,7 @@ class Handlers:
         loaded = self.workbench.loaded(model)
         spec = _spec(branches, fade, keep, compensation)
         self._look_at(request, (loaded.key, spec, text))
-        yield from self._measure(loaded, spec, text, request)
+        yield from self._measure(loaded, spec, text, request, speed_again=True)
 
     def stop_measuring(
         self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
@@ -218,7 +218,12 @@ class Handlers:
         yield *_texts(writings), writing_report(loaded, spec, writings)
 
     def _measure(
-        self, loaded: LoadedModel, spec: ConversionSpec, text: str, request: gr.Request
+        self,
+        loaded: LoadedModel,
+        spec: ConversionSpec,
+        text: str,
+        request: gr.Request,
+        speed_again: bool = False,
     ) -> Iterator[tuple[str, str]]:
         """The cards of perplexity and speed, as the measurement goes on."""
         look = (loaded.key, spec, text)
@@ -230,9 +235,10 @@ class Handlers:
             if not isinstance(step, Evaluation):
                 message = f"measuring, {step.done / step.total:.0%}"
                 yield self._measured_cards(loaded, spec, text, message)
-        if loaded.known_speed(spec) is None:
-            yield self._measured_cards(loaded, spec, text, "measuring speed …")
-            loaded.speed(spec)
+        if speed_again or loaded.known_speed(spec) is None:
+            perplexity, _ = self._measured_cards(loaded, spec, text, "")
+            yield perplexity, pending_speed_card("measuring …").html()
+            loaded.speed(spec, again=speed_again)
         if self._latest.get(request.session_hash) == look:
             yield self._measured_cards(loaded, spec, text, "")
 

@@ -98,8 +98,8 @@ sizes |w| in that branch. Branch 0 and all of down stay as they are.
 **Here** s = {spec.fade:.2f}, so branch {example} loses {spec.fade:.2f} · {example} / \
 {spec.branches} = **{100 * sparsity:.1f} %**: all {projection} weights of layer {layer} up to \
 |w| = **{number(threshold)}**. Over all kept branches {100 * zeros.requested:.2f} % was asked for \
-and {100 * zeros.realised:.2f} % is zero. The zeros stay in place: the model computes as much as \
-before.
+and {100 * zeros.realised:.2f} % is zero. Fade alone saves no computation: the zeros stay in place \
+and are multiplied like any other number.
 """
 
 

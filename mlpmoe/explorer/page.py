@@ -37,8 +37,19 @@ RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50
 HEADER = """# mlpmoe
 Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
 what it saves. Nothing is trained."""
-FOOTER = """Methods: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089). \
-Perplexity: lower is better. Every figure is measured on this server, on the model above."""
+FOOTER = """Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089). \
+Perplexity and speed are measured, parameters and compute are counted, on this server."""
+WORDS = """
+* **Perplexity**: among how many tokens the model hesitates, on average. Lower is better.
+* **Bits per byte**: how many bits the model needs to guess one byte of the text. Lower is better.
+* **MLP**: the part of each layer that treats every token by itself. It has two or three matrices: \
+**gate** and **up** compute the neurons, **down** adds up what they say.
+* **d_model, d_ff**: numbers a token is made of between layers; neurons of one MLP.
+* **Branch**: a group of neurons. Each branch has a factor **α**, 1 at first.
+* **Compensation**: the factor √(B/K) on kept branches, to make up for the dropped ones.
+* **Squared weights**: the share of the sum of w², in which large weights count more.
+* **Proxy mixture**: a short artificial text, as in the paper; it shows whether a model \
+broke, not which one is better."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
                         generations = generations_panel()
                     with gr.Tab("How it works", id="how"):
                         lesson = lesson_panel()
+        with gr.Accordion("Words", open=False, elem_id="words"):
+            gr.Markdown(WORDS)
         gr.Markdown(FOOTER, elem_id="footer")
         add_endpoints(workbench)  # first, since a listener's name would be taken from them
         handlers = Handlers(workbench)

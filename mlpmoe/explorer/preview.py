@@ -92,6 +92,7 @@ def snippet(model: str, spec: ConversionSpec) -> str:
         f"model, tokenizer = load({model!r})\n"
         f"converted = convert(model, {spec.to_python()})\n\n"
         f"# or: python -m mlpmoe evaluate {shlex.quote(model)} {spec.to_flags()}\n"
+        f"# or, in the address of this page: ?{spec.to_query()}\n"
     )
 
 

@@ -6,6 +6,8 @@ answer it with an error. Gradio writes a `.pyi` file beside the source of every 
 
 from __future__ import annotations
 
+from math import isfinite
+
 import gradio as gr
 
 
@@ -15,9 +17,8 @@ class LimitedSlider(gr.Slider):
     is_template = True  # in the browser it is a plain slider
 
     def preprocess(self, payload: float) -> float:
-        if isinstance(payload, int | float):
-            payload = min(max(payload, self.minimum), self.maximum)
-        return super().preprocess(payload)
+        payload = _number(payload, self.label)
+        return super().preprocess(min(max(payload, self.minimum), self.maximum))
 
 
 class KeepSlider(gr.Slider):
@@ -27,4 +28,11 @@ class KeepSlider(gr.Slider):
     is_template = True
 
     def preprocess(self, payload: float) -> int:
-        return int(payload)
+        return int(_number(payload, self.label))
+
+
+def _number(payload: object, label: str | None) -> float:
+    """What was sent, if it is a finite number: an emptied field sends nothing."""
+    if isinstance(payload, bool) or not isinstance(payload, int | float) or not isfinite(payload):
+        raise gr.Error(f"{label} needs a number.", title="Not possible", print_exception=False)
+    return payload

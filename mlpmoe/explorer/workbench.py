@@ -237,12 +237,14 @@ class LoadedModel:
     def known_speed(self, spec: ConversionSpec) -> SpeedReport | None:
         return self._speeds.get(spec)
 
-    def speed(self, spec: ConversionSpec) -> SpeedReport:
-        """Writing speed against dense, measured once per spec."""
-        if spec not in self._speeds:
+    def speed(self, spec: ConversionSpec, again: bool = False) -> SpeedReport:
+        """Writing speed against dense, measured once per spec, or `again`."""
+        if again or spec not in self._speeds:
             measured = decode_speed(self.model, self.converted(spec))
             with self._lock:
+                self._speeds.pop(spec, None)
                 self._speeds.get_or_make(spec, lambda: measured)
+            return measured
         return self._speeds[spec]
 
 
@@ -265,7 +267,7 @@ class Workbench:
                 pass
         if key not in self._models:
             raise UserError(
-                f"{name!r:.80} is not loaded on this server (any more). Press Load to load it."
+                f"{name!r:.80} is not loaded on this server (any more). Load it on the page first."
             )
         self._models.move_to_end(key)
         return self._models[key]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from math import floor, isfinite, log10
 
+from .speed import Ratio
+
+NO_CHANGE = "no measurable change"
+NOISY = 1.3  # quartiles of a speed ratio that lie further apart than this say nothing
 NBSP = "\N{NO-BREAK SPACE}"  # between a figure and its unit
 
 
@@ -44,3 +48,12 @@ def change(ratio: float, stderr: float) -> str:
         return f"{signed_percent(ratio - 1)} ±{NBSP}{100 * stderr:.1f}{NBSP}%"
     digits = max(0, 2 - floor(log10(ratio)))
     return f"× {ratio:,.{digits}f} ±{NBSP}{stderr:,.{digits}f}"
+
+
+def speedup(ratio: Ratio) -> str:
+    """A ratio of speeds with its quartiles, if they say anything."""
+    if ratio.high > NOISY * ratio.low:
+        return "too noisy to tell"
+    if not ratio.measurable:
+        return NO_CHANGE
+    return f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"

@@ -293,7 +293,7 @@ def test_few_visitors_are_remembered(handlers, visitor, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model": "owner/absent"}, "Press Load"),
+        ({"model": "owner/absent"}, "Load it on the page"),
         ({"branches": 0, "keep": 0, "before": 0}, "at least 1"),
         ({"branches": 49, "keep": 49, "before": 49}, "48 neurons"),
         ({"branches": 8.5}, "whole number"),

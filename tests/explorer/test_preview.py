@@ -166,7 +166,7 @@ def test_a_preset_is_recognised_by_what_it_does(name):
 def test_other_specs_are_no_preset():
     assert preset_name(ConversionSpec(branches=15)) is None
     assert preset_name(ConversionSpec(fade=0.85)) is None
-    assert preset_name(ConversionSpec(fade=0.9, keep=12)) is None
+    assert preset_name(ConversionSpec(fade=0.9, keep=11)) is None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
