@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -199,12 +200,22 @@ def test_loading_odd_names_through_the_page(app, name):
 
 @pytest.mark.parametrize(
     ("prompt", "tokens", "temperature"),
-    [(None, 64, 0), ("Once", 0, 0), ("Once", 10**9, 0), ("Once", 64, 99), ("x" * 10**6, 16, 0)],
+    [(None, 64, 0), ("x" * 10**6, 16, 0), ("Once", None, 0), ("Once", "64", 0), ("Once", 64, [])],
     ids=lambda value: str(value)[:10],
 )
 def test_odd_writing_orders_through_the_page(app, prompt, tokens, temperature):
     message = listen(app, "write", [None, *SPEC[1:], prompt, tokens, temperature])
     assert not message["success"]
+    text = json.dumps(message["output"])
+    assert not any(leak in text for leak in LEAKS), text
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(0, 16), (10**9, 256)])
+def test_a_slider_takes_a_number_beyond_its_end_as_the_end(app, tokens, taken):
+    message = listen(app, "write", [None, *SPEC[1:], "Once", tokens, 99], session=f"end{tokens}")
+    assert message["success"]
+    counts = re.findall(r"(\d+) tokens<", json.dumps(message["output"]["data"]))
+    assert counts and all(int(count) <= taken for count in counts)
 
 
 @pytest.mark.parametrize(
