@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from urllib.parse import urlencode
 
 import torch
 import transformers
@@ -164,7 +163,7 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
 
 def _spec(arguments: argparse.Namespace) -> ConversionSpec:
     names = [field.name for field in fields(ConversionSpec) if field.name in arguments]
-    return ConversionSpec.from_query(urlencode({name: getattr(arguments, name) for name in names}))
+    return ConversionSpec.from_texts({name: getattr(arguments, name) for name in names})
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .measure.bench import BenchLine
-from .measure.notation import NO_CHANGE, change, number, signed_percent, speedup
+from .measure.notation import NBSP, difference, number, signed_percent, speedup
 from .measure.parameters import ParameterReport
 from .measure.perplexity import Perplexity, PerplexityChange
 from .measure.speed import SpeedReport
@@ -30,8 +30,7 @@ def perplexity_rows(
             return number(measured.value)
         return f"{measured.value:,.2f} ± {measured.stderr:,.2f}"
 
-    difference = change(changed.ratio, changed.stderr) if changed.measurable else NO_CHANGE
-    yield ["perplexity", with_error(dense), with_error(converted), difference]
+    yield ["perplexity", with_error(dense), with_error(converted), difference(changed)]
     bits = dense.bits_per_byte, converted.bits_per_byte
     yield ["bits per byte", *(f"{value:.3f}" for value in bits), f"{bits[1] - bits[0]:+.3f}"]
 
@@ -47,10 +46,10 @@ def parameter_rows(dense: ParameterReport, converted: ParameterReport) -> Iterat
     }
     for field, name in names.items():
         old, new = getattr(dense, field), getattr(converted, field)
-        difference = f"{new - old:+,}".replace("-", "−").replace("+0", "0")
+        shown = f"{new - old:+,}".replace("-", "−").replace("+0", "0")
         if new != old:
-            difference += f" ({signed_percent(new / old - 1)})"
-        yield [name, f"{old:,}", f"{new:,}", difference]
+            shown += f" ({signed_percent(new / old - 1)})"
+        yield [name, f"{old:,}", f"{new:,}", shown]
 
 
 def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
@@ -89,7 +88,7 @@ def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
         cells = (
             f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
         )
-        print("  ".join(cells).replace("\N{NO-BREAK SPACE}", " ").rstrip())
+        print("  ".join(cells).replace(NBSP, " ").rstrip())
 
 
 def print_json(value: Any) -> None:

@@ -90,9 +90,14 @@ class ConversionSpec:
     @classmethod
     def from_query(cls, query: str) -> ConversionSpec:
         """The spec a query string names; SpecError if a value cannot be read."""
+        return cls.from_texts(dict(parse_qsl(query, keep_blank_values=True)))
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str]) -> ConversionSpec:
+        """The spec of values written as text; SpecError if one cannot be read."""
         readers = {"branches": int, "keep": int, "fade": float}
         values: dict[str, Any] = {}
-        for name, text in parse_qsl(query, keep_blank_values=True):
+        for name, text in texts.items():
             try:
                 values[name] = readers.get(name, str)(text)
             except ValueError:

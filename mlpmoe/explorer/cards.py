@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ..core.spec import ConversionSpec
-from ..measure.notation import NO_CHANGE, change, count, number, signed_percent, speedup
+from ..measure.notation import count, difference, number, signed_percent, speedup
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
@@ -50,13 +50,11 @@ def describe(spec: ConversionSpec) -> str:
 
 def perplexity_card(evaluation: Evaluation, text: str) -> Card:
     dense, converted = evaluation.dense, evaluation.converted
-    measurable = evaluation.change.measurable
-    ratio = evaluation.change
     return Card(
         "Perplexity",
         number(dense.value),
         number(converted.value),
-        change(ratio.ratio, ratio.stderr) if measurable else NO_CHANGE,
+        difference(evaluation.change),
         f"{TEXT_NAMES[text]}, {dense.tokens:,} tokens; "
         f"{dense.bits_per_byte:.2f} → {number(converted.bits_per_byte)} bits per byte",
     )

@@ -166,15 +166,13 @@ class Handlers:
     def lesson(
         self, model: str, branches: int, fade: float, keep: int, compensation: str, layer: int
     ) -> tuple[str, str, str, str]:
-        spec = _spec(branches, fade, min(keep, branches), compensation)
-        return lesson(self.workbench.loaded(model), spec, layer)
+        return lesson(*self._chosen(model, branches, fade, keep, compensation), layer)
 
     def measure_if_quick(
         self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
         request: gr.Request,
     ) -> Iterator[tuple[str, str]]:  # fmt: skip
-        loaded = self.workbench.loaded(model)
-        spec = _spec(branches, fade, keep, compensation)
+        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
         if self._is_quick(loaded, spec, text):
             yield from self._measure(loaded, spec, text, request)
 
@@ -182,8 +180,7 @@ class Handlers:
         self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
         request: gr.Request,
     ) -> Iterator[tuple[str, str]]:  # fmt: skip
-        loaded = self.workbench.loaded(model)
-        spec = _spec(branches, fade, keep, compensation)
+        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
         self._look_at(request, (loaded.key, spec, text))
         yield from self._measure(loaded, spec, text, request, speed_again=True)
 
@@ -192,7 +189,7 @@ class Handlers:
         request: gr.Request,
     ) -> tuple[str, str]:  # fmt: skip
         self._look_at(request, ())
-        loaded, spec = self.workbench.loaded(model), _spec(branches, fade, keep, compensation)
+        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
         return self._measured_cards(loaded, spec, text, "stopped; press Measure")
 
     def write(
@@ -201,8 +198,7 @@ class Handlers:
     ) -> Iterator[tuple[str, str, str]]:  # fmt: skip
         """Dense text, converted text, report."""
         check_writing(prompt, tokens, temperature)
-        loaded = self.workbench.loaded(model)
-        spec = _spec(branches, fade, keep, compensation)
+        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
         models = (loaded.model, loaded.converted(spec))
         started = shown = monotonic()
         writings: tuple[Writing, ...] = ()
@@ -216,6 +212,11 @@ class Handlers:
                 gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
                 break
         yield *_texts(writings), writing_report(loaded, spec, writings)
+
+    def _chosen(
+        self, model: str, branches: int, fade: float, keep: int, compensation: str
+    ) -> tuple[LoadedModel, ConversionSpec]:
+        return self.workbench.loaded(model), _spec(branches, fade, keep, compensation)
 
     def _measure(
         self,

@@ -9,4 +9,4 @@ GRID = "rgba(128,128,128,0.25)"
 # one scale for damage: nothing lost to everything lost
 DAMAGE = ["#e9e7ef", "#cdb4d6", "#b07cb6", "#8f4792", "#661a66", "#3b0a3f"]
 
-CSS_VARIABLES = f":root {{ --dense: {DENSE}; --converted: {CONVERTED}; }}"
+CSS_VARIABLES = f":root {{ --dense: {DENSE}; --converted: {CONVERTED}; --damage: {DAMAGE[2]}; }}"

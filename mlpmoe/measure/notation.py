@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import floor, isfinite, log10
 
+from .perplexity import PerplexityChange
 from .speed import Ratio
 
 NO_CHANGE = "no measurable change"
@@ -48,6 +49,11 @@ def change(ratio: float, stderr: float) -> str:
         return f"{signed_percent(ratio - 1)} ±{NBSP}{100 * stderr:.1f}{NBSP}%"
     digits = max(0, 2 - floor(log10(ratio)))
     return f"× {ratio:,.{digits}f} ±{NBSP}{stderr:,.{digits}f}"
+
+
+def difference(changed: PerplexityChange) -> str:
+    """A change of perplexity, if there is one to speak of."""
+    return change(changed.ratio, changed.stderr) if changed.measurable else NO_CHANGE
 
 
 def speedup(ratio: Ratio) -> str:

@@ -11,7 +11,6 @@ import torch
 
 from mlpmoe import ConversionSpec
 from mlpmoe.explorer.cards import (
-    NO_CHANGE,
     TEXT_NAMES,
     Card,
     compute_card,
@@ -25,7 +24,7 @@ from mlpmoe.explorer.cards import (
     status_line,
 )
 from mlpmoe.explorer.workbench import TEXTS, Evaluation, Zeros
-from mlpmoe.measure.notation import NBSP
+from mlpmoe.measure.notation import NBSP, NO_CHANGE
 from mlpmoe.measure.parameters import ParameterReport
 from mlpmoe.measure.perplexity import compare, summarise
 from mlpmoe.measure.speed import Ratio, SpeedReport
