@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..core.errors import UserError
+from .decoding import read_on
 from .perplexity import context_length
 
 TOP_P = 0.95  # share of probability that sampling chooses from
@@ -124,10 +125,10 @@ def _decode(model: PreTrainedModel, ids: Tensor, sampler: _Sampler) -> Iterator[
     cache, current = None, ids.to(model.device)
     while True:
         with torch.inference_mode():
-            out = model(current, past_key_values=cache, use_cache=True)
-            token = sampler.pick(current, out.logits[:, -1])
+            logits, cache = read_on(model, current, cache)
+            token = sampler.pick(current, logits)
         yield token
-        cache, current = out.past_key_values, torch.tensor([[token]], device=model.device)
+        current = torch.tensor([[token]], device=model.device)
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

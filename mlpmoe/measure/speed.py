@@ -10,6 +10,8 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
+from .decoding import read_on
+
 
 def time_in_turn(actions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Seconds of each action in each round, (actions, rounds).
@@ -61,8 +63,8 @@ def decode(model: PreTrainedModel, tokens: int, prompt: int = 16) -> None:
     """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache."""
     current, cache = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size, None
     for _ in range(tokens):
-        out = model(current, past_key_values=cache, use_cache=True)
-        current, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        logits, cache = read_on(model, current, cache)
+        current = logits.argmax(-1, keepdim=True)
     _wait(model)
 
 

@@ -25,11 +25,12 @@ class Parrot:
         text_config = SimpleNamespace(max_position_embeddings=context)
         self.config = SimpleNamespace(get_text_config=lambda decoder: text_config)
 
-    def __call__(self, ids, past_key_values, use_cache):
-        said = past_key_values or 0
+    def __call__(self, ids, use_cache, **state):
+        (name, said) = state.popitem()
+        said = said or 0
         logits = torch.zeros(1, ids.shape[1], VOCABULARY)
         logits[0, -1, self.tokens[said] if said < len(self.tokens) else self.tokens[0]] = 99.0
-        return SimpleNamespace(logits=logits, past_key_values=said + 1)
+        return {"logits": logits, name: said + 1}
 
 
 @pytest.fixture(scope="module")
