@@ -1,12 +1,14 @@
 """The shipped demo model is what its card says, and loads with nothing but transformers."""
 
+import copy
+import itertools
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DEMO = ASSETS / "demo"
@@ -64,19 +66,64 @@ def test_every_token_has_an_embedding(model, tokenizer):
     assert len(tokenizer) == model.config.vocab_size == model.get_input_embeddings().num_embeddings
 
 
-def test_bits_per_byte_are_those_of_the_card(model, tokenizer, stories):
-    """Counted here one story at a time, with no code of the project."""
-    nats, size = 0.0, 0
+def losses_alone(model, tokenizer, stories):
+    """Total nats and tokens, counted one story at a time with no code of the project."""
+    nats, tokens = 0.0, 0
     for story in stories:
         ids = tokenizer(story, return_tensors="pt").input_ids  # (1, tokens)
         assert ids.shape[1] <= model.config.max_position_embeddings
         with torch.no_grad():
             chances = model(ids).logits[0, :-1].log_softmax(-1)  # (tokens - 1, vocab_size)
         nats -= chances.gather(1, ids[0, 1:, None]).sum().item()
-        size += len(story.encode("utf-8"))
-    card = (DEMO / "README.md").read_text(encoding="utf-8")
-    stated = float(re.search(r"^\| `assets/texts/evaluation.txt` .*\| ([\d.]+) \|$", card, re.M)[1])
-    assert nats / math.log(2) / size == pytest.approx(stated, rel=0.01)
+        tokens += ids.shape[1] - 1
+    return nats, tokens
+
+
+@pytest.fixture(scope="module")
+def card():
+    return (DEMO / "README.md").read_text(encoding="utf-8")
+
+
+def test_bits_per_byte_are_those_of_the_card(model, tokenizer, stories, card):
+    nats, tokens = losses_alone(model, tokenizer, stories)
+    size = sum(len(story.encode("utf-8")) for story in stories)
+    (stated,) = re.findall(r"^\| `evaluation.txt` \|.*\| ([\d.]+) \| ([\d.]+) \|$", card, re.M)
+    assert nats / tokens == pytest.approx(float(stated[0]), rel=0.001)
+    assert nats / math.log(2) / size == pytest.approx(float(stated[1]), rel=0.001)
+
+
+def stated_perplexities(card):
+    """{"K = 12": perplexity on evaluation.txt, ...} as the card's table has it."""
+    return {
+        name: float(value)
+        for name, value in re.findall(r"^\| (K = \d+|fade [\d.]+) \| ([\d.]+) \|", card, re.M)
+    }
+
+
+def test_card_shows_damage_that_rises_with_every_step(card):
+    stated = stated_perplexities(card)
+    by_keep = [stated[f"K = {keep}"] for keep in range(16, 3, -1)]
+    by_fade = [stated["K = 16"]] + [stated[f"fade {fade}"] for fade in (0.3, 0.6, 0.9, 1.2)]
+    for values in (by_keep, by_fade):
+        assert all(before < after for before, after in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize("keep", [16, 12, 8])
+def test_keeping_branches_costs_what_the_card_says(model, tokenizer, stories, card, keep):
+    """A stock Llama with the first neurons only and a scaled down_proj, built here."""
+    config = copy.deepcopy(model.config)
+    config.intermediate_size = width = model.config.intermediate_size * keep // 16
+    narrow = LlamaForCausalLM(config).eval()
+    weights = dict(model.state_dict())
+    for name, weight in weights.items():
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            weights[name] = weight[:width]
+        elif name.endswith("down_proj.weight"):
+            weights[name] = weight[:, :width] * math.sqrt(16 / keep)
+    narrow.load_state_dict(weights)
+    nats, tokens = losses_alone(narrow, tokenizer, stories)
+    stated = stated_perplexities(card)[f"K = {keep}"]
+    assert math.exp(nats / tokens) == pytest.approx(stated, rel=0.001)
 
 
 def test_writes_a_story(model, tokenizer, stories):

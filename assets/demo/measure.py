@@ -2,11 +2,13 @@
 
     python assets/demo/measure.py --train TRAINING-TEXT [...] --unseen OTHER-TEXT [...]
 
-Prints Markdown: the loss on each text, what conversion costs on each unseen one, texts from ten
-prompts, dense and converted, and the longest run of words that those copy from the training texts.
+Prints Markdown: what conversion costs, texts from ten prompts, dense and converted, the longest
+runs of words that those copy from the training texts, and the loss on each text. The losses take
+longest: about 10 minutes for a million tokens on one core.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,6 @@ from pathlib import Path
 from stories import SEPARATOR, read_stories
 
 from mlpmoe import ConversionSpec, compare, convert, load, perplexity, write_side_by_side
-from mlpmoe.measure.generation import parted_at
 
 PROMPTS = (
     "Once upon a time",
@@ -29,11 +30,18 @@ PROMPTS = (
     "The old tree in the garden was sad because",
 )
 NEW_TOKENS = 200
+EVALUATION = str(Path(__file__).parent.parent / "texts" / "evaluation.txt")
 SPECS = (
     [ConversionSpec(branches=16, keep=keep) for keep in range(16, 3, -1)]
     + [ConversionSpec(branches=16, fade=fade) for fade in (0.3, 0.6, 0.9, 1.2)]
 )  # fmt: skip
-SHOWN = {"dense": ConversionSpec(branches=16), "K = 12 of 16": ConversionSpec(branches=16, keep=12)}
+TEMPERATURE = 0.6  # of the page
+SHOWN = {  # what is written how: spec, temperature
+    "dense, greedy": (ConversionSpec(branches=16), 0.0),
+    "dense": (ConversionSpec(branches=16), TEMPERATURE),
+    "K = 12 of 16": (ConversionSpec(branches=16, keep=12), TEMPERATURE),
+    "K = 8 of 16": (ConversionSpec(branches=16, keep=8), TEMPERATURE),
+}
 
 
 def words_of(text: str) -> list[str]:
@@ -60,9 +68,48 @@ def runs(texts: list[list[str]], size: int) -> Iterator[tuple[str, ...]]:
     return (tuple(t[i : i + size]) for t in texts for i in range(len(t) - size + 1))
 
 
-def write(model, tokenizer, prompt: str) -> tuple[str, list[int]]:
-    *_, (writing,) = write_side_by_side([model], tokenizer, prompt, max_new_tokens=NEW_TOKENS)
-    return prompt + writing.text, writing.tokens
+def write(model, tokenizer, prompt: str, temperature: float) -> str:
+    *_, (writing,) = write_side_by_side([model], tokenizer, prompt, NEW_TOKENS, temperature)
+    return prompt + writing.text
+
+
+def print_losses(model, tokenizer, told: dict[str, list[str]]) -> None:
+    print("| text | stories | bytes | tokens | nats per token | bits per byte |")
+    print("|---|---|---|---|---|---|")
+    for path, stories in told.items():
+        loss = perplexity(model, tokenizer, f"\n{SEPARATOR}\n".join(stories))
+        size = sum(len(story.encode()) for story in stories)
+        row = f"{len(stories):,} | {size:,} | {loss.tokens:,} | {math.log(loss.value):.4f}"
+        print(f"| `{Path(path).name}` | {row} | {loss.bits_per_byte:.4f} |", flush=True)
+
+
+def print_trade_off(model, tokenizer, path: str) -> None:
+    text = Path(path).read_text(encoding="utf-8")
+    dense = perplexity(model, tokenizer, text)
+    print(f"\n| B = 16 | perplexity of `{Path(path).name}` | ratio to dense |\n|---|---|---|")
+    for spec in SPECS:
+        other = perplexity(convert(model, spec), tokenizer, text)
+        change = compare(dense, other)
+        name = f"fade {spec.fade:g}" if spec.fade else f"K = {spec.keep or spec.branches}"
+        row = f"{other.value:.2f} | × {change.ratio:.3f} ± {change.stderr:.3f}"
+        print(f"| {name} | {row} |", flush=True)
+
+
+def print_copies(texts: list[str], unseen: dict[str, list[str]], sources: list[str]) -> None:
+    print("\n| prompt | words | longest run of words copied from a training story |\n|---|---|---|")
+    for prompt, copy in zip(PROMPTS, longest_copy(texts, sources), strict=True):
+        print(f"| {prompt} | {len(copy.split())} | {copy} |")
+    for path, stories in unseen.items():
+        sizes = [len(copy.split()) for copy in longest_copy(stories, sources)]
+        mean, most = sum(sizes) / len(sizes), max(sizes)
+        print(f"\nStories of `{Path(path).name}`: {mean:.1f} words on average, at most {most}.")
+
+
+def print_texts(written: dict[str, list[str]]) -> None:
+    for prompt, *versions in zip(PROMPTS, *written.values(), strict=True):
+        print(f"\n### {prompt}")
+        for name, text in zip(written, versions, strict=True):
+            print(f"\n{name}:\n\n> " + text.replace("\n", "  \n> "))
 
 
 def main() -> None:
@@ -71,45 +118,21 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="a name or folder")
     parser.add_argument("--train", nargs="*", default=[], help="texts that it was trained on")
     parser.add_argument("--unseen", nargs="*", default=[], help="texts that it never saw")
+    parser.add_argument("--trade-off", default=EVALUATION, help="text to measure conversions on")
     args = parser.parse_args()
     model, tokenizer = load(args.model, dtype="float32", device="cpu")
-    told = {path: read_stories(path) for path in [*args.train, *args.unseen]}
-    joined = {path: f"\n{SEPARATOR}\n".join(stories) for path, stories in told.items()}
-
-    print("| text | stories | bytes | tokens | nats per token | bits per byte |")
-    print("|---|---|---|---|---|---|")
-    dense = {}
-    for path, stories in told.items():
-        dense[path] = perplexity(model, tokenizer, joined[path])
-        size, nats = sum(len(s.encode()) for s in stories), dense[path].losses.double().mean()
-        row = f"{len(stories):,} | {size:,} | {dense[path].tokens:,} | {nats:.4f}"
-        print(f"| `{Path(path).name}` | {row} | {dense[path].bits_per_byte:.4f} |", flush=True)
-
-    print("\n| B = 16 | " + " | ".join(f"`{Path(path).name}`" for path in args.unseen) + " |")
-    print("|---" * (1 + len(args.unseen)) + "|")
-    for spec in SPECS:
-        converted, cells = convert(model, spec), []
-        for path in args.unseen:
-            other = perplexity(converted, tokenizer, joined[path])
-            change = compare(dense[path], other)
-            cells.append(f"{other.value:.2f} (× {change.ratio:.3f} ± {change.stderr:.3f})")
-        name = f"fade {spec.fade:g}" if spec.fade else f"K = {spec.keep or spec.branches}"
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
+    train, unseen = (
+        {path: read_stories(path) for path in paths} for paths in (args.train, args.unseen)
+    )
     written = {
-        name: [write(convert(model, spec), tokenizer, prompt) for prompt in PROMPTS]
-        for name, spec in SHOWN.items()
+        name: [write(convert(model, spec), tokenizer, p, temperature) for p in PROMPTS]
+        for name, (spec, temperature) in SHOWN.items()
     }
-    sources = [story for path in args.train for story in told[path]]
-    copies = longest_copy([text for text, _ in written["dense"]], sources) if sources else []
-    for i, prompt in enumerate(PROMPTS):
-        print(f"\n### {prompt}")
-        for name, texts in written.items():
-            print(f"\n{name}:\n\n> " + texts[i][0].replace("\n", "  \n> "))
-        if copies:
-            print(f"\nLongest copy, {len(copies[i].split())} words: {copies[i]}")
-        parted = parted_at(*(texts[i][1] for texts in written.values()))
-        print(f"\nThe texts part at token {parted}.")
+    print_trade_off(model, tokenizer, args.trade_off)
+    print_texts(written)
+    if sources := [story for stories in train.values() for story in stories]:
+        print_copies(written["dense, greedy"], unseen, sources)
+    print_losses(model, tokenizer, train | unseen)
 
 
 if __name__ == "__main__":

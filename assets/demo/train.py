@@ -36,12 +36,12 @@ class Config:
     dropout: float = 0.1  # 0..1, on the embedding
     block_dropout: float = 0.1  # 0..1, on what each attention and each MLP adds
     rename: float = 0.5  # chance that a story's characters get other names in a pass
-    rows: int = 8  # per step, each filled with whole stories up to the context
-    epochs: float = 12.0  # passes over the training stories
+    rows: int = 12  # per step, each filled with whole stories up to the context
+    epochs: float = 8.0  # passes over the training stories
     lr: float = 3e-3  # peak learning rate
     warmup: float = 0.03  # share of the training
     decay: float = 0.6  # share of the training, at its end, in which the rate falls to zero
-    weight_decay: float = 0.3  # of matrices
+    weight_decay: float = 0.5  # of matrices
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # how much the averaged weights keep at each step
     held_out: float = 0.03  # share of the training stories that choose the checkpoint
@@ -257,9 +257,8 @@ def train(model, tokenizer, stories, held_out, config: Config, teachers=()):
             stepper.zero_grad()
         with torch.no_grad():
             keep = min(config.ema, step / (step + 10))
-            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(weight, 1 - keep)
-        if done >= 1 or done - checked >= (0.1 if done < 0.6 else 0.04):
+            torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - keep)
+        if done >= 1 or done - checked >= 0.05:
             checked = done
             bits = bits_per_byte(average, tokenizer, held_out, config)
             line = f"{(time.time() - start) / 60:5.1f} min {done:4.0%} step {step}"

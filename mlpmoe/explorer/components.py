@@ -198,7 +198,7 @@ def generations_panel() -> GenerationsPanel:
             min_width=200, elem_id="tokens",
         )  # fmt: skip
         temperature = LimitedSlider(
-            0, 1.5, 0, step=0.1, label="Temperature", min_width=200, elem_id="temperature",
+            0, 1.5, 0.6, step=0.1, label="Temperature", min_width=200, elem_id="temperature",
             info="0: always the most likely token; above: sampled, with the same seed for both",
         )  # fmt: skip
     with gr.Row():

@@ -31,9 +31,9 @@ def assets_folder() -> Path:
 CATALOGUE = (
     CatalogueEntry(
         DEMO_KEY,
-        "Demo: children's stories (5.6 M)",
+        "Demo: children's stories (7.3 M)",
         assets_folder() / "demo",
-        5_639_424,
+        7_344_384,
         "Comes with this project: works at once and without network.",
     ),
     CatalogueEntry(
