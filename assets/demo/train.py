@@ -32,7 +32,6 @@ class Config:
     d_ff: int = 768  # neurons per MLP; divides into 2, 3, 4, ... 64 branches
     layers: int = 8
     heads: int = 8
-    tied: int = 1  # 1: one matrix embeds and predicts
     dropout: float = 0.1  # 0..1, on the embedding
     block_dropout: float = 0.1  # 0..1, on what each attention and each MLP adds
     rename: float = 0.5  # chance that a story's characters get other names in a pass
@@ -46,7 +45,6 @@ class Config:
     ema: float = 0.99  # how much the averaged weights keep at each step
     held_out: float = 0.03  # share of the training stories that choose the checkpoint
     share: float = 1.0  # share of the other stories that is used; less for experiments
-    distil: float = 0.5  # weight of the teachers' predictions in the loss, if there are any
     compile: int = 1  # 0: without torch.compile, slower but with no compiler
     seed: int = 1
 
@@ -89,7 +87,7 @@ def build_model(config: Config) -> LlamaForCausalLM:
             num_key_value_heads=config.heads,
             max_position_embeddings=config.context,
             rms_norm_eps=1e-5,
-            tie_word_embeddings=bool(config.tied),
+            tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=None,
@@ -165,15 +163,6 @@ def loss_of(model, inputs, targets, positions, seen):
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def distilled_loss_of(model, inputs, targets, positions, seen, taught, weight: float):
-    """The same, mixed with the cross-entropy to what teachers predict: `taught`, probabilities of
-    (rows, width, vocab_size)."""
-    logs = logits_of(model, inputs, positions, seen).float().log_softmax(-1).flatten(0, 1)
-    scored = (targets.flatten() >= 0).float()
-    soft = -((taught.flatten(0, 1) * logs).sum(-1) * scored).sum() / scored.sum()
-    return (1 - weight) * F.nll_loss(logs, targets.flatten()) + weight * soft
-
-
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, stories: list[str], config: Config) -> float:
     """Each story is a document of its own, whose end is not scored."""
@@ -193,11 +182,8 @@ def optimizers(model, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks; AdamW for the embedding, and, undecayed, the norms."""
     blocks = [p for p in model.model.layers.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
-    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    rest = [
-        {"params": list(ends), "weight_decay": config.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
+    embedding = {"params": [model.model.embed_tokens.weight], "weight_decay": config.weight_decay}
+    rest = [embedding, {"params": norms, "weight_decay": 0.0}]
     muon = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
     return [
         torch.optim.Muon(blocks, lr=config.lr, **muon),
@@ -224,7 +210,7 @@ def passes(stories: list[str], tokenizer, config: Config, rng: random.Random):
             yield passed, batch(rows[i : i + config.rows], config.context)
 
 
-def train(model, tokenizer, stories, held_out, config: Config, teachers=()):
+def train(model, tokenizer, stories, held_out, config: Config):
     """Returns the averaged weights that were best on the held-out stories."""
     add_dropout(model, config)
     average = build_model(config)
@@ -232,21 +218,13 @@ def train(model, tokenizer, stories, held_out, config: Config, teachers=()):
     best, best_bits, step, checked = None, math.inf, 0, 0.0
     steppers = optimizers(model, config)
     start = time.time()
-    objective = distilled_loss_of if teachers else loss_of
-    if config.compile:
-        objective = torch.compile(objective, dynamic=False)
+    objective = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
     rng = random.Random(config.seed)
     for passed, (inputs, targets, positions, seen) in passes(stories, tokenizer, config, rng):
         done = min(1.0, passed / config.epochs)
         model.train()
         with torch.autocast("cpu", torch.bfloat16):
-            if teachers:
-                with torch.no_grad():
-                    each = [logits_of(t, inputs, positions, seen).softmax(-1) for t in teachers]
-                    taught = torch.stack(each).mean(0)
-                loss = objective(model, inputs, targets, positions, seen, taught, config.distil)
-            else:
-                loss = objective(model, inputs, targets, positions, seen)
+            loss = objective(model, inputs, targets, positions, seen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         step += 1
@@ -286,7 +264,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=verbatim)
     parser.add_argument("texts", nargs="+", help="training texts")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="the model's folder")
-    parser.add_argument("--teachers", nargs="*", default=[], help="folders of models to distil")
     for name, value in asdict(Config()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     args = parser.parse_args()
@@ -300,10 +277,7 @@ def main() -> None:
     stories = stories[len(held_out) :]
     stories = stories[: int(config.share * len(stories))]
     tokenizer = train_tokenizer(stories, config)
-    teachers = [
-        LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in args.teachers
-    ]
-    model = train(build_model(config), tokenizer, stories, held_out, config, teachers)
+    model = train(build_model(config), tokenizer, stories, held_out, config)
     save(model, tokenizer, Path(args.out))
 
 
