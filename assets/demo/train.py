@@ -8,6 +8,7 @@ each part of the recipe brings, and how the result is measured (`measure.py`).
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -194,7 +195,7 @@ def optimizers(model, config: Config) -> list[torch.optim.Optimizer]:
 def passes(stories: list[str], tokenizer, config: Config, rng: random.Random):
     """The batches of one pass after the other, for ever: (passes done, batch)."""
     rename = Renaming(stories)
-    for number in range(10**9):
+    for number in itertools.count():
         order = rng.sample(stories, len(stories))
         told = [rename(s, rng) if rng.random() < config.rename else s for s in order]
         encoded = tokenizer(told, verbose=False).input_ids
