@@ -83,6 +83,7 @@ LAYOUTS = (
     Layout(up="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM, Persimmon
 )
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "gelu_impl")
+CONVERTED = ("BranchedMLP", "LoopedMLP", "RoutedMLP", "NeuronMLP")
 # Exact types: a subclass may compute something else (quantised layers do).
 LINEAR_TYPES = (nn.Linear, Conv1D, FalconLinear)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -131,7 +132,7 @@ def _locate(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
         modules = list(layer.named_modules(prefix=name))
         for child, module in modules:
             kind = type(module).__name__
-            if kind in ("BranchedMLP", "LoopedMLP"):
+            if kind in CONVERTED:
                 raise UnsupportedModelError(
                     f"{child} is converted already. Convert the dense model instead."
                 )

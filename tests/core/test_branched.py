@@ -256,7 +256,7 @@ def test_square_root_of_b_over_k(branches, data):
         assert ConversionSpec(branches=branches, compensation=name).alpha == 1
 
 
-@given(mlp=mlps(), data=st.data(), name=st.sampled_from(sorted(COMPENSATIONS)))
+@given(mlp=mlps(), data=st.data(), name=st.sampled_from(["none", "sqrt"]))
 def test_conversion_of_one_mlp_keeps_and_compensates(mlp, data, name):
     branches = data.draw(st.integers(1, mlp.d_ff))
     keep = data.draw(st.integers(1, branches))

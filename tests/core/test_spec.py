@@ -12,23 +12,50 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.core.compensation import COMPENSATIONS
+from mlpmoe.core.compensation import COMPENSATIONS, FILLS
 from mlpmoe.core.errors import SpecError, UserError
-from mlpmoe.core.spec import MAX_FADE, METHODS, PRESETS, ConversionSpec
+from mlpmoe.core.order import ORDERS
+from mlpmoe.core.routed import ROUTED_METHODS
+from mlpmoe.core.spec import (
+    MAX_FADE,
+    METHODS,
+    PRESETS,
+    PROFILES,
+    SELECTIONS,
+    ConversionSpec,
+)
 
 HUGE = 10**6000  # Python refuses to print it, and it overflows a float
 
 
 @st.composite
 def specs(draw):
-    branches = draw(st.integers(1, 10**6))
-    return ConversionSpec(
-        method=draw(st.sampled_from(METHODS)),
-        branches=branches,
-        fade=draw(st.floats(0, MAX_FADE)),
-        keep=draw(st.none() | st.integers(1, branches)),
-        compensation=draw(st.sampled_from(sorted(COMPENSATIONS))),
-    )
+    method = draw(st.sampled_from(METHODS))
+    if method == "mlpmoe":
+        branches = draw(st.integers(1, 10**6))
+        return ConversionSpec(
+            branches=branches,
+            fade=draw(st.floats(0, MAX_FADE)),
+            keep=draw(st.none() | st.integers(1, branches)),
+            order=draw(st.sampled_from(sorted(ORDERS))),
+            compensation=draw(st.sampled_from(sorted(COMPENSATIONS))),
+        )
+    active = draw(st.floats(0.01, 1))
+    routed = ROUTED_METHODS[method]
+    choices = {
+        "experts": st.integers(2, 10**6),
+        "shared": st.floats(0, active),
+        "router": st.sampled_from(routed.routers),
+        "selection": st.sampled_from(SELECTIONS),
+        "profile": st.sampled_from(PROFILES),
+        "tau": st.none() | st.floats(0, 10),
+        "progressive": st.booleans(),
+        "seed": st.integers(0, 10**6),
+    }
+    used = {name: choices[name] for name in choices if name in routed.fields}
+    chosen = draw(st.fixed_dictionaries({}, optional=used))
+    compensation = draw(st.none() | st.sampled_from(FILLS))
+    return ConversionSpec(method=method, active=active, compensation=compensation, **chosen)
 
 
 def refusal(**values):
@@ -135,7 +162,12 @@ def test_boundaries_are_allowed():
 def test_other_number_types_become_plain_ones():
     spec = ConversionSpec(branches=np.int64(8), keep=np.int32(4), fade=np.float32(0.5))
     assert spec == ConversionSpec(branches=8, keep=4, fade=0.5)
-    assert [type(value) for value in spec.to_dict().values()] == [str, int, float, int, str]
+    values = spec.to_dict()
+    types = {name: type(values[name]) for name in ("branches", "fade", "keep")}
+    assert types == {"branches": int, "fade": float, "keep": int}
+    routed = ConversionSpec(method="cmoe", experts=np.int64(8), active=np.float32(0.5), shared=0)
+    assert routed == ConversionSpec(method="cmoe", experts=8, active=0.5, shared=0.0)
+    json.dumps(routed.to_dict())
     assert ConversionSpec(fade=Fraction(1, 2)).fade == 0.5
     json.dumps(spec.to_dict())
 
@@ -159,6 +191,9 @@ def test_other_number_types_become_plain_ones():
     ids=lambda value: ascii(value)[:12],
 )
 def test_names_are_among_the_known_ones(name, value):
+    if (name, value) == ("compensation", None):  # the method's own
+        assert ConversionSpec(compensation=None) == ConversionSpec(compensation="sqrt")
+        return
     message = refusal(**{name: value})
     allowed = METHODS if name == "method" else COMPENSATIONS
     assert message.startswith(f"{name} must be one of {', '.join(allowed)}; got ")
@@ -179,7 +214,7 @@ def test_nothing_but_a_spec_error_ever_comes_out(name, value):
     except SpecError as error:
         assert isinstance(error, UserError)
     else:
-        assert getattr(spec, name) == value
+        assert getattr(spec, name) == value or value is None
 
 
 # Forms -------------------------------------------------------------------------------------
@@ -282,7 +317,7 @@ def test_queries_with_values_out_of_range(query, words):
     ["Branches", "b", "__class__", "kept", "to_dict", "<img onerror=1>", "x" * 10**5, "\u202e"],
 )
 def test_unknown_fields_are_named(name):
-    allowed = "method, branches, fade, keep, compensation"
+    allowed = "method, branches, fade, keep, order, compensation, experts"
     message = query_refusal(f"branches=4&{name}=1")
     assert message.startswith("unknown field ")
     assert ascii(name)[1:8] in message

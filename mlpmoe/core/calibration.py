@@ -1,0 +1,240 @@
+"""What the MLPs of a model do on a calibration text, gathered layer by layer in one pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UserError
+from .mlps import DenseMLP, MLPWeights
+
+SAMPLE_TOKENS = 128  # long windows average the differences between samples away
+MAX_TOKENS = 32_768
+MIN_SAMPLES = 8
+CHUNK = 2**24  # activations (neurons × tokens) held at a time
+DOCUMENT_SEPARATOR = "<|endoftext|>"  # as published text collections write it
+SHARED_LINE = 60  # characters; a line of this length in two texts is no accident
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A text that a method may look at, as samples of equal length."""
+
+    samples: Tensor  # (samples, tokens) int64
+
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        tokens: int = MAX_TOKENS,
+        length: int = SAMPLE_TOKENS,
+    ) -> Calibration:
+        """The first `tokens` tokens of `text` in samples of `length` tokens.
+
+        Documents are separated by `<|endoftext|>`. Every sample begins as the tokenizer begins a
+        text (with its BOS, if it has one). Raises UserError if the text is too short.
+        """
+        ids: list[int] = []
+        for document in text.split(DOCUMENT_SEPARATOR):
+            if document.strip():
+                ids += tokenizer(document.strip(), verbose=False)["input_ids"]
+        start = ids[:1] if ids and ids[0] in tokenizer.all_special_ids else []
+        step = length - len(start)
+        count = min(len(ids) // step, tokens // length)
+        if count < MIN_SAMPLES:
+            raise UserError(
+                f"the calibration text has {len(ids):,} tokens; at least {MIN_SAMPLES * length:,} "
+                "are needed."
+            )
+        body = torch.tensor(ids[: count * step]).view(count, step)
+        return cls(torch.cat([torch.tensor(start).long().expand(count, len(start)), body], dim=1))
+
+
+def check_disjoint(calibration: str, evaluation: str) -> None:
+    """Raise UserError if the two texts share a line of some length: a method that was allowed to
+    look at the evaluation text would be measured too well."""
+    seen = set(_long_lines(calibration))
+    if any(line in seen for line in _long_lines(evaluation)):
+        raise UserError(
+            "the calibration text and the evaluation text share a passage. Calibrate on other "
+            "text than is measured."
+        )
+
+
+def _long_lines(text: str) -> Iterator[str]:
+    lines = (" ".join(line.split()).lower() for line in text.splitlines())
+    return (line for line in lines if len(line) >= SHARED_LINE)
+
+
+class LayerActivations:
+    """The activations of one MLP on the calibration text: what the stages may ask of it.
+
+    weights: of the MLP. x: (samples, tokens, d_model), its input. Activations h (of all neurons)
+    are made again, piece by piece, for each question; only what is asked for is kept. Figures
+    per neuron are float32 on the CPU, whatever the model is; sums run in float64.
+    """
+
+    def __init__(self, weights: MLPWeights, x: Tensor) -> None:
+        self.weights = weights
+        self.x = x
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0] * self.x.shape[1]
+
+    def inputs(self) -> Tensor:
+        """(tokens, d_model) float32."""
+        return self.x.flatten(0, 1).float()
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which samples, then φ(gate x) and h of their tokens: (samples, tokens, d_ff) float32.
+
+        A plain MLP has no gate; its activation act(up x) stands in for both.
+        """
+        w, per_sample = self.weights, self.x.shape[1] * self.weights.d_ff
+        step = max(1, CHUNK // per_sample)
+        for first in range(0, self.x.shape[0], step):
+            x = self.x[first : first + step]
+            up = F.linear(x, w.up, w.up_bias)
+            if w.gate is None:
+                gated = h = w.activation(up).float()
+            else:
+                gated = w.activation(F.linear(x, w.gate, w.gate_bias))
+                h = (gated * up).float()
+            yield slice(first, first + len(x)), gated.float(), h
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One pass: gate means per sample, signed and absolute; Σh, Σ|h|, Σh²."""
+        samples, d_ff = self.x.shape[0], self.weights.d_ff
+        signed, absolute = self.x.new_empty((2, samples, d_ff), dtype=torch.float32)
+        sums = self.x.new_zeros((3, d_ff), dtype=torch.float64)
+        for where, gated, h in self.pieces():
+            signed[where], absolute[where] = gated.mean(1), gated.abs().mean(1)
+            flat = h.flatten(0, 1)
+            for total, values in zip(sums, (flat, flat.abs(), flat.square()), strict=True):
+                total += values.sum(0, dtype=torch.float64)
+        return signed.cpu(), absolute.cpu(), *sums.cpu()
+
+    def gate_means(self, profile: str) -> Tensor:
+        """(samples, d_ff): mean over the tokens of a sample of φ(gate x), "signed" or "absolute"
+        (ExpertWeaver, section 3.1)."""
+        return self._sums[0 if profile == "signed" else 1]
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """(d_ff,): mean of h."""
+        return (self._sums[2] / self.tokens).float()
+
+    @cached_property
+    def mean_size(self) -> Tensor:
+        """(d_ff,): mean of |h|."""
+        return (self._sums[3] / self.tokens).float()
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """(d_ff,): variance of h."""
+        mean = self._sums[2] / self.tokens
+        return (self._sums[4] / self.tokens - mean.square()).clamp(min=0).float()
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """(d_ff, d_ff): covariance of h."""
+        total = self.x.new_zeros((self.weights.d_ff,) * 2, dtype=torch.float32)
+        for _, _, h in self.pieces():
+            centred = h.flatten(0, 1) - self.mean.to(h.device)
+            total += centred.T @ centred
+        return (total / self.tokens).cpu()
+
+    @cached_property
+    def down_norms(self) -> Tensor:
+        """(d_ff,): length of each neuron's column of down."""
+        return self.weights.down.detach().float().norm(dim=0).cpu()
+
+    def markers(self, count: int) -> Tensor:
+        """(tokens, d_ff) bool: the `count` largest |h| of each token, with x and the rows of gate
+        and up scaled to length 1 (CMoE; the scaling is in its code only)."""
+        w = self.weights
+        rows = [None if m is None else F.normalize(m, dim=-1) for m in (w.gate, w.up)]
+        scaled = LayerActivations(
+            MLPWeights(*rows, w.down, None, None, None, w.activation), F.normalize(self.x, dim=-1)
+        )
+        markers = torch.zeros((self.tokens, w.d_ff), dtype=torch.bool, device=self.x.device)
+        for where, h in scaled._flat_pieces():
+            markers[where].scatter_(1, h.abs().topk(min(count, w.d_ff), dim=1).indices, True)
+        return markers.cpu()
+
+    def sizes(self, count: int) -> Tensor:
+        """(count or fewer, d_ff): |h| of tokens evenly spaced over the text."""
+        step = -(-self.tokens // count)
+        return torch.cat(
+            [h[-where.start % step :: step].abs().cpu() for where, h in self._flat_pieces()]
+        )
+
+    def mass(self, groups: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(tokens, N): Σ |h_i|·weight_i over the neurons of each group; groups (N, m)."""
+        mass = self.x.new_empty((self.tokens, len(groups)), dtype=torch.float32)
+        for where, h in self._flat_pieces():
+            size = h.abs_() if weight is None else h.abs_().mul_(weight.to(h.device))
+            mass[where] = size[:, groups.flatten()].unflatten(1, groups.shape).sum(-1)
+        return mass
+
+    def mean_where(self, mask: Tensor, groups: Tensor) -> Tensor:
+        """(N, m): mean of h over the tokens in which `mask` (tokens, N) holds; 0 without any."""
+        total = self.x.new_zeros(groups.shape, dtype=torch.float64)
+        for where, h in self._flat_pieces():
+            grouped = h[:, groups.flatten()].unflatten(1, groups.shape)
+            total += torch.einsum("tn,tnm->nm", mask[where].float(), grouped)
+        return (total / mask.sum(0).clamp(min=1)[:, None]).float().cpu()
+
+    def _flat_pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which tokens, and their h (tokens, d_ff)."""
+        length = self.x.shape[1]
+        for where, _, h in self.pieces():
+            yield slice(where.start * length, where.stop * length), h.flatten(0, 1)
+
+
+Visit = Callable[[int, LayerActivations], nn.Module | None]
+
+
+@torch.no_grad()
+def visit_layers(
+    model: PreTrainedModel, mlps: Sequence[DenseMLP], calibration: Calibration, visit: Visit
+) -> None:
+    """Run the calibration text through `model` once and call `visit(layer, activations)` at each
+    MLP, in order of the layers.
+
+    The samples go through together, so that a layer is seen whole before the next: what is held
+    is one layer's input. If `visit` returns a module, the layers that follow see its output
+    instead of the dense MLP's. The head, whose output would be the largest tensor, does not run.
+    """
+    memo: dict[int, object] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    for layer, mlp in enumerate(mlps):
+        memo[id(mlp.module)] = _Visited(layer, mlp, visit)
+    twin = copy.deepcopy(model, memo).eval()
+    twin.get_decoder()(calibration.samples.to(model.device), use_cache=False)
+
+
+class _Visited(nn.Module):
+    """Stands in for an MLP during calibration."""
+
+    def __init__(self, layer: int, mlp: DenseMLP, visit: Visit) -> None:
+        super().__init__()
+        self.layer, self.mlp, self.visit = layer, (mlp,), visit  # in a tuple: not a child
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        dense = self.mlp[0]
+        x = x.view(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
+        run = self.visit(self.layer, LayerActivations(dense.weights, x)) or dense.module
+        step = max(1, CHUNK // (x.shape[1] * dense.weights.d_ff))
+        pieces = zip(x.split(step), *(r.view_as(x).split(step) for r in rest), strict=True)
+        return torch.cat([run(*piece) for piece in pieces]).view_as(x)

@@ -1,0 +1,62 @@
+"""One MLP, its experts and its router put together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import LayerActivations
+from ..mlps import MLPWeights
+from ..order import permute
+from . import neurons
+from .method import Request, RoutedMethod
+from .partition import expert_count, split_counts
+from .routed_mlp import RoutedMLP, choose
+from .routers import ROUTERS, OracleRouter
+
+
+def build_routed(
+    weights: MLPWeights, spec, method: RoutedMethod, layer: LayerActivations | None
+) -> nn.Module:
+    """The routed module for one MLP: profile, share, cluster, route.
+
+    layer: what the MLP does on the calibration text, where the spec needs to know.
+    """
+    if method.partition is None:
+        return neurons.build(weights, spec, layer)
+    experts = expert_count(weights.d_ff, spec.experts)
+    generator = torch.Generator().manual_seed(spec.seed)
+    partition = method.partition(Request(weights, spec, experts, layer, generator))
+    running, _ = split_counts(experts, spec.active, 0)
+    shared = len(partition.shared)
+    routed = len(partition.experts)
+    active: float = running - (experts - routed)
+    ordered = permute(weights, partition.neurons)
+    if spec.router == "oracle":
+        router: nn.Module = OracleRouter(permute(weights, partition.experts.flatten()), routed)
+    else:
+        router = ROUTERS[spec.router].make(weights, partition, layer)
+    threshold = idle_mean = None
+    if active < routed and (spec.selection == "threshold" or spec.compensation == "mean"):
+        scores = torch.cat([router(x) for x in layer.x.flatten(0, 1).split(4096)])
+        if spec.selection == "threshold":
+            threshold, active = _threshold(scores, int(active))
+        if spec.compensation == "mean":
+            idle = ~choose(scores, int(active), threshold)
+            idle_mean = torch.cat(
+                [
+                    torch.zeros(shared),
+                    layer.mean_where(idle, partition.experts).flatten(),
+                ]
+            )
+    built = RoutedMLP(ordered, shared, routed, router, active, threshold, idle_mean)
+    built.partition = partition
+    return built
+
+
+def _threshold(scores: Tensor, active: int) -> tuple[float, float]:
+    """The score above which `active` experts per token lie on average, and that average: the
+    1 - active/experts quantile of the scores of all tokens and experts, pooled."""
+    idle = len(scores) * (scores.shape[1] - active)
+    value = float(scores.flatten().kthvalue(max(1, idle)).values)
+    return value, float((scores > value).sum() / len(scores))

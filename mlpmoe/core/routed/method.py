@@ -1,0 +1,48 @@
+"""RoutedMethod: what tells one published way of routing from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..calibration import LayerActivations
+from ..mlps import MLPWeights
+from .partition import Partition
+
+if TYPE_CHECKING:
+    from ..spec import ConversionSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method is given to make the experts of one MLP."""
+
+    weights: MLPWeights
+    spec: ConversionSpec
+    experts: int  # of equal size; spec.experts where d_ff allows it
+    layer: LayerActivations | None  # None: no calibration text
+    generator: torch.Generator  # seeded, the same for every layer
+
+    @property
+    def size(self) -> int:
+        """Neurons per expert."""
+        return self.weights.d_ff // self.experts
+
+
+@dataclass(frozen=True)
+class RoutedMethod:
+    """A method by its parts: how neurons become experts, and its authors' choices."""
+
+    label: str
+    source: str  # where it is described
+    partition: Callable[[Request], Partition] | None  # None: chooses single neurons
+    defaults: dict[str, Any]  # of the spec fields that are None until the method is known
+    routers: tuple[str, ...] = ("centroid", "similarity", "regression", "oracle")
+    fields: tuple[str, ...] = field(  # of the spec that it uses
+        default=("experts", "active", "shared", "router", "selection", "progressive")
+    )
+    calibrated: bool = True  # whether making the experts needs a calibration text
+    layer_adaptive: bool = False  # whether it has a rule for the shared share of each layer

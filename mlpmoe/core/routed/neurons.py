@@ -1,0 +1,67 @@
+"""Neuron top-k: the gate, computed in full, chooses the neurons that run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..calibration import LayerActivations
+from ..mlps import MLPWeights
+from .method import RoutedMethod
+from .routed_mlp import NeuronMLP, choose_neurons
+
+THRESHOLD_SCORES = 2**24  # scores that a threshold is taken from
+
+METHOD = RoutedMethod(
+    label="Neuron top-k",
+    source="AbsTopK-GLU (arXiv 2602.15521); CATS (arXiv 2404.08763) with a threshold",
+    partition=None,
+    defaults={"router": "gate"},
+    routers=("gate", "gate-norm"),
+    fields=("active", "router", "selection", "progressive"),
+    calibrated=False,
+)
+
+
+def build(weights: MLPWeights, spec, layer: LayerActivations | None) -> NeuronMLP:
+    """The module for one MLP: |φ(gate x)| of a neuron is its score, with the router "gate-norm"
+    times the length of its column of down."""
+    importance = weights.down.detach().float().norm(dim=0) if spec.router == "gate-norm" else None
+    active = max(1, round(spec.active * weights.d_ff))
+    threshold = idle_mean = None
+    if active < weights.d_ff:
+        if spec.selection == "threshold":
+            threshold, active = _threshold(layer, importance, active)
+        if spec.compensation == "mean":
+            idle_mean = _idle_mean(layer, importance, active, threshold)
+    return NeuronMLP(weights, importance, active, threshold, idle_mean)
+
+
+def _threshold(
+    layer: LayerActivations, importance: Tensor | None, active: int
+) -> tuple[float, float]:
+    """The score above which `active` neurons per token lie on average, and that average."""
+    d_ff = layer.weights.d_ff
+    step = -(-layer.tokens * d_ff // THRESHOLD_SCORES)
+    scores = torch.cat(
+        [
+            (g.abs() if importance is None else g.abs() * importance).flatten(0, 1)[::step]
+            for _, g, _ in layer.pieces()
+        ]
+    )
+    idle = int(len(scores) * (d_ff - active))
+    value = float(scores.flatten().kthvalue(max(1, idle)).values)
+    return value, float((scores > value).sum() / len(scores))
+
+
+def _idle_mean(
+    layer: LayerActivations, importance: Tensor | None, active: float, threshold: float | None
+) -> Tensor:
+    """(d_ff,): mean of h over the tokens for which the neuron was not chosen."""
+    total = layer.x.new_zeros(layer.weights.d_ff, dtype=torch.float64)
+    count = layer.x.new_zeros(layer.weights.d_ff, dtype=torch.float64)
+    for _, gated, h in layer.pieces():
+        idle = ~choose_neurons(gated.flatten(0, 1), importance, int(active), threshold)
+        total += (h.flatten(0, 1) * idle).sum(0, dtype=torch.float64)
+        count += idle.sum(0)
+    return (total / count.clamp(min=1)).float().cpu()

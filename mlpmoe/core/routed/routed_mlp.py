@@ -1,0 +1,256 @@
+"""RoutedMLP: shared neurons and experts chosen per token. NeuronMLP: single neurons chosen."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..mlps import MLPWeights
+from .rows import dot_rows, sum_rows
+
+
+class _NeuronRows(nn.Module):
+    """The neurons of an MLP as rows of three matrices, so that some of them can be run alone.
+
+    `down` is stored transposed: row i belongs to neuron i, as in gate and up. Neurons that do not
+    run count with their mean, if one is given: h_i - mean_i is added up over those that run, and
+    Σ mean_i · down_i over all is part of the bias.
+    """
+
+    def __init__(self, weights: MLPWeights, idle_mean: Tensor | None) -> None:
+        super().__init__()
+        down = weights.down.detach().T.contiguous()
+        bias = None if weights.down_bias is None else weights.down_bias.detach()
+        if idle_mean is not None:
+            idle_mean = idle_mean.to(down.device)
+            filled = (idle_mean @ down.float()).to(down.dtype)
+            bias = filled if bias is None else bias + filled
+            idle_mean = idle_mean.to(down.dtype)
+        self.gate, self.up = _rows(weights.gate), _rows(weights.up)  # (d_ff, d_model)
+        self.down = nn.Parameter(down)  # (d_ff, d_model)
+        self.gate_bias, self.up_bias = _rows(weights.gate_bias), _rows(weights.up_bias)  # (d_ff,)
+        self.down_bias = _rows(bias)  # (d_model,)
+        self.register_buffer("idle_mean", idle_mean)  # (d_ff,), 0 for neurons that always run
+        self.act_fn = weights.activation
+        self.adds_residual = weights.adds_residual
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def matrices(self) -> int:
+        """Weight matrices of which a neuron owns a row."""
+        return 2 if self.gate is None else 3
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., d_model) -> (..., d_model)."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = self._one(flat) if len(flat) == 1 else self._many(flat)
+        y = y if self.down_bias is None else y + self.down_bias
+        y = y.view_as(x)
+        return y if residual is None else y + residual
+
+    def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """What neurons start to stop, run for all tokens, add to the output."""
+        rows = slice(start, stop)
+
+        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
+
+        h = project(self.up, self.up_bias)
+        h = self.act_fn(h if self.gate is None else project(self.gate, self.gate_bias)) * (
+            1 if self.gate is None else h
+        )
+        h = h if self.idle_mean is None else h - self.idle_mean[rows]
+        return h @ self.down[rows]
+
+    def _project_rows(self, x: Tensor, name: str, rows: Tensor) -> Tensor:
+        """(n,): gate or up of one token (1, d_model) for some neurons."""
+        values, bias = dot_rows(x, getattr(self, name), rows), getattr(self, f"{name}_bias")
+        return values if bias is None else values + bias[rows]
+
+    def _sum(self, h: Tensor, rows: Tensor) -> Tensor:
+        """(1, d_model): what some neurons of one token add to the output."""
+        h = h if self.idle_mean is None else h - self.idle_mean[rows]
+        return sum_rows(h, self.down, rows)
+
+
+class RoutedMLP(_NeuronRows):
+    """Shared neurons run for every token, experts where the router wants them.
+
+        y = E_shared(x) + Σ_{e chosen} E_e(x)            (ExpertWeaver, section 3.4)
+
+    No gate weights: a chosen expert counts exactly 1, so with all experts chosen the sum is the
+    dense MLP. Many tokens are sorted by expert, so each expert is one product with the tokens that
+    chose it; one token reads only the rows of its experts.
+
+    weights: neurons in the order shared, expert 0, expert 1, ... shared: how many are shared.
+    experts: routed ones, of equal size. router: (tokens, d_model) -> scores (tokens, experts).
+    active: experts chosen per token; with a `threshold`, all above it are, and `active` is the
+    mean on the calibration text. Ties go to the expert of lower index.
+    """
+
+    def __init__(
+        self,
+        weights: MLPWeights,
+        shared: int,
+        experts: int,
+        router: nn.Module | None,
+        active: float,
+        threshold: float | None = None,
+        idle_mean: Tensor | None = None,
+    ) -> None:
+        super().__init__(weights, idle_mean)
+        self.shared, self.experts, self.active = shared, experts, active
+        self.size = (weights.d_ff - shared) // experts if experts else 0
+        self.threshold = threshold
+        self.router = router
+
+    def select(self, x: Tensor) -> Tensor:
+        """(tokens, experts) bool: which experts each token runs. x: (tokens, d_model)."""
+        if self.active == self.experts and self.threshold is None:
+            return x.new_ones(len(x), self.experts, dtype=torch.bool)
+        return choose(self.router(x), int(self.active), self.threshold)
+
+    def _one(self, x: Tensor) -> Tensor:
+        chosen = self.select(x)[0].nonzero()  # (k, 1)
+        y = self._slice(x, 0, self.shared)
+        rows = self.shared + (chosen * self.size + torch.arange(self.size, device=x.device))
+        rows = rows.flatten()
+        if not len(rows):
+            return y
+        h = self._project_rows(x, "up", rows)
+        if self.gate is None:
+            h = self.act_fn(h)
+        else:
+            h = self.act_fn(self._project_rows(x, "gate", rows)) * h
+        return y + self._sum(h, rows)
+
+    def _many(self, x: Tensor) -> Tensor:
+        expert, token = self.select(x).T.nonzero(as_tuple=True)  # sorted by expert
+        y = self._slice(x, 0, self.shared)
+        if not len(token):
+            return y
+        starts = [self.shared + e * self.size for e in range(self.experts)]
+        counts = torch.bincount(expert, minlength=self.experts).tolist()
+        pieces = [
+            self._slice(piece, start, start + self.size)
+            for start, piece in zip(starts, x[token].split(counts), strict=True)
+            if len(piece)
+        ]
+        return y.index_add(0, token, torch.cat(pieces))
+
+    @property
+    def neurons_per_token(self) -> float:
+        """Neurons that run for a token, on average."""
+        return self.shared + self.active * self.size
+
+    @property
+    def macs_per_token(self) -> float:
+        """Multiply-adds in weight matrices, router included."""
+        router = 0 if self.active == self.experts else getattr(self.router, "macs", 0)
+        return router + self.neurons_per_token * self.matrices * self.up.shape[1]
+
+    def extra_repr(self) -> str:
+        return (
+            f"shared={self.shared}, experts={self.experts}×{self.size}, active={self.active:.4g}"
+            + ("" if self.threshold is None else f", threshold={self.threshold:.4g}")
+        )
+
+
+class NeuronMLP(_NeuronRows):
+    """The gate is computed in full and chooses the neurons; up and down run for these only.
+
+    AbsTopK-GLU (ExpertWeaver, section 2.2) with a number of neurons, CATS (arXiv 2404.08763) with
+    a threshold. Many tokens together need every neuron, so they run dense and what was not chosen
+    is masked; one token reads only the rows it chose. An MLP without a gate computes up in full
+    and saves in down only.
+
+    weights: as read. importance: (d_ff,) factor on |φ(gate x)|, or None. active: neurons per
+    token; with a `threshold`, the mean on the calibration text.
+    """
+
+    def __init__(
+        self,
+        weights: MLPWeights,
+        importance: Tensor | None,
+        active: float,
+        threshold: float | None = None,
+        idle_mean: Tensor | None = None,
+    ) -> None:
+        super().__init__(weights, idle_mean)
+        self.active, self.threshold = active, threshold
+        self.register_buffer("importance", importance)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """(tokens, d_ff): φ(gate x), by which neurons are chosen."""
+        if self.gate is None:
+            return self.act_fn(F.linear(x, self.up, self.up_bias))
+        return self.act_fn(F.linear(x, self.gate, self.gate_bias))
+
+    def select(self, x: Tensor) -> Tensor:
+        """(tokens, d_ff) bool: which neurons each token runs."""
+        return self._select(self.gated(x))
+
+    def _select(self, gated: Tensor) -> Tensor:
+        return choose_neurons(gated, self.importance, int(self.active), self.threshold)
+
+    def _one(self, x: Tensor) -> Tensor:
+        gated = self.gated(x)
+        rows = self._select(gated)[0].nonzero()[:, 0]
+        h = gated[0, rows]
+        if self.gate is not None:
+            h = h * self._project_rows(x, "up", rows)
+        return self._sum(h, rows)
+
+    def _many(self, x: Tensor) -> Tensor:
+        gated = self.gated(x)
+        chosen = self._select(gated)
+        h = gated if self.gate is None else gated * F.linear(x, self.up, self.up_bias)
+        h = h if self.idle_mean is None else h - self.idle_mean
+        return (h * chosen) @ self.down
+
+    @property
+    def neurons_per_token(self) -> float:
+        return self.active
+
+    @property
+    def macs_per_token(self) -> float:
+        """Multiply-adds in weight matrices: the first in full, the others for chosen neurons."""
+        return (self.d_ff + self.active * (self.matrices - 1)) * self.up.shape[1]
+
+    def extra_repr(self) -> str:
+        return f"d_ff={self.d_ff}, active={self.active:.4g}" + (
+            "" if self.threshold is None else f", threshold={self.threshold:.4g}"
+        )
+
+
+ROUTED_TYPES = (RoutedMLP, NeuronMLP)
+
+
+def choose(scores: Tensor, active: int, threshold: float | None) -> Tensor:
+    """(tokens, experts) bool: the `active` highest scores of each token, ties to the lower index,
+    or all scores above `threshold`."""
+    if threshold is not None:
+        return scores > threshold
+    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :active]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+
+
+def choose_neurons(
+    gated: Tensor, importance: Tensor | None, active: int, threshold: float | None
+) -> Tensor:
+    """The same for neurons: scores are |φ(gate x)|, times a factor. Of equal scores any count."""
+    scores = gated.abs() if importance is None else gated.abs() * importance
+    if threshold is not None:
+        return scores > threshold
+    best = scores.topk(active, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+
+
+def _rows(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor)

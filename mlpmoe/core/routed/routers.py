@@ -1,0 +1,169 @@
+"""Routers: a score for every expert and token, from the MLP's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calibration import LayerActivations
+from ..mlps import MLPWeights
+from .partition import Partition
+
+RIDGE = 1e-3  # of the mean variance of the input
+
+
+class LinearRouter(nn.Module):
+    """Scores = x Wᵀ + b, in float32; with `normalise`, of x scaled to length 1.
+
+    weight: (experts, d_model). bias: (experts,) or None. `forward`: (tokens, d_model) ->
+    (tokens, experts).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, normalise: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.float())
+        self.bias = None if bias is None else nn.Parameter(bias.float())
+        self.normalise = normalise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        x = F.normalize(x, dim=-1) if self.normalise else x
+        return F.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
+
+    @property
+    def macs(self) -> int:
+        return self.weight.numel()
+
+
+class RepresentativeRouter(nn.Module):
+    """CMoE's router: one neuron stands for each expert, score = |h| of it (section 3.4).
+
+    Its rows of gate and up are scaled to length 1, x is not. Softmax over experts, as published;
+    it changes no order.
+    """
+
+    def __init__(self, weights: MLPWeights, neurons: Tensor) -> None:
+        super().__init__()
+        up, up_bias = _unit_rows(weights.up, weights.up_bias, neurons)
+        self.up, self.up_bias = nn.Parameter(up), _parameter(up_bias)
+        self.gate = self.gate_bias = None
+        if weights.gate is not None:
+            gate, gate_bias = _unit_rows(weights.gate, weights.gate_bias, neurons)
+            self.gate, self.gate_bias = nn.Parameter(gate), _parameter(gate_bias)
+        self.act_fn = weights.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        up = F.linear(x, self.up.float(), self.up_bias)
+        if self.gate is None:
+            return self.act_fn(up).abs().softmax(-1)
+        return (self.act_fn(F.linear(x, self.gate.float(), self.gate_bias)) * up).abs().softmax(-1)
+
+    @property
+    def macs(self) -> int:
+        return self.up.numel() * (1 if self.gate is None else 2)
+
+
+class OracleRouter(nn.Module):
+    """What a router could know at best: Σ |h_i|·‖down_i‖ of every expert, from computing them all.
+
+    An upper bound for a given partition. It saves nothing and cannot be deployed. weights: of the
+    routed neurons, expert by expert.
+    """
+
+    macs = 0  # counted as if the answer came for free: it is a bound
+
+    def __init__(self, weights: MLPWeights, experts: int) -> None:
+        super().__init__()
+        self.weights, self.experts = weights, experts
+        self.register_buffer("size", weights.down.float().norm(dim=0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights
+        h = F.linear(x, w.up, w.up_bias)
+        h = w.activation(h if w.gate is None else F.linear(x, w.gate, w.gate_bias)) * (
+            1 if w.gate is None else h
+        )
+        return (h.float().abs() * self.size).unflatten(-1, (self.experts, -1)).sum(-1)
+
+
+@dataclass(frozen=True)
+class RouterChoice:
+    """A kind of router: how it is made, and whether it looks at activations."""
+
+    make: Callable[[MLPWeights, Partition, LayerActivations | None], nn.Module]
+    calibrated: bool = False
+
+
+def centroid(
+    weights: MLPWeights, partition: Partition, layer: LayerActivations | None
+) -> LinearRouter:
+    """The mean of each expert's gate rows, not normalised (ExpertWeaver, section 3.3); of its up
+    rows where the MLP has no gate."""
+    rows, bias = _first_rows(weights)
+    mean_bias = None if bias is None else bias.float()[partition.experts].mean(1)
+    return LinearRouter(rows.float()[partition.experts].mean(1), mean_bias)
+
+
+def similarity(
+    weights: MLPWeights, partition: Partition, layer: LayerActivations | None
+) -> LinearRouter:
+    """Nearest mean of normalised gate rows to the normalised input (MoEfication, section 3.3).
+
+    -|x - c|² = 2 x·c - |c|² - 1 for an x of length 1: a linear score.
+    """
+    rows, _ = _first_rows(weights)
+    centres = F.normalize(rows.float(), dim=-1)[partition.experts].mean(1)
+    return LinearRouter(2 * centres, -centres.square().sum(-1), normalise=True)
+
+
+def representative(
+    weights: MLPWeights, partition: Partition, layer: LayerActivations | None
+) -> RepresentativeRouter:
+    return RepresentativeRouter(weights, partition.representatives)
+
+
+def regression(weights: MLPWeights, partition: Partition, layer: LayerActivations) -> LinearRouter:
+    """The linear map of the input that predicts the experts' output mass Σ |h_i|·‖down_i‖ best on
+    the calibration text: ridge regression, in closed form."""
+    x = layer.inputs().double()
+    mass = layer.mass(partition.experts, layer.down_norms).double()
+    x_mean, mass_mean = x.mean(0), mass.mean(0)
+    x = x - x_mean
+    gram = x.T @ x
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    weight = torch.linalg.solve(gram, x.T @ (mass - mass_mean)).T  # (experts, d_model)
+    return LinearRouter(weight, mass_mean - weight @ x_mean)
+
+
+ROUTERS = {
+    "centroid": RouterChoice(centroid),
+    "similarity": RouterChoice(similarity),
+    "representative": RouterChoice(representative),
+    "regression": RouterChoice(regression, calibrated=True),
+    "oracle": RouterChoice(lambda weights, partition, layer: None),  # made by RoutedMLP's builder
+}
+
+
+def _first_rows(weights: MLPWeights) -> tuple[Tensor, Tensor | None]:
+    """Gate with its bias, or up where there is no gate: (d_ff, d_model), (d_ff,)."""
+    if weights.gate is None:
+        return weights.up.detach(), weights.up_bias
+    return weights.gate.detach(), weights.gate_bias
+
+
+def _unit_rows(
+    matrix: Tensor, bias: Tensor | None, neurons: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    rows = matrix.detach().float()[neurons]
+    length = rows.norm(dim=-1).clamp(min=1e-12)
+    scaled = None if bias is None else bias.detach().float()[neurons] / length
+    return rows / length[:, None], scaled
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor)
