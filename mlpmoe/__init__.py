@@ -6,6 +6,7 @@ converted = convert(model, ConversionSpec(branches=16, fade=0.9))
 print(perplexity(converted, tokenizer, text))
 """
 
+from .core.calibration import Calibration
 from .core.conversion import convert
 from .core.errors import SpecError, UnsupportedModelError, UserError
 from .core.spec import PRESETS, ConversionSpec
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CATALOGUE",
     "PRESETS",
+    "Calibration",
     "ConversionSpec",
     "ModelError",
     "SpecError",

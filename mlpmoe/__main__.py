@@ -14,9 +14,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from . import sweeping
+from .core.calibration import Calibration
+from .core.compensation import COMPENSATIONS, FILLS
 from .core.conversion import convert, mlp_modules
 from .core.errors import UnsupportedModelError, UserError
-from .core.spec import ConversionSpec
+from .core.order import ORDERS
+from .core.routed.routers import ROUTERS
+from .core.spec import METHODS, PROFILES, SELECTIONS, ConversionSpec
 from .measure.bench import LAYERS, bench, machine
 from .measure.parameters import parameter_report
 from .measure.perplexity import (
@@ -29,7 +34,8 @@ from .measure.perplexity import (
     window_losses,
 )
 from .measure.speed import decode_speed
-from .models import CATALOGUE, ModelError, assets_folder, load
+from .models import CATALOGUE, ModelError, load
+from .sweeping import read_texts
 from .terminal import (
     bench_line,
     parameter_rows,
@@ -47,21 +53,40 @@ EXAMPLES = """examples:
   python -m mlpmoe models
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
   python -m mlpmoe evaluate qwen2.5-0.5b --keep 12 --compensation none --text mine.txt --json
+  python -m mlpmoe sweep demo --compare --active 0.75,0.5 --out runs.jsonl
   python -m mlpmoe bench --layers 4 --rounds 3
 """
 EVALUATE_EXAMPLES = """examples:
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
   python -m mlpmoe evaluate ./my-model --branches 16 --keep 12 --window 512 --stride 256
 """
+SWEEP_EXAMPLES = """examples:
+  python -m mlpmoe sweep demo --branches 8,16 --fade 0,0.5,0.9 --out runs.jsonl
+  python -m mlpmoe sweep demo --compare --active 0.875,0.75,0.5 --out runs.jsonl
+  python -m mlpmoe sweep demo --method cmoe --shared 0.125,0.25,0.375 --selection topk,threshold
+"""
 SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
-    "method": ("NAME", "method of conversion: mlpmoe"),
+    "method": ("NAME", f"method of conversion: {', '.join(METHODS)}"),
     "branches": ("B", "branches per MLP"),
     "fade": (
         "S",
         "Fractal Fade strength: branch i loses its smallest min(1, S·i/B) of gate and up",
     ),
     "keep": ("K", "only the first K branches stay"),
-    "compensation": ("NAME", "factor on branches that stay: sqrt, which is √(B/K), or none"),
+    "order": ("NAME", f"which neurons come first: {', '.join(ORDERS)}"),
+    "compensation": (
+        "NAME",
+        f"static: {', '.join(COMPENSATIONS)}; sqrt is √(B/K). Routed: {', '.join(FILLS)}",
+    ),
+    "experts": ("N", "experts per MLP, shared ones included"),
+    "active": ("SHARE", "routed: share of the neurons that run for a token"),
+    "shared": ("SHARE", "share of the neurons that always run, or auto (expertweaver)"),
+    "router": ("NAME", f"what scores the experts: {', '.join(ROUTERS)}; neurons: gate, gate-norm"),
+    "selection": ("NAME", f"which scores win: {', '.join(SELECTIONS)}"),
+    "profile": ("NAME", f"gate activations that expertweaver averages: {', '.join(PROFILES)}"),
+    "tau": ("T", "coefficient of variation of a specialised neuron (expertweaver)"),
+    "progressive": ("BOOL", "profile each layer on the converted layers before it"),
+    "seed": ("N", "of what a method draws"),
 }
 
 
@@ -125,13 +150,25 @@ def _parser() -> argparse.ArgumentParser:
         EVALUATE_EXAMPLES,
     )
     evaluate.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
-    evaluate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8; default: our stories")
-    evaluate.add_argument("--window", type=int, metavar="N", help="tokens per window")
-    evaluate.add_argument("--stride", type=int, metavar="N", help="tokens from window to window")
-    evaluate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, ...")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    _add_setting(evaluate)
     evaluate.add_argument("--no-speed", dest="speed", action="store_false", help="skip speed")
     _add_spec(evaluate)
+
+    sweep = command(
+        sweeping.run_sweep,
+        "sweep",
+        "perplexity and compute of many conversions; spec flags take several values, with commas",
+        SWEEP_EXAMPLES,
+    )
+    sweep.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    _add_setting(sweep)
+    sweep.add_argument(
+        "--compare", action="store_true", help="every method and baseline, at each --active"
+    )
+    sweep.add_argument(
+        "--out", type=Path, metavar="FILE", help="a line of JSON per run; what it holds is kept"
+    )
+    _add_spec(sweep)
 
     benchmark = command(
         run_bench, "bench", "speed and memory of the conversion, as ratios in one run"
@@ -147,11 +184,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_setting(parser: argparse.ArgumentParser) -> None:
+    """What is measured on what, and where."""
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8; default: our stories")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text that methods may look at, UTF-8; default: other stories of ours",
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
 def _add_spec(parser: argparse.ArgumentParser) -> None:
     """A flag for each field of ConversionSpec, which reads and checks the values itself."""
     group = parser.add_argument_group("conversion")
     for field in fields(ConversionSpec):
-        default = "all" if field.default is None else field.default
+        default = {"keep": "all"}.get(field.name, "the method's")
+        default = default if field.default is None else field.default
         placeholder, meaning = SPEC_FLAGS.get(field.name, ("VALUE", field.name))
         group.add_argument(
             f"--{field.name}",
@@ -196,15 +249,17 @@ def run_models(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     spec = _spec(arguments)
-    path = arguments.text or assets_folder() / "texts" / "evaluation.txt"
-    text = read_text(path)
+    path, text, calibration_path, calibration_text = read_texts(arguments)
     dense, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
     window, stride = choose_window(dense, arguments.window, arguments.stride)
     encoded = encode_text(tokenizer, text)
     progress("converting")
-    converted = convert(dense, spec)
+    calibration = None
+    if spec.needs_calibration:
+        calibration = Calibration.from_text(tokenizer, calibration_text)
+    converted = convert(dense, spec, calibration, on_progress=progress)
     perplexities = [
         _perplexity(name, model, encoded, window, stride)
         for name, model in (("dense", dense), ("converted", converted))
@@ -230,6 +285,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         "tokens": encoded.scored_tokens,
         "window": window,
         "stride": stride,
+        "calibration": calibration_path.name if calibration else None,
+        "calibration_tokens": calibration.samples.numel() if calibration else None,
     }
     if arguments.json:
         models = {
@@ -248,6 +305,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         "{text}: {documents} documents, {bytes:,} bytes, {tokens:,} tokens, "
         "windows of {window} every {stride}".format(**setting)
     )
+    if calibration:
+        print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))
     print(f"converted with {spec.to_flags()}\n")
     rows = [["", "dense", "converted", "difference"]]
     rows += perplexity_rows(*perplexities, changed)
@@ -256,16 +315,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     print_table(rows, align="<>><")
     if spec.fade:
         print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. Raises OSError and UnicodeError with messages for a person."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UnicodeError(f"{path} is not UTF-8 text (byte {error.start:,}).") from error
 
 
 def _perplexity(

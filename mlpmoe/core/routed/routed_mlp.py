@@ -148,6 +148,11 @@ class RoutedMLP(_NeuronRows):
         return self.shared + self.active * self.size
 
     @property
+    def idle_parameters(self) -> float:
+        """Parameters that a token does not meet, on average."""
+        return (self.d_ff - self.neurons_per_token) * self.matrices * self.up.shape[1]
+
+    @property
     def macs_per_token(self) -> float:
         """Multiply-adds in weight matrices, router included."""
         router = 0 if self.active == self.experts else getattr(self.router, "macs", 0)
@@ -214,7 +219,13 @@ class NeuronMLP(_NeuronRows):
 
     @property
     def neurons_per_token(self) -> float:
+        """Neurons that run for a token, on average."""
         return self.active
+
+    @property
+    def idle_parameters(self) -> float:
+        """Parameters that a token does not meet, on average."""
+        return (self.d_ff - self.active) * (self.matrices - 1) * self.up.shape[1]
 
     @property
     def macs_per_token(self) -> float:
