@@ -201,6 +201,11 @@ def mlp_modules(model: PreTrainedModel) -> list[nn.Module]:
     return converted or [mlp.module for mlp in read_mlps(model)]
 
 
+def twin_of(model: _Module) -> _Module:
+    """A second module tree over the same tensors: hooks on it leave the first alone."""
+    return _with_modules_replaced(model, {})
+
+
 def _with_modules_replaced(model: _Module, replacements: Mapping[nn.Module, nn.Module]) -> _Module:
     """A copy of the module tree with some modules swapped; tensors are shared, not copied.
 

@@ -26,6 +26,8 @@ from .components import (
     model_panel,
 )
 from .endpoints import MODEL_QUEUE, add_endpoints
+from .experts import ExpertHandlers
+from .experts_panel import ExpertsPanel, experts_panel
 from .handlers import Handlers, readable
 from .style import CSS_VARIABLES
 from .workbench import Workbench
@@ -106,6 +108,8 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
                         branches = branches_panel(len(first.mlps), first.projections)
                     with gr.Tab("Generations", id="generations"):
                         generations = generations_panel()
+                    with gr.Tab("Experts", id="experts") as experts_tab:
+                        experts = experts_panel(len(first.mlps))
                     with gr.Tab("How it works", id="how"):
                         lesson = lesson_panel()
         with gr.Accordion("Words", open=False, elem_id="words"):
@@ -119,6 +123,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         changed = _wire_preview(handlers, state, convert, cards, branches, lesson, spec)
         _wire_measurement(handlers, convert, cards, spec, changed)
         _wire_generations(handlers, generations, spec)
+        _wire_experts(ExpertHandlers(workbench), state, experts, experts_tab)
         # A plot that was redrawn while its tab was hidden had no width to fit into.
         branches_tab.select(None, js=RESIZE, **PRIVATE)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
@@ -209,4 +214,53 @@ def _wire_generations(handlers: Handlers, generations: GenerationsPanel, spec: l
     )
     generations.stop.click(
         lambda: "<p>Stopped.</p>", None, generations.report, cancels=[writing], **QUIET
+    )
+
+
+def _wire_experts(
+    handlers: ExpertHandlers, state: PageState, panel: ExpertsPanel, tab: gr.Tab
+) -> None:
+    """The tab of routed experts: its settings, and what is measured on its buttons."""
+    settings = [state.model, *panel.settings]
+    described = [panel.about, panel.snippet, panel.experts, panel.tradeoff]
+    gr.on(
+        [tab.select, *(component.change for component in settings)],
+        readable(handlers.describe),
+        settings,
+        described,
+        trigger_mode="always_last",
+        concurrency_limit=1,
+        **QUIET,
+    )
+    panel.own_file.upload(
+        readable(handlers.read_file), panel.own_file, [panel.own_text, panel.calibration], **QUIET
+    )
+    measured = panel.measure.click(
+        readable(handlers.measure),
+        [state.model, panel.layer, *panel.settings],
+        [
+            panel.status, panel.result, panel.tradeoff, panel.load, panel.split, panel.variation,
+            panel.tokens,
+        ],
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )  # fmt: skip
+    static = panel.static.click(
+        readable(handlers.measure_static),
+        [state.model, panel.active],
+        [panel.status, panel.tradeoff],
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )
+    panel.stop.click(
+        lambda: "<p>Stopped.</p>", None, panel.status, cancels=[measured, static], **QUIET
+    )
+    panel.layer.change(
+        readable(handlers.recolour),
+        [state.model, panel.layer, *panel.settings],
+        panel.tokens,
+        trigger_mode="always_last",
+        **QUIET,
     )

@@ -67,13 +67,13 @@ def branch_histograms(
             ),
         ]
     )
-    _finish(figure, RIDGES_HEIGHT)
+    finish(figure, RIDGES_HEIGHT)
     figure.update_layout(
         xaxis={
             "title": f"|w| of {projection}, layer {layer}",
             "range": [0, float(dense.edges[-1])],
         },
-        yaxis={"title": "branch", "range": [branches - 0.5, -1], **_ticks(branches, 16)},
+        yaxis={"title": "branch", "range": [branches - 0.5, -1], **ticks(branches, 16)},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hovermode="closest",
     )
@@ -87,7 +87,7 @@ def branches_left(left: Tensor, what: str) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=(100 * lost).tolist(),
-            colorscale=_even_scale(DAMAGE),
+            colorscale=even_scale(DAMAGE),
             zmin=0,
             zmax=100,
             xgap=1,
@@ -97,10 +97,10 @@ def branches_left(left: Tensor, what: str) -> go.Figure:
             f"{what} lost<extra></extra>",
         )
     )
-    _finish(figure, HEAT_HEIGHT)
+    finish(figure, HEAT_HEIGHT)
     figure.update_layout(
-        xaxis={"title": "branch", **_ticks(branches, 8), "showgrid": False},
-        yaxis={"title": "layer", **_ticks(layers, 8), "autorange": "reversed", "showgrid": False},
+        xaxis={"title": "branch", **ticks(branches, 8), "showgrid": False},
+        yaxis={"title": "layer", **ticks(layers, 8), "autorange": "reversed", "showgrid": False},
     )
     return figure
 
@@ -140,16 +140,16 @@ def _filled(
     )
 
 
-def _ticks(count: int, most: int) -> dict:
+def ticks(count: int, most: int) -> dict:
     """Whole-number ticks from 0, at most about `most`."""
     return {"tickvals": list(range(0, count, -(-count // most)))}
 
 
-def _even_scale(colours: Sequence[str]) -> list[list]:
+def even_scale(colours: Sequence[str]) -> list[list]:
     return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
 
 
-def _finish(figure: go.Figure, height: int) -> None:
+def finish(figure: go.Figure, height: int) -> None:
     figure.update_layout(
         template="none",
         height=height,

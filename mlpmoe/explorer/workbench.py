@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from queue import Queue
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.branched import branch_sizes
+from ..core.calibration import Calibration
 from ..core.conversion import convert
 from ..core.errors import UserError
 from ..core.fade import fade_sparsities
@@ -48,6 +49,17 @@ MAX_GUESTS = 1  # models held beside the demo model; the one used longest ago ma
 CONVERSIONS_HELD = 2  # per model; each may hold a faded copy of gate and up
 RESULTS_HELD = 512  # per model
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A spec together with the text it may look at; stands where a spec does."""
+
+    spec: ConversionSpec
+    text: str = field(repr=False)
+
+
+Conversion = ConversionSpec | Calibrated
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,8 @@ class LoadedModel:
     _texts: dict[str, EncodedText] = field(default_factory=dict)
     _perplexities: _Recent = field(default_factory=lambda: _Recent(RESULTS_HELD))
     _speeds: _Recent = field(default_factory=lambda: _Recent(RESULTS_HELD))
+    # what was measured of routed conversions on this server, for the trade-off plot
+    points: dict[Calibrated, Any] = field(default_factory=lambda: _Recent(RESULTS_HELD))
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @cached_property
@@ -138,9 +152,26 @@ class LoadedModel:
         forward(self.model, PROBE_TOKENS)
         return PROBE_TOKENS / (perf_counter() - start)
 
-    def converted(self, spec: ConversionSpec) -> PreTrainedModel:
+    def converted(self, spec: Conversion) -> PreTrainedModel:
+        if isinstance(spec, Calibrated):
+            for _ in self.convert(spec):
+                pass
         with self._lock:
             return self._conversions.get_or_make(spec, lambda: convert(self.model, spec))
+
+    def convert(self, asked: Calibrated) -> Iterator[str]:
+        """Convert with a calibration text, yielding what is being done. Closing the iterator gives
+        up after the layer in progress."""
+        if asked in self._conversions:
+            return
+        calibration = None
+        if asked.spec.needs_calibration:
+            calibration = Calibration.from_text(self.tokenizer, asked.text)
+        made = yield from _in_thread(
+            lambda report: convert(self.model, asked.spec, calibration, report)
+        )
+        with self._lock:
+            self._conversions.get_or_make(asked, lambda: made)
 
     def converted_report(self, spec: ConversionSpec) -> ParameterReport:
         """The parameters after conversion. Nothing is counted that was counted before: tensors of
@@ -198,7 +229,7 @@ class LoadedModel:
         missing = [s for s in (None, spec) if (s, text) not in self._perplexities]
         return len(missing) * self.text(text).scored_tokens / self.tokens_per_second
 
-    def known_evaluation(self, spec: ConversionSpec, text: str) -> Evaluation | None:
+    def known_evaluation(self, spec: Conversion, text: str) -> Evaluation | None:
         """What was measured before, if it was."""
         dense = self._perplexities.get((None, text))
         converted = self._perplexities.get((spec, text))
@@ -209,7 +240,7 @@ class LoadedModel:
     def known_dense(self, text: str) -> Perplexity | None:
         return self._perplexities.get((None, text))
 
-    def evaluate(self, spec: ConversionSpec, text: str) -> Iterator[Progress | Evaluation]:
+    def evaluate(self, spec: Conversion, text: str) -> Iterator[Progress | Evaluation]:
         """Measure dense (once per text) and converted model; yields Progress, then Evaluation.
 
         Closing the iterator stops the measurement after the window in progress.
@@ -230,7 +261,7 @@ class LoadedModel:
         self._remember(None, text, known[None])  # used last, so that others make room first
         yield Evaluation(known[None], known[spec], compare(known[None], known[spec]))
 
-    def _remember(self, spec: ConversionSpec | None, text: str, measured: Perplexity) -> None:
+    def _remember(self, spec: Conversion | None, text: str, measured: Perplexity) -> None:
         with self._lock:
             self._perplexities.get_or_make((spec, text), lambda: measured)
 

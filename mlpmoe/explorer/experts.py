@@ -1,0 +1,360 @@
+"""What happens on the tab of routed experts: settings in, measured figures and plots out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from html import escape
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import plotly.graph_objects as go
+import torch
+
+from ..core.calibration import check_disjoint
+from ..core.conversion import mlp_modules
+from ..core.errors import UserError
+from ..core.routed import ROUTED_METHODS, RoutedMLP
+from ..core.spec import ConversionSpec
+from ..measure.notation import count, difference, number, signed_percent
+from ..measure.parameters import ParameterReport, parameter_report
+from ..measure.routing import LayerRouting, routing
+from ..measure.sweep import BOUND, STATIC, comparison
+from ..models import assets_folder
+from ..models.catalogue import DEMO_KEY
+from .expert_plots import Point, expert_load, shared_split, tradeoff, variation_histogram
+from .experts_panel import OWN
+from .workbench import Calibrated, Evaluation, LoadedModel, Workbench
+
+BUDGETS = (0.875, 0.75, 0.5)  # active shares of the comparison that comes with the demo model
+TEXT = "stories"  # that perplexity is measured on
+LOAD_TOKENS = 512  # of that text, for the load of experts
+SHOWN_TOKENS = 160  # of it, coloured
+SHOWN_POINTS = 12  # measured here, the latest
+EMPTY = "<p>Choose a method and press <strong>Convert and measure</strong>.</p>"
+ABOUT = {
+    "expertweaver": "Groups neurons whose gates react alike over the samples of the calibration "
+    "text; layers share more or less, by how much their neurons vary.",
+    "cmoe": "Shares the neurons that are most often among the strongest, groups the others by the "
+    "tokens they are strong on; one neuron stands for each expert as its router.",
+    "moefication": "Groups neurons with similar weights; a token goes to the nearest groups.",
+    "coactivation": "Groups neurons that are strong on the same tokens; the router is fitted to "
+    "the experts' output. Made in this project from the parts of the others.",
+    "contiguous": "MLPMoE's branches as they are stored, with a router over them: what its paper "
+    "leaves to future work.",
+    "random": "Neurons at random: the floor that every clustering has to beat.",
+    "neurons": "The gate is computed in full and picks single neurons, so there are no experts: "
+    "up and down run for the picked ones only. A third of the MLP is always computed.",
+}
+
+
+class ExpertHandlers:
+    """The events of the tab over one workbench."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        self.workbench = workbench
+
+    def describe(self, model: str, *settings: Any) -> tuple:
+        """About the method, snippet, whether it has experts, and the trade-off plot so far."""
+        loaded = self.workbench.loaded(model)
+        try:
+            spec = spec_of(*settings[:-2])
+            shown = snippet(loaded.key, spec, settings[-2] == OWN)
+        except UserError as error:
+            shown = f"# {error}"
+        method = settings[0]
+        has_experts = "experts" in ROUTED_METHODS[method].fields
+        return (
+            ABOUT[method],
+            shown,
+            gr.update(interactive=has_experts),
+            tradeoff(points(loaded)),
+        )
+
+    def read_file(self, path: str | None) -> tuple:
+        """An uploaded calibration text."""
+        if path is None:
+            return gr.skip(), gr.skip()
+        try:
+            return Path(path).read_text(encoding="utf-8-sig"), OWN
+        except UnicodeDecodeError:
+            raise UserError("the file is not UTF-8 text. Save it as UTF-8 and try again.") from None
+
+    def measure(self, model: str, layer: int, *settings: Any) -> Iterator[tuple]:
+        """Status, result, trade-off, load, split, variation, tokens; as the work goes on."""
+        loaded = self.workbench.loaded(model)
+        spec = spec_of(*settings[:-2])
+        spec.check_fits(loaded.d_ff)
+        asked = Calibrated(spec, calibration_text(*settings[-2:]))
+        keep = (gr.skip(),) * 6
+        for step in loaded.convert(asked):
+            yield _status(f"{step} …"), *keep
+        for step in loaded.evaluate(asked, TEXT):
+            if not isinstance(step, Evaluation):
+                yield _status(f"measuring perplexity, {step.done / step.total:.0%}"), *keep
+        converted = loaded.converted(asked)
+        report = parameter_report(converted)
+        share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
+        name = ROUTED_METHODS[spec.method].label
+        loaded.points.pop(asked, None)
+        kind = BOUND if spec.router == "oracle" else "here"
+        change_ = step.change
+        loaded.points[asked] = Point(name, kind, share, change_.ratio, change_.stderr)
+        found = routing(converted, _ids(loaded)[:LOAD_TOKENS])
+        varied = variation_plot(converted, spec.tau)
+        yield (
+            _status(""),
+            result(loaded, spec, step, report, share),
+            tradeoff(points(loaded)),
+            load_plot(found),
+            split_plot(converted, found),
+            gr.update(value=varied, visible=varied is not None),
+            coloured_tokens(loaded, found, layer),
+        )
+
+    def measure_static(self, model: str, active: float) -> Iterator[tuple]:
+        """Status and trade-off, with the two best static recipes at the same share of neurons."""
+        loaded = self.workbench.loaded(model)
+        text = calibration_text("stories", "")
+        for name, (kind, spec) in comparison(active).items():
+            if kind != STATIC or not spec.needs_calibration:
+                continue
+            asked = Calibrated(spec, text)
+            for step in loaded.convert(asked):
+                yield _status(f"{name}: {step} …"), gr.skip()
+            for step in loaded.evaluate(asked, TEXT):
+                if not isinstance(step, Evaluation):
+                    yield _status(f"{name}: {step.done / step.total:.0%}"), gr.skip()
+            report = parameter_report(loaded.converted(asked))
+            share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
+            loaded.points[asked] = Point(name, STATIC, share, step.change.ratio, step.change.stderr)
+            yield _status(""), tradeoff(points(loaded))
+
+    def recolour(self, model: str, layer: int, *settings: Any) -> str:
+        """The coloured words of another layer, of what was measured last with these settings."""
+        loaded = self.workbench.loaded(model)
+        try:
+            asked = Calibrated(spec_of(*settings[:-2]), calibration_text(*settings[-2:]))
+        except UserError:
+            return EMPTY
+        if asked not in loaded.points:
+            return EMPTY
+        found = routing(loaded.converted(asked), _ids(loaded)[:LOAD_TOKENS])
+        return coloured_tokens(loaded, found, layer)
+
+
+def spec_of(
+    method: str, active: float, experts: int, shared: float, own_share: bool, router: str,
+    selection: str, fill: str,
+) -> ConversionSpec:  # fmt: skip
+    """The spec of the controls; those that the method does not use are left out."""
+    fields = ROUTED_METHODS[method].fields if method in ROUTED_METHODS else ()
+    values: dict[str, Any] = {"active": active, "selection": selection, "compensation": fill}
+    if "experts" in fields:
+        values["experts"] = experts
+        if not own_share:
+            values["shared"] = shared
+    if router != OWN:
+        values["router"] = router
+    return ConversionSpec(method=method, **values)
+
+
+@lru_cache(maxsize=1)
+def _stories() -> str:
+    return (assets_folder() / "texts" / "calibration.txt").read_text(encoding="utf-8")
+
+
+def calibration_text(choice: str, own: str) -> str:
+    """The calibration text; UserError if it is empty or shares a passage with what is measured."""
+    if choice != OWN:
+        return _stories()
+    if not isinstance(own, str) or not own.strip():
+        raise UserError(
+            "there is no calibration text: paste one, choose a file, or take our stories."
+        )
+    check_disjoint(own, (assets_folder() / "texts" / "evaluation.txt").read_text(encoding="utf-8"))
+    return own
+
+
+def snippet(model: str, spec: ConversionSpec, own: bool) -> str:
+    """The run in Python, and in the shell as a comment."""
+    text = "mine.txt" if own else "assets/texts/calibration.txt"
+    flag = " --calibration mine.txt" if own else ""
+    return (
+        "from mlpmoe import Calibration, ConversionSpec, convert, load\n\n"
+        f"model, tokenizer = load({model!r})\n"
+        f'text = open("{text}", encoding="utf-8").read()\n'
+        "calibration = Calibration.from_text(tokenizer, text)\n"
+        f"converted = convert(model, {spec.to_python()}, calibration)\n\n"
+        f"# or: python -m mlpmoe evaluate {shlex.quote(model)} {spec.to_flags()}{flag}\n"
+    )
+
+
+@lru_cache(maxsize=1)
+def shipped_points() -> tuple[Point, ...]:
+    """The comparison on the demo model that comes with the project (assets/sweeps)."""
+    names = {
+        spec: (name, kind)
+        for active in BUDGETS
+        for name, (kind, spec) in comparison(active).items()
+    }
+    lines = (assets_folder() / "sweeps" / "demo.jsonl").read_text(encoding="utf-8").splitlines()
+    found = []
+    for line in lines:
+        run = json.loads(line)
+        name, kind = names[ConversionSpec.from_dict(run["spec"])]
+        found.append(Point(name, kind, run["mlp_macs_share"], run["ratio"], run["stderr"]))
+    return tuple(found)
+
+
+def points(loaded: LoadedModel) -> list[Point]:
+    """What is known of a model: the shipped comparison, and what was measured on this server."""
+    shipped = shipped_points() if loaded.key == DEMO_KEY else ()
+    return [*shipped, *list(loaded.points.values())[-SHOWN_POINTS:]]
+
+
+def best_static(known: Sequence[Point], compute: float) -> float | None:
+    """Perplexity ratio of the best static recipes at some compute, between the measured points
+    (log-linear); None where nothing was measured on both sides."""
+    best = {1.0: 0.0}
+    for point in known:
+        if point.kind == STATIC:
+            at = round(point.compute, 3)
+            best[at] = min(best.get(at, float("inf")), log(point.ratio))
+    below = [c for c in best if c <= compute]
+    above = [c for c in best if c > compute]
+    if not below:
+        return None
+    low = max(below)
+    if not above:
+        return exp(best[low])
+    high = min(above)
+    share = (compute - low) / (high - low)
+    return exp(best[low] * (1 - share) + best[high] * share)
+
+
+def verdict(known: Sequence[Point], spec: ConversionSpec, ratio: float, share: float) -> str:
+    """Whether routing pays here, in a sentence."""
+    if spec.router == "oracle":
+        return "The oracle looks at every expert's output first: a bound for other routers."
+    static = best_static(known, share)
+    if static is None:
+        return (
+            "No static recipe was measured at so little compute: press “Add static recipes” to "
+            "compare."
+        )
+    better = ratio < static
+    return (
+        f"The best static recipe at this compute has × {static:.3f}: here "
+        f"{'<strong>routing pays</strong>' if better else '<strong>static is better</strong>'}."
+    )
+
+
+def result(
+    loaded: LoadedModel,
+    spec: ConversionSpec,
+    evaluation: Evaluation,
+    report: ParameterReport,
+    share: float,
+) -> str:
+    """The figures of one conversion as a table, and the verdict."""
+    dense, changed = evaluation.dense, evaluation.change
+    known = points(loaded)
+    perplexity = difference(changed)
+    macs = (loaded.report.macs_per_token, report.macs_per_token)
+    active = (loaded.report.active_per_token, report.active_per_token)
+    rows = [
+        ("Perplexity", number(dense.value), number(evaluation.converted.value), perplexity),
+        ("MLP multiply-adds per token", count(loaded.report.mlp_macs_per_token),
+         count(report.mlp_macs_per_token), signed_percent(share - 1)),
+        ("All multiply-adds per token", *map(count, macs), signed_percent(macs[1] / macs[0] - 1)),
+        ("Parameters a token meets", *map(count, active),
+         signed_percent(active[1] / active[0] - 1)),
+        ("Parameters stored", count(loaded.report.total), count(report.total),
+         signed_percent(report.total / loaded.report.total - 1)),
+    ]  # fmt: skip
+    body = "".join(
+        f'<tr><th>{name}</th><td class="dense">{before}</td><td class="converted">{after}</td>'
+        f"<td>{change}</td></tr>"
+        for name, before, after, change in rows
+    )
+    return (
+        f"<table><tr><th></th><td>dense</td><td>converted</td><td>difference</td></tr>{body}"
+        f"</table><p>{verdict(known, spec, changed.ratio, share)}</p>"
+        f'<p class="note">{escape(ROUTED_METHODS[spec.method].label)}, {dense.tokens:,} tokens of '
+        f"the evaluation stories. Routers are counted.</p>"
+    )
+
+
+def load_plot(found: Sequence[LayerRouting]) -> go.Figure:
+    single = all(int(layer.favourite.max()) < 0 for layer in found) and len(found[0].load) > 128
+    return expert_load([layer.load for layer in found], [layer.shared for layer in found], single)
+
+
+def split_plot(model: Any, found: Sequence[LayerRouting]) -> go.Figure:
+    """What runs in each layer: always, by routing, not."""
+    mlps = mlp_modules(model)
+    shared, routed = [], []
+    for mlp, layer in zip(mlps, found, strict=True):
+        always = mlp.shared if isinstance(mlp, RoutedMLP) else 0
+        size = mlp.size if isinstance(mlp, RoutedMLP) else 1
+        shared.append(always / mlp.d_ff)
+        routed.append(float(layer.counts.float().mean()) * size / mlp.d_ff)
+    idle = [max(0.0, 1 - s - r) for s, r in zip(shared, routed, strict=True)]
+    return shared_split(shared, routed, idle)
+
+
+def variation_plot(model: Any, tau: float | None) -> go.Figure | None:
+    """The coefficients of variation of all neurons, if the method computed them."""
+    found = [
+        mlp.partition.variation
+        for mlp in mlp_modules(model)
+        if isinstance(mlp, RoutedMLP) and mlp.partition.variation is not None
+    ]
+    if not found:
+        return None
+    values = torch.cat(found)
+    return variation_histogram(values, float(values.median()) if tau is None else tau)
+
+
+def coloured_tokens(loaded: LoadedModel, found: Sequence[LayerRouting], layer: int) -> str:
+    """The first tokens of the evaluation text, each on the colour of the expert that its router
+    scored highest; a hint tells all experts that ran."""
+    chosen = found[min(layer, len(found) - 1)]
+    if int(chosen.favourite.max()) < 0:
+        return (
+            "<p>This method chooses single neurons, not experts: "
+            f"{chosen.counts.float().mean():.0f} of {chosen.chosen.shape[1]} run for a token, "
+            "different ones each time.</p>"
+        )
+    ids = _ids(loaded)[:SHOWN_TOKENS].tolist()
+    experts = chosen.chosen.shape[1]
+    spans = []
+    for position, token in enumerate(ids):
+        favourite = int(chosen.favourite[position])
+        ran = int(chosen.counts[position])
+        hue = (favourite * 137.508) % 360  # the golden angle keeps neighbours apart
+        text = loaded.tokenizer.decode([token])
+        spans.append(
+            f'<span style="--hue:{hue:.0f}" title="favourite: expert {favourite}; {ran} of '
+            f'{experts} ran">{escape(text)}</span>'
+        )
+    most = torch.bincount(chosen.favourite, minlength=experts)
+    return (
+        f'<div class="tokens">{"".join(spans)}</div><p class="note">Layer {layer}: '
+        f"{int((most > 0).sum())} of {experts} routed experts are the favourite of some token; "
+        f"the most popular one is expert {int(most.argmax())}, of "
+        f"{100 * float(most.max() / most.sum()):.0f} % of {len(chosen.favourite)} tokens.</p>"
+    )
+
+
+def _ids(loaded: LoadedModel) -> torch.Tensor:
+    return torch.cat(loaded.text(TEXT).documents)
+
+
+def _status(text: str) -> str:
+    return f"<p>{escape(text)}</p>" if text else ""

@@ -1,0 +1,149 @@
+"""The tab of routed experts: its components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from ..core.routed import ROUTED_METHODS
+from .sliders import LimitedSlider
+
+OWN = "own"
+MAX_EXPERTS = 128
+MAX_CALIBRATION = 1_000_000  # characters
+METHOD_CHOICES = [(method.label, name) for name, method in ROUTED_METHODS.items()]
+ROUTER_CHOICES = [
+    ("the method's own", OWN),
+    ("mean gate row (ExpertWeaver)", "centroid"),
+    ("nearest weights (MoEfication)", "similarity"),
+    ("fitted by least squares", "regression"),
+    ("oracle: a bound, saves nothing", "oracle"),
+    ("neurons: |gate| × ‖down‖", "gate-norm"),
+]
+
+
+@dataclass(frozen=True)
+class ExpertsPanel:
+    method: gr.Dropdown
+    about: gr.Markdown
+    active: gr.Slider
+    experts: gr.Slider
+    shared: gr.Slider
+    own_share: gr.Checkbox
+    router: gr.Dropdown
+    selection: gr.Radio
+    fill: gr.Radio
+    calibration: gr.Radio
+    own_text: gr.Textbox
+    own_file: gr.File
+    measure: gr.Button
+    stop: gr.Button
+    static: gr.Button
+    status: gr.HTML
+    result: gr.HTML
+    tradeoff: gr.Plot
+    split: gr.Plot
+    variation: gr.Plot
+    load: gr.Plot
+    layer: gr.Slider
+    tokens: gr.HTML
+    snippet: gr.Code
+
+    @property
+    def settings(self) -> list:
+        """The inputs that make the spec and the calibration text."""
+        return [
+            self.method, self.active, self.experts, self.shared, self.own_share, self.router,
+            self.selection, self.fill, self.calibration, self.own_text,
+        ]  # fmt: skip
+
+
+def experts_panel(layers: int) -> ExpertsPanel:
+    gr.Markdown(
+        "#### Experts, chosen token by token\n"
+        "Instead of the same branches for every token, a **router** picks a few groups of neurons, "
+        "the **experts**, for each token. **Shared** neurons always run. Nothing is trained: "
+        "experts and router are computed from the weights, and from what the neurons do on a "
+        "**calibration text**."
+    )
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            method = gr.Dropdown(
+                METHOD_CHOICES, value="expertweaver", label="Method", filterable=False,
+                elem_id="method",
+            )  # fmt: skip
+            about = gr.Markdown("", elem_id="method-about")
+            active = LimitedSlider(
+                0.05, 1, 0.75, step=0.05, label="Active share", elem_id="active",
+                info="of the neurons, per token; shared ones included",
+            )  # fmt: skip
+            experts = LimitedSlider(
+                2, MAX_EXPERTS, 64, step=1, precision=0, label="Experts per MLP",
+                elem_id="experts", info="of equal size; fewer where d_ff forbids it",
+            )  # fmt: skip
+            with gr.Row():
+                measure = gr.Button(
+                    "Convert and measure", variant="primary", min_width=160,
+                    elem_id="measure-experts",
+                )  # fmt: skip
+                stop = gr.Button("Stop", min_width=80, elem_id="stop-experts")
+            static = gr.Button(
+                "Add static recipes at this share", size="sm", elem_id="measure-static"
+            )
+            with gr.Accordion("More: shared share, router, calibration", open=False):
+                own_share = gr.Checkbox(True, label="Shared share as the method has it")
+                shared = LimitedSlider(
+                    0, 0.95, 0.25, step=0.05, label="Shared share", elem_id="shared",
+                    info="counts if the box above is not ticked",
+                )  # fmt: skip
+                router = gr.Dropdown(
+                    ROUTER_CHOICES, value=OWN, label="Router", filterable=False, elem_id="router"
+                )
+                selection = gr.Radio(
+                    [("the best k", "topk"), ("all above a threshold", "threshold")],
+                    value="topk", label="Which experts run", elem_id="selection",
+                )  # fmt: skip
+                fill = gr.Radio(
+                    [("nothing", "none"), ("their mean output", "mean")],
+                    value="none", label="What stands in for the others", elem_id="fill",
+                )  # fmt: skip
+                calibration = gr.Radio(
+                    [("our stories, 145 kB", "stories"), ("own text", OWN)],
+                    value="stories", label="Calibration text", elem_id="calibration",
+                )  # fmt: skip
+                own_text = gr.Textbox(
+                    label="Own calibration text", lines=3, max_lines=6,
+                    max_length=MAX_CALIBRATION, elem_id="own-calibration",
+                    info="at least 1,024 tokens; must not be what perplexity is measured on",
+                )  # fmt: skip
+                own_file = gr.File(
+                    label="… or a text file", file_types=[".txt"], height=90,
+                    elem_id="calibration-file",
+                )  # fmt: skip
+            with gr.Accordion("The same in Python and in the shell", open=False):
+                snippet = gr.Code(
+                    language="python", show_label=False, buttons=["copy"], interactive=False,
+                    lines=6, wrap_lines=True, show_line_numbers=False, elem_id="experts-snippet",
+                )  # fmt: skip
+        with gr.Column(scale=5, min_width=320):
+            status = gr.HTML("", elem_id="experts-status")
+            result = gr.HTML("", elem_id="experts-result")
+            gr.Markdown("#### Does routing pay? Perplexity against compute")
+            tradeoff = gr.Plot(show_label=False, elem_id="tradeoff")
+    gr.Markdown("#### Which experts are busy, layer by layer")
+    load = gr.Plot(show_label=False, elem_id="load")
+    gr.Markdown("#### How many neurons every token shares")
+    with gr.Row():
+        split = gr.Plot(show_label=False, elem_id="split", min_width=320)
+        variation = gr.Plot(show_label=False, elem_id="variation", visible=False, min_width=320)
+    gr.Markdown("#### The words of a story, coloured by their favourite expert")
+    layer = LimitedSlider(
+        0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="experts-layer"
+    )
+    tokens = gr.HTML("", elem_id="tokens-by-expert")
+    return ExpertsPanel(
+        method, about, active, experts, shared, own_share, router, selection, fill, calibration,
+        own_text, own_file, measure, stop, static, status, result, tradeoff, split, variation, load,
+        layer, tokens, snippet,
+    )  # fmt: skip
