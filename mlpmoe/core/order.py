@@ -11,6 +11,7 @@ from torch import Tensor
 from .calibration import LayerActivations
 from .mlps import MLPWeights
 
+COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken out of the matrices
 DAMPING = 1e-2  # of the mean variance, added to all: few tokens leave the covariance singular
 
 
@@ -31,21 +32,20 @@ def by_least_squares(layer: LayerActivations) -> Tensor:
     (optimal brain surgeon on the rows of down; d_ff³ operations)."""
     down = layer.weights.down.detach().cpu().T.double().clone()  # (d_ff, d_model)
     inverse = torch.linalg.inv(damped(layer.covariance.double()))
-    left = torch.ones(len(down), dtype=torch.bool)
-    dropped = []
-    for _ in range(len(down) - 1):
-        variance = inverse.diagonal()
-        loss = down.square().sum(1) / variance.clamp(min=1e-30)
-        worst = int(loss.masked_fill(~left, float("inf")).argmin())
-        column = inverse[:, worst] / inverse[worst, worst]
-        down -= column[:, None] * down[worst]
-        inverse -= column[:, None] * inverse[worst]
-        left[worst] = False
-        inverse[worst] = 0
-        inverse[:, worst] = 0
-        dropped.append(worst)
-    last = int(left.nonzero())
-    return torch.tensor([last, *reversed(dropped)])
+    neurons = torch.arange(len(down))  # those that are left
+    dropped: list[int] = []
+    while len(neurons) > 1:
+        left = torch.ones(len(neurons), dtype=torch.bool)
+        for _ in range(min(COMPACTED_AFTER, len(neurons) - 1)):
+            loss = down.square().sum(1) / inverse.diagonal().clamp(min=1e-30)
+            worst = int(loss.masked_fill(~left, float("inf")).argmin())
+            column = inverse[:, worst] / inverse[worst, worst]
+            down.addr_(column, down[worst].clone(), alpha=-1)
+            inverse.addr_(column, inverse[worst].clone(), alpha=-1)
+            left[worst] = False
+            dropped.append(int(neurons[worst]))
+        down, inverse, neurons = down[left], inverse[left][:, left], neurons[left]
+    return torch.tensor([*neurons.tolist(), *reversed(dropped)])
 
 
 def damped(covariance: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ class Point:
 
 # kind -> legend, colour, symbol. Static is what the paper's branches are; blue stays for dense.
 KINDS = {
-    "static": ("static: the same neurons for every token", GREY, "square"),
+    "static": ("static", GREY, "square"),
     "routed": ("routed", CONVERTED, "circle"),
-    "bound": ("oracle: a bound, cannot be used", CONVERTED, "circle-open"),
+    "bound": ("oracle, a bound", CONVERTED, "circle-open"),
     "here": ("measured here", CONVERTED, "star"),
 }
 
@@ -74,18 +74,20 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
         xaxis={"title": "MLP multiply-adds per token, % of dense", "range": [15, 105]},
         yaxis={"title": "perplexity, × dense", "type": "log", **_log_ticks(points)},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin={"t": 70},
+        margin={"l": 76},
         hovermode="closest",
     )
     return figure
 
 
 def _log_ticks(points: Sequence[Point]) -> dict:
-    top = max([1.5, *(p.ratio for p in points)])
-    values = [v for v in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100) if v <= 1.2 * top]
-    if top > 3:
-        values = [v for v in values if v not in (1.02, 1.05)]
-    return {"tickvals": values, "ticktext": [f"× {v:g}" for v in values]}
+    """Round ratios from 1 up to the largest, at most about ten."""
+    top = max([1.1, *(p.ratio for p in points)])
+    values = (1, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
+    shown = [v for v in values if v <= 1.2 * top]
+    while len(shown) > 10:
+        shown = [1, *shown[1:][1::2]]
+    return {"tickvals": shown, "ticktext": [f"× {v:g}" for v in shown]}
 
 
 def expert_load(loads: Sequence[Tensor], shared: Sequence[int], single_neurons: bool) -> go.Figure:
@@ -118,6 +120,7 @@ def expert_load(loads: Sequence[Tensor], shared: Sequence[int], single_neurons: 
     finish(figure, LOAD_HEIGHT)
     figure.update_layout(
         xaxis={"title": what, **ticks(width, 8), "showgrid": False},
+        margin={"l": 76},
         yaxis={"title": "layer", **ticks(len(rows), 8), "autorange": "reversed", "showgrid": False},
     )
     return figure
@@ -130,17 +133,18 @@ def shared_split(
     layers = list(range(len(shared)))
     figure = go.Figure()
     for name, values, colour in (
-        ("always run (shared)", shared, LOAD[4]),
-        ("run by routing, on average", routed, LOAD[2]),
-        ("idle", idle, "rgba(128,128,128,0.25)"),
+        ("always", shared, LOAD[4]),
+        ("by routing", routed, LOAD[2]),
+        ("not at all", idle, "rgba(128,128,128,0.25)"),
     ):
         figure.add_bar(
             x=layers, y=[100 * v for v in values], name=name, marker={"color": colour},
-            hovertemplate=f"layer %{{x}}: %{{y:.1f}} % {name}<extra></extra>",
+            hovertemplate=f"layer %{{x}}: %{{y:.1f}} % run {name}<extra></extra>",
         )  # fmt: skip
     finish(figure, SPLIT_HEIGHT)
     figure.update_layout(
         barmode="stack",
+        margin={"l": 76},
         bargap=0.25,
         xaxis={"title": "layer", **ticks(len(layers), 12), "showgrid": False},
         yaxis={"title": "neurons", "ticksuffix": " %", "range": [0, 100]},
@@ -174,6 +178,7 @@ def variation_histogram(values: Tensor, tau: float) -> go.Figure:
             "type": "log", "tickvals": [0.01, 0.1, 1, 10, 100, 1000],
         },
         yaxis={"title": "neurons"},
+        margin={"l": 76},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )  # fmt: skip
     return figure

@@ -27,7 +27,7 @@ from ..measure.sweep import BOUND, STATIC, comparison
 from ..models import assets_folder
 from ..models.catalogue import DEMO_KEY
 from .expert_plots import Point, expert_load, shared_split, tradeoff, variation_histogram
-from .experts_panel import OWN
+from .experts_panel import EMPTY, OWN
 from .workbench import Calibrated, Evaluation, LoadedModel, Workbench
 
 BUDGETS = (0.875, 0.75, 0.5)  # active shares of the comparison that comes with the demo model
@@ -35,7 +35,6 @@ TEXT = "stories"  # that perplexity is measured on
 LOAD_TOKENS = 512  # of that text, for the load of experts
 SHOWN_TOKENS = 160  # of it, coloured
 SHOWN_POINTS = 12  # measured here, the latest
-EMPTY = "<p>Choose a method and press <strong>Convert and measure</strong>.</p>"
 ABOUT = {
     "expertweaver": "Groups neurons whose gates react alike over the samples of the calibration "
     "text; layers share more or less, by how much their neurons vary.",
@@ -75,6 +74,11 @@ class ExpertHandlers:
             tradeoff(points(loaded)),
         )
 
+    def another_model(self, model: str) -> tuple:
+        """Result, details and layer, when what they showed was another model's."""
+        layers = len(self.workbench.loaded(model).mlps)
+        return EMPTY, gr.update(visible=False), gr.update(maximum=max(1, layers - 1), value=0)
+
     def read_file(self, path: str | None) -> tuple:
         """An uploaded calibration text."""
         if path is None:
@@ -85,12 +89,12 @@ class ExpertHandlers:
             raise UserError("the file is not UTF-8 text. Save it as UTF-8 and try again.") from None
 
     def measure(self, model: str, layer: int, *settings: Any) -> Iterator[tuple]:
-        """Status, result, trade-off, load, split, variation, tokens; as the work goes on."""
+        """Status, result, trade-off, details and what they hold, as the work goes on."""
         loaded = self.workbench.loaded(model)
         spec = spec_of(*settings[:-2])
         spec.check_fits(loaded.d_ff)
         asked = Calibrated(spec, calibration_text(*settings[-2:]))
-        keep = (gr.skip(),) * 6
+        keep = (gr.skip(),) * 7
         for step in loaded.convert(asked):
             yield _status(f"{step} …"), *keep
         for step in loaded.evaluate(asked, TEXT):
@@ -110,6 +114,7 @@ class ExpertHandlers:
             _status(""),
             result(loaded, spec, step, report, share),
             tradeoff(points(loaded)),
+            gr.update(visible=True),
             load_plot(found),
             split_plot(converted, found),
             gr.update(value=varied, visible=varied is not None),

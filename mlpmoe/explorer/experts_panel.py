@@ -11,6 +11,7 @@ from .sliders import LimitedSlider
 
 OWN = "own"
 MAX_EXPERTS = 128
+EMPTY = "<p>Choose a method and press <strong>Convert and measure</strong>.</p>"
 MAX_CALIBRATION = 1_000_000  # characters
 METHOD_CHOICES = [(method.label, name) for name, method in ROUTED_METHODS.items()]
 ROUTER_CHOICES = [
@@ -43,6 +44,7 @@ class ExpertsPanel:
     status: gr.HTML
     result: gr.HTML
     tradeoff: gr.Plot
+    details: gr.Column
     split: gr.Plot
     variation: gr.Plot
     load: gr.Plot
@@ -65,7 +67,8 @@ def experts_panel(layers: int) -> ExpertsPanel:
         "Instead of the same branches for every token, a **router** picks a few groups of neurons, "
         "the **experts**, for each token. **Shared** neurons always run. Nothing is trained: "
         "experts and router are computed from the weights, and from what the neurons do on a "
-        "**calibration text**."
+        "**calibration text**. This tab has settings and figures of its own; the cards above stay "
+        "with the branches."
     )
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -128,22 +131,23 @@ def experts_panel(layers: int) -> ExpertsPanel:
                 )  # fmt: skip
         with gr.Column(scale=5, min_width=320):
             status = gr.HTML("", elem_id="experts-status")
-            result = gr.HTML("", elem_id="experts-result")
+            result = gr.HTML(EMPTY, elem_id="experts-result")
             gr.Markdown("#### Does routing pay? Perplexity against compute")
             tradeoff = gr.Plot(show_label=False, elem_id="tradeoff")
-    gr.Markdown("#### Which experts are busy, layer by layer")
-    load = gr.Plot(show_label=False, elem_id="load")
-    gr.Markdown("#### How many neurons every token shares")
-    with gr.Row():
-        split = gr.Plot(show_label=False, elem_id="split", min_width=320)
-        variation = gr.Plot(show_label=False, elem_id="variation", visible=False, min_width=320)
-    gr.Markdown("#### The words of a story, coloured by their favourite expert")
-    layer = LimitedSlider(
-        0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="experts-layer"
-    )
-    tokens = gr.HTML("", elem_id="tokens-by-expert")
+    with gr.Column(visible=False) as details:
+        gr.Markdown("#### Which experts are busy, layer by layer")
+        load = gr.Plot(show_label=False, elem_id="load")
+        gr.Markdown("#### What runs for a token: always, by routing, or not at all")
+        with gr.Row():
+            split = gr.Plot(show_label=False, elem_id="split", min_width=320)
+            variation = gr.Plot(show_label=False, elem_id="variation", visible=False, min_width=320)
+        gr.Markdown("#### The words of a story, coloured by their favourite expert")
+        layer = LimitedSlider(
+            0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="experts-layer"
+        )
+        tokens = gr.HTML("", elem_id="tokens-by-expert")
     return ExpertsPanel(
         method, about, active, experts, shared, own_share, router, selection, fill, calibration,
-        own_text, own_file, measure, stop, static, status, result, tradeoff, split, variation, load,
-        layer, tokens, snippet,
+        own_text, own_file, measure, stop, static, status, result, tradeoff, details, split,
+        variation, load, layer, tokens, snippet,
     )  # fmt: skip

@@ -232,6 +232,10 @@ def _wire_experts(
         concurrency_limit=1,
         **QUIET,
     )
+    state.model.change(
+        readable(handlers.another_model), state.model, [panel.result, panel.details, panel.layer],
+        **QUIET,
+    )  # fmt: skip
     panel.own_file.upload(
         readable(handlers.read_file), panel.own_file, [panel.own_text, panel.calibration], **QUIET
     )
@@ -239,8 +243,8 @@ def _wire_experts(
         readable(handlers.measure),
         [state.model, panel.layer, *panel.settings],
         [
-            panel.status, panel.result, panel.tradeoff, panel.load, panel.split, panel.variation,
-            panel.tokens,
+            panel.status, panel.result, panel.tradeoff, panel.details, panel.load, panel.split,
+            panel.variation, panel.tokens,
         ],
         trigger_mode="once",
         **MODEL_QUEUE,

@@ -7,7 +7,7 @@ given as a ratio within one run: two machines, or two runs on a busy one, agree 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -27,6 +27,14 @@ LAYERS = 24
 BRANCHES = 16
 FADE = 0.9
 KEEP = 8
+EXPERTS = 64
+HALF = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.5)
+QUARTER = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.25)
+NEURONS = ConversionSpec(method="neurons", active=0.25)
+ROUTED = {  # branches kept by the static conversion of the same width -> what is timed beside it
+    8: {f"half of {EXPERTS} experts": HALF},
+    4: {f"a quarter of {EXPERTS} experts": QUARTER, "a quarter of the neurons": NEURONS},
+}
 PUBLISHED_LAYERS = 2  # that the published fade is timed on; all layers cost the same
 WRITTEN = 16  # tokens per timed generation
 READ = 512  # tokens per timed forward pass
@@ -125,6 +133,9 @@ def bench_model(
         for (name, _, targets), seconds in zip(contestants, others, strict=True):
             measured = ratio(seconds, baseline)
             yield BenchLine(dtype, f"{doing}: {name}, to dense", measured, target=targets[index])
+    for keep, specs in ROUTED.items():  # in groups: each routed model holds its own MLP weights
+        report(f"routed, {rounds} rounds")
+        yield from _routed(dense, keep, specs, dtype, rounds)
 
 
 def _conversion(
@@ -154,6 +165,46 @@ def _conversion(
         unit="s",
         note="layers are proved only once",
     )
+
+
+def _routed(
+    dense: PreTrainedModel,
+    keep: int,
+    specs: Mapping[str, ConversionSpec],
+    dtype: str,
+    rounds: int,
+) -> Iterator[BenchLine]:
+    """Routed generation, and how much of the time that the static conversion of the same width
+    saves in the same rounds. A forward pass of many tokens, where half of the neurons run."""
+    static = convert(dense, ConversionSpec(branches=BRANCHES, keep=keep))
+    routed = [convert(dense, spec) for spec in specs.values()]
+    doing = f"generation, {WRITTEN} tokens"
+    baseline, ideal, *others = time_in_turn(
+        [partial(decode, model, WRITTEN) for model in (dense, static, *routed)], rounds
+    )
+    could_save = [a - b for a, b in zip(baseline, ideal, strict=True)]
+    for (name, spec), seconds in zip(specs.items(), others, strict=True):
+        measured = ratio(seconds, baseline)
+        if spec.experts is None:
+            yield BenchLine(dtype, f"{doing}: {name} by their gate, to dense", measured)
+            continue
+        yield BenchLine(dtype, f"{doing}: {name}, routed, to dense", measured, target=1.0)
+        saved = [a - b for a, b in zip(baseline, seconds, strict=True)]
+        yield BenchLine(
+            dtype,
+            f"{doing}: {name}, of the ideal gain",
+            ratio(saved, could_save),
+            unit="%",
+            note=f"ideal: first {keep} of {BRANCHES} branches",
+        )
+    if keep == KEEP:
+        doing = f"forward, {READ} tokens"
+        baseline, *others = time_in_turn(
+            [partial(forward, model, READ) for model in (dense, *routed)], rounds
+        )
+        for name, seconds in zip(specs, others, strict=True):
+            what = f"{doing}: {name}, routed, to dense"
+            yield BenchLine(dtype, what, ratio(seconds, baseline))
 
 
 def _fade(dense: PreTrainedModel, dtype: str, rounds: int) -> BenchLine:

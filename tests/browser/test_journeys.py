@@ -269,3 +269,29 @@ def test_another_model(open_page, take_picture, tmp_path: Path):
     )
     assert page.get_attribute("#branches input[type=range]", "max") == "64"
     assert page.locator("[data-testid=toast-text]").count() == 0
+
+
+def test_experts_are_converted_and_measured(open_page, take_picture):
+    """Somebody opens the tab of experts, converts by the method offered first, reads the result,
+    and then gives a calibration text that is too short."""
+    page = open_page()
+    open_tab(page, "Experts")
+    assert "Convert and measure" in page.inner_text("#experts-result")
+    page.wait_for_function("document.querySelectorAll('#tradeoff .points path.point').length > 1")
+    page.click("#measure-experts")
+    page.wait_for_function(
+        "document.querySelector('#experts-result').innerText.includes('multiply-adds')",
+        timeout=120_000,
+    )
+    assert "ExpertWeaver" in page.inner_text("#experts-result")
+    page.wait_for_selector("#load .hm")
+    page.wait_for_selector("#variation .js-line")
+    assert page.locator("#split .bars .point").count() >= 3 * LAYERS
+    assert page.locator("#tokens-by-expert .tokens span").count() > 20
+    take_picture(page, "experts")
+
+    page.get_by_role("button", name="More: shared share").click()
+    page.get_by_label("own text", exact=True).check()
+    page.locator("#own-calibration textarea").fill("Much too short.")
+    page.click("#measure-experts")
+    assert "at least 1,024 are needed" in notice(page)

@@ -7,8 +7,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from mlpmoe.core.branched import BranchedMLP
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.mlps import read_mlps
+from mlpmoe.core.routed import NeuronMLP, RoutedMLP
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import bench
 from mlpmoe.measure.bench import BenchLine, bench_model, machine, new_bytes, published_fade
@@ -65,21 +67,89 @@ def test_targets(median, target, at_least, met):
     assert line.met is met
 
 
-def test_all_lines_on_a_tiny_model(monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
     monkeypatch.setattr(bench, "WRITTEN", 2)
     monkeypatch.setattr(bench, "READ", 8)
+
+
+def test_all_lines_on_a_tiny_model(short):
     doing = []
     lines = list(bench_model(tiny_model(), rounds=3, report=doing.append))
     assert doing
     whats = [line.what for line in lines]
-    assert len(set(whats)) == len(whats) == 10
-    for words in ("new memory", "fade 0.9", "16 branches fused", "in a loop", "first 8 of 16"):
+    assert len(set(whats)) == len(whats) == 16
+    for words in (
+        "new memory",
+        "fade 0.9",
+        "16 branches fused",
+        "in a loop",
+        "first 8 of 16",
+        "half of 64 experts, routed",
+        "a quarter of 64 experts, routed",
+        "a quarter of the neurons by their gate",
+    ):
         assert any(words in what for what in whats)
     for line in lines:
         low, median, high = (getattr(line.measured, name) for name in ("low", "median", "high"))
-        assert 0 < low <= median <= high < math.inf
+        assert -math.inf < low <= median <= high < math.inf
+        assert low > 0 or "ideal gain" in line.what  # a tiny model may lose where it should gain
         assert line.dtype == "float32"
     json.dumps([asdict(line) for line in lines], allow_nan=False)
+
+
+def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkeypatch):
+    """Seconds are made up; what is timed is looked at."""
+    seconds = {  # by what a model is: three rounds
+        "dense": [10.0, 10.0, 20.0],
+        "first 8": [6.0, 8.0, 12.0],
+        "first 4": [5.0, 5.0, 10.0],
+        "half": [8.0, 8.0, 14.0],  # of the ideal gain: 1/2, 1, 3/4
+        "quarter": [6.0, 5.0, 12.0],  # 4/5, 1, 4/5
+        "neurons": [7.0, 9.0, 14.0],
+    }
+    timed = []
+
+    def name_of(model):
+        mlp = mlp_modules(model)[0]
+        if isinstance(mlp, NeuronMLP):
+            assert mlp.active == D_FF // 4
+            return "neurons"
+        if isinstance(mlp, RoutedMLP):
+            assert (mlp.experts, mlp.shared, mlp.size) == (48, 0, 1)  # 64 do not divide 48
+            return {24: "half", 12: "quarter"}[mlp.active]
+        if isinstance(mlp, BranchedMLP):
+            return f"first {len(mlp.alpha)}"
+        return "dense"
+
+    def time_in_turn(actions, rounds):
+        assert rounds == 3
+        names = [(action.func.__name__, name_of(action.args[0])) for action in actions]
+        timed.append(names)
+        return [seconds[name] for _, name in names]
+
+    monkeypatch.setattr(bench, "time_in_turn", time_in_turn)
+    model = tiny_model()
+    groups = [bench._routed(model, k, s, "float32", 3) for k, s in bench.ROUTED.items()]
+    lines = {line.what: line for group in groups for line in group}
+    assert timed == [
+        [("decode", "dense"), ("decode", "first 8"), ("decode", "half")],
+        [("forward", "dense"), ("forward", "half")],
+        [("decode", "dense"), ("decode", "first 4"), ("decode", "quarter"), ("decode", "neurons")],
+    ]
+    medians = {what: (line.measured.median, line.unit) for what, line in lines.items()}
+    writing, reading = "generation, 2 tokens: ", "forward, 8 tokens: "
+    assert medians == {
+        f"{writing}half of 64 experts, routed, to dense": (0.8, "×"),
+        f"{writing}half of 64 experts, of the ideal gain": (0.75, "%"),
+        f"{reading}half of 64 experts, routed, to dense": (0.8, "×"),
+        f"{writing}a quarter of 64 experts, routed, to dense": (0.6, "×"),
+        f"{writing}a quarter of 64 experts, of the ideal gain": (0.8, "%"),
+        f"{writing}a quarter of the neurons by their gate, to dense": (0.7, "×"),
+    }
+    share = lines[f"{writing}half of 64 experts, of the ideal gain"].measured
+    assert (share.low, share.high) == (0.5, 1.0)  # quartiles of three values
+    assert [line.target for line in lines.values()] == [1.0, None, None, 1.0, None, None]
 
 
 def test_the_machine_is_described():

@@ -1,0 +1,204 @@
+"""Orders of neurons, and how kept neurons make up for dropped ones."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlpmoe.core.compensation import COMPENSATIONS
+from mlpmoe.core.conversion import convert, convert_mlp
+from mlpmoe.core.errors import SpecError
+from mlpmoe.core.order import CALIBRATED, DAMPING, ORDERS, permute
+from mlpmoe.core.spec import ConversionSpec
+from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
+from tests.families import build
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=KINDS)
+def layer(request):
+    return layer_of(random_mlp(request.param))
+
+
+def activations(layer):
+    """(tokens, d_ff) float64."""
+    return gated_and_h(layer.weights, layer.inputs().double())[1]
+
+
+def outputs(layer):
+    return output(layer.weights, layer.inputs().double())
+
+
+# Orders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_an_order_is_a_permutation_that_changes_no_function(layer, name):
+    order = ORDERS[name](layer)
+    assert sorted(order.tolist()) == list(range(D_FF))
+    sorted_mlp = permute(layer.weights, order)
+    x = layer.inputs().double()
+    torch.testing.assert_close(
+        output(sorted_mlp, x), output(layer.weights, x), rtol=1e-6, atol=1e-6
+    )
+
+
+@given(kind=st.sampled_from(KINDS), order=st.permutations(range(D_FF)))
+def test_any_permutation_changes_no_function(kind, order):
+    mlp = random_mlp(kind, dtype=torch.float64)
+    x = layer_of(mlp).inputs().double()
+    torch.testing.assert_close(output(permute(mlp, torch.tensor(order)), x), output(mlp, x))
+
+
+def test_neurons_of_a_part_keep_their_biases():
+    """Three parts of the neurons add up to the whole, each with the bias of down."""
+    mlp = random_mlp("gated with biases", dtype=torch.float64)
+    x = layer_of(mlp).inputs().double()
+    neurons = torch.randperm(D_FF, generator=torch.Generator().manual_seed(0))
+    parts = [output(permute(mlp, part), x) for part in neurons.split(10)]
+    assert len(parts) == 3
+    torch.testing.assert_close(sum(parts) - 2 * mlp.down_bias, output(mlp, x))
+
+
+def test_by_activation_is_by_mean_size(layer):
+    size = activations(layer).abs().mean(0)[ORDERS["activation"](layer)]
+    assert (size.diff() <= 1e-6 * size.max()).all()
+
+
+def test_by_fluctuation_is_by_flap_s_score(layer):
+    down = layer.weights.down.detach().double()
+    score = activations(layer).var(0) * down.square().sum(0)
+    score = score[ORDERS["fluctuation"](layer)]
+    assert (score.diff() <= 1e-6 * score.max()).all()
+
+
+def loss_without(layer, dropped):
+    """Least mean squared error that the other neurons and a bias leave, when the dropped ones are
+    gone; with the damping as rows of data. By a general solver, from the activations."""
+    h = activations(layer)
+    h = (h - h.mean(0)) / len(h) ** 0.5
+    damping = (DAMPING * h.square().sum(0).mean()).sqrt() * torch.eye(D_FF).double()
+    data = torch.cat([h, damping])
+    down = layer.weights.down.detach().double()
+    target = data[:, dropped] @ down[:, dropped].T
+    kept = [i for i in range(D_FF) if i not in dropped]
+    solution = torch.linalg.lstsq(data[:, kept], target).solution
+    return float((target - data[:, kept] @ solution).square().sum())
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain with biases"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("together", [1, 5, 64])
+def test_by_least_squares_drops_what_is_made_up_for_best(kind, seed, together, monkeypatch):
+    """Every single choice against trying all, by fitting the whole anew each time; however many
+    neurons go before their rows are taken out."""
+    monkeypatch.setattr("mlpmoe.core.order.COMPACTED_AFTER", together)
+    layer = layer_of(random_mlp(kind, seed=seed), seed=seed)
+    order = ORDERS["least-squares"](layer).tolist()
+    dropped = []
+    for neuron in reversed(order[D_FF // 2 :]):
+        losses = {i: loss_without(layer, [*dropped, i]) for i in order if i not in dropped}
+        assert losses[neuron] <= min(losses.values()) * (1 + 1e-4)
+        dropped.append(neuron)
+
+
+def test_a_neuron_that_copies_another_goes_first():
+    mlp = random_mlp()
+    with torch.no_grad():
+        for matrix in (mlp.gate, mlp.up):
+            matrix[5] = matrix[3]
+    assert ORDERS["least-squares"](layer_of(mlp))[-1] in (3, 5)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_neurons_that_never_fire_go_first(name):
+    mlp = random_mlp()
+    with torch.no_grad():
+        mlp.up[[2, 7, 11]] = 0
+    assert set(ORDERS[name](layer_of(mlp))[-3:].tolist()) == {2, 7, 11}
+
+
+def test_the_orders_of_a_dead_layer_are_permutations_too():
+    mlp = random_mlp()
+    with torch.no_grad():
+        mlp.up.zero_()
+    for name in CALIBRATED:
+        assert sorted(ORDERS[name](layer_of(mlp)).tolist()) == list(range(D_FF))
+
+
+# Compensation ------------------------------------------------------------------------------
+
+
+def error(layer, **spec):
+    module = convert_mlp(layer.weights, ConversionSpec(branches=8, **spec), layer)
+    return float((module(layer.inputs()).double() - outputs(layer)).square().mean())
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+@pytest.mark.parametrize("keep", [1, 4, 7])
+def test_better_compensations_are_not_worse_on_the_calibration_text(layer, order, keep):
+    none, mean, refit = (
+        error(layer, order=order, keep=keep, compensation=name)
+        for name in ("none", "mean", "refit")
+    )
+    assert refit <= mean * (1 + 1e-5)
+    assert mean <= none * (1 + 1e-5)
+
+
+def test_mean_adds_the_mean_output_of_what_is_dropped(layer):
+    spec = ConversionSpec(branches=8, keep=5, order="fluctuation", compensation="mean")
+    module = convert_mlp(layer.weights, spec, layer)
+    h = activations(layer)
+    dropped = ORDERS["fluctuation"](layer)[15:]
+    h[:, dropped] = h[:, dropped].mean(0)
+    expected = output(layer.weights, layer.inputs().double(), h)
+    torch.testing.assert_close(module(layer.inputs()).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_refit_is_the_ridge_regression_of_the_whole_output(layer):
+    spec = ConversionSpec(branches=8, keep=5, compensation="refit")
+    module = convert_mlp(layer.weights, spec, layer)
+    down = layer.weights.down.double()
+    h = activations(layer)
+    kept, dropped = h[:, :15], h[:, 15:]
+    centred = (kept - kept.mean(0)) / len(h) ** 0.5
+    ridge = (DAMPING * centred.square().sum(0).mean()).sqrt() * torch.eye(15).double()
+    target = (dropped - dropped.mean(0)) @ down[:, 15:].T / len(h) ** 0.5
+    change = torch.linalg.lstsq(
+        torch.cat([centred, ridge]), torch.cat([target, torch.zeros(15, len(down)).double()])
+    ).solution
+    y = kept @ down[:, :15].T + (kept - kept.mean(0)) @ change + dropped.mean(0) @ down[:, 15:].T
+    y = y if layer.weights.down_bias is None else y + layer.weights.down_bias.double()
+    torch.testing.assert_close(module(layer.inputs()).double(), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean", "refit"])
+def test_with_all_neurons_kept_nothing_changes(layer, compensation):
+    spec = ConversionSpec(branches=8, compensation=compensation)
+    module = convert_mlp(layer.weights, spec, layer)
+    assert module.down_proj.weight is layer.weights.down
+    assert module.down_proj.bias is layer.weights.down_bias
+
+
+def test_the_dtype_of_the_weights_stays():
+    layer = layer_of(random_mlp("gated with biases", dtype=torch.bfloat16))
+    spec = ConversionSpec(branches=8, keep=6, order="least-squares", compensation="refit")
+    module = convert_mlp(layer.weights, spec, layer)
+    assert {p.dtype for n, p in module.named_parameters() if "alpha" not in n} == {torch.bfloat16}
+    assert torch.isfinite(module(layer.x)).all()
+
+
+def test_stages_that_look_at_activations_need_a_text():
+    for spec in (
+        *(ConversionSpec(order=name) for name in CALIBRATED),
+        *(ConversionSpec(keep=8, compensation=name) for name in ("mean", "refit")),
+    ):
+        with pytest.raises(SpecError, match="needs a calibration text"):
+            convert(build("llama"), spec)
+    for name in set(COMPENSATIONS) - {"mean", "refit"}:
+        convert(build("llama"), ConversionSpec(keep=8, compensation=name))
