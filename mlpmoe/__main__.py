@@ -35,7 +35,7 @@ from .measure.perplexity import (
 )
 from .measure.speed import decode_speed
 from .models import CATALOGUE, ModelError, load
-from .sweeping import read_texts
+from .sweeping import calibration_text_for, evaluation_text
 from .terminal import (
     bench_line,
     parameter_rows,
@@ -249,7 +249,9 @@ def run_models(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     spec = _spec(arguments)
-    path, text, calibration_path, calibration_text = read_texts(arguments)
+    path, text = evaluation_text(arguments)
+    if spec.needs_calibration:
+        calibration_path, calibration_text = calibration_text_for(arguments, text)
     dense, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )

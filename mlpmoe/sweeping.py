@@ -17,15 +17,15 @@ from .core.mlps import read_mlps
 from .core.spec import ConversionSpec, fields_of
 from .measure.notation import change, signed_percent
 from .measure.perplexity import choose_window, encode_text
-from .measure.sweep import comparison, sweep
+from .measure.sweep import Run, comparison, sweep
 from .models import assets_folder, load
 from .terminal import print_json, print_table, progress
 
 DEFAULT_ACTIVE = (0.875, 0.75, 0.5)  # budgets of --compare
+LEAST_ACTIVE = 0.05  # below, static branches cannot come near
 
 
 def run_sweep(arguments: argparse.Namespace) -> None:
-    path, text, calibration_path, calibration_text = read_texts(arguments)
     values = {
         field.name: getattr(arguments, field.name).split(",")
         for field in fields(ConversionSpec)
@@ -35,11 +35,12 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         specs = [("", spec) for spec in spec_product(values)]
     elif set(values) - {"active"}:
         raise UserError("--compare takes no other spec flag than --active.")
+    else:
+        budgets = _budgets(values.get("active"))
     model, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
     if arguments.compare:
-        budgets = [float(share) for share in values.get("active", DEFAULT_ACTIVE)]
         gated = read_mlps(model)[0].weights.gate is not None
         specs = [
             (name, spec)
@@ -47,19 +48,22 @@ def run_sweep(arguments: argparse.Namespace) -> None:
             for name, (_, spec) in comparison(active, gated).items()
         ]
     window, stride = choose_window(model, arguments.window, arguments.stride)
-    calibration = None
+    path, text = evaluation_text(arguments)
+    calibration, calibrated_on = None, None
     if any(spec.needs_calibration for _, spec in specs):
+        calibration_path, calibration_text = calibration_text_for(arguments, text)
         calibration = Calibration.from_text(tokenizer, calibration_text)
+        calibrated_on = f"{calibration_path.name} {_digest(calibration_text)}"
     setting = {
         "model": arguments.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "text": f"{path.name} {_digest(text)}",
-        "calibration": f"{calibration_path.name} {_digest(calibration_text)}",
+        "calibration": calibrated_on,
         "window": window,
         "stride": stride,
     }
     known = dict(_known(arguments.out, setting)) if arguments.out else {}
-    missing = [spec for _, spec in specs if spec not in known]
+    missing = list(dict.fromkeys(spec for _, spec in specs if spec not in known))
     encoded = encode_text(tokenizer, text)
     for run in sweep(model, encoded, missing, calibration, window, stride, progress):
         known[run.spec] = run.to_dict()
@@ -68,7 +72,8 @@ def run_sweep(arguments: argparse.Namespace) -> None:
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
     progress("")
-    runs = [{"name": name} | known[spec] for name, spec in specs]
+    measured = [field.name for field in fields(Run)]
+    runs = [{"name": name} | {key: known[spec][key] for key in measured} for name, spec in specs]
     if arguments.json:
         return print_json({"setting": setting, "runs": runs})
     print(
@@ -83,6 +88,17 @@ def run_sweep(arguments: argparse.Namespace) -> None:
             [f"{run['perplexity']:,.2f}", change(run["ratio"], run["stderr"]), compute, flags]
         )
     print_table(rows, align=">>><")
+
+
+def _budgets(texts: list[str] | None) -> list[float]:
+    """The active shares of --compare; SpecError for what is not between 0.05 and 1."""
+    if texts is None:
+        return list(DEFAULT_ACTIVE)
+    budgets = [ConversionSpec.from_texts({"method": "random", "active": t}).active for t in texts]
+    for share in budgets:
+        if share < LEAST_ACTIVE:
+            raise SpecError(f"active must be at least {LEAST_ACTIVE:g} here, not {share:g}.")
+    return budgets
 
 
 def spec_product(values: dict[str, list[str]]) -> Iterator[ConversionSpec]:
@@ -129,15 +145,19 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_texts(arguments: argparse.Namespace) -> tuple[Path, str, Path, str]:
-    """Path and content of the evaluation text, then of the calibration text. UserError if they
-    share a passage."""
-    folder = assets_folder() / "texts"
-    path = arguments.text or folder / "evaluation.txt"
-    calibration = arguments.calibration or folder / "calibration.txt"
-    text, calibration_text = read_text(path), read_text(calibration)
-    check_disjoint(calibration_text, text)
-    return path, text, calibration, calibration_text
+def evaluation_text(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """Path and content of the text that perplexity is measured on."""
+    path = arguments.text or assets_folder() / "texts" / "evaluation.txt"
+    return path, read_text(path)
+
+
+def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tuple[Path, str]:
+    """Path and content of the calibration text. UserError if it shares a passage with the
+    evaluation text."""
+    path = arguments.calibration or assets_folder() / "texts" / "calibration.txt"
+    text = read_text(path)
+    check_disjoint(text, evaluation)
+    return path, text
 
 
 def read_text(path: Path) -> str:

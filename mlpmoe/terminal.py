@@ -66,18 +66,19 @@ def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
 def bench_line(line: BenchLine) -> str:
     def shown(value: float) -> str:
         if line.unit == "%":
-            return f"{100 * value:.2g} %"
+            return f"{number(100 * value, 2)} %"
         return f"{number(value)} {line.unit}" if line.unit == "s" else f"× {number(value)}"
 
     measured = line.measured
     spread = ""
     if measured.low != measured.high:
-        spread = f"({number(measured.low)} to {number(measured.high)})"
+        scale = 100 if line.unit == "%" else 1
+        spread = f"({number(scale * measured.low)} to {number(scale * measured.high)})"
     target = ""
     if line.target is not None:
         sign = "≥" if line.at_least else "≤"
         target = f"target {sign} {shown(line.target)}: {'met' if line.met else 'not met'}"
-    text = f"  {line.what:<62}{shown(measured.median):>9} {spread:<18}{target}"
+    text = f"  {line.what:<72}{shown(measured.median):>9} {spread:<18}{target}"
     return f"{text.rstrip()}{'   ' + line.note if line.note else ''}"
 
 

@@ -48,11 +48,12 @@ class Calibration:
             if document.strip():
                 ids += tokenizer(document.strip(), verbose=False)["input_ids"]
         start = ids[:1] if ids and ids[0] in tokenizer.all_special_ids else []
+        found, ids = len(ids), ids[len(start) :]  # every sample gets its own
         step = length - len(start)
-        count = min(len(ids) // step, tokens // length)
+        count = min(len(ids) // step, max(MIN_SAMPLES, tokens // length))
         if count < MIN_SAMPLES:
             raise UserError(
-                f"the calibration text has {len(ids):,} tokens; at least {MIN_SAMPLES * length:,} "
+                f"the calibration text has {found:,} tokens; at least {MIN_SAMPLES * length:,} "
                 "are needed."
             )
         body = torch.tensor(ids[: count * step]).view(count, step)
@@ -62,8 +63,11 @@ class Calibration:
 def check_disjoint(calibration: str, evaluation: str) -> None:
     """Raise UserError if the two texts share a line of some length: a method that was allowed to
     look at the evaluation text would be measured too well."""
+    if not calibration.strip():
+        return
     seen = set(_long_lines(calibration))
-    if any(line in seen for line in _long_lines(evaluation)):
+    same = calibration.split() == evaluation.split()
+    if same or any(line in seen for line in _long_lines(evaluation)):
         raise UserError(
             "the calibration text and the evaluation text share a passage. Calibrate on other "
             "text than is measured."
@@ -219,7 +223,8 @@ def visit_layers(
     """
     memo: dict[int, object] = {id(t): t for t in chain(model.parameters(), model.buffers())}
     for layer, mlp in enumerate(mlps):
-        memo[id(mlp.module)] = _Visited(layer, mlp, visit)
+        dense = copy.deepcopy(mlp.module, dict(memo)).eval()  # the model may be in training
+        memo[id(mlp.module)] = _Visited(layer, mlp.weights, dense, visit)
     twin = copy.deepcopy(model, memo).eval()
     twin.get_decoder()(calibration.samples.to(model.device), use_cache=False)
 
@@ -227,14 +232,13 @@ def visit_layers(
 class _Visited(nn.Module):
     """Stands in for an MLP during calibration."""
 
-    def __init__(self, layer: int, mlp: DenseMLP, visit: Visit) -> None:
+    def __init__(self, layer: int, weights: MLPWeights, dense: nn.Module, visit: Visit) -> None:
         super().__init__()
-        self.layer, self.mlp, self.visit = layer, (mlp,), visit  # in a tuple: not a child
+        self.layer, self.weights, self.dense, self.visit = layer, weights, dense, visit
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        dense = self.mlp[0]
         x = x.view(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
-        run = self.visit(self.layer, LayerActivations(dense.weights, x)) or dense.module
-        step = max(1, CHUNK // (x.shape[1] * dense.weights.d_ff))
+        run = self.visit(self.layer, LayerActivations(self.weights, x)) or self.dense
+        step = max(1, CHUNK // (x.shape[1] * self.weights.d_ff))
         pieces = zip(x.split(step), *(r.view_as(x).split(step) for r in rest), strict=True)
         return torch.cat([run(*piece) for piece in pieces]).view_as(x)

@@ -53,7 +53,6 @@ def test_samples_are_the_text_with_bos_in_front_of_each():
     assert len(text) >= 10 * 31 - 1
 
 
-@pytest.mark.xfail(strict=True, reason="from_text puts BOS before the document's own BOS")
 def test_the_first_sample_begins_like_the_text():
     tokenizer = byte_tokenizer()
     samples = Calibration.from_text(tokenizer, TEXT, length=32).samples
@@ -289,7 +288,6 @@ def test_the_dense_model_is_left_alone(name, training):
         assert not m._forward_hooks and not m._forward_pre_hooks
 
 
-@pytest.mark.xfail(strict=True, reason="_Visited runs dense.module in the mode that it is in")
 def test_dropout_of_a_model_in_training_does_not_disturb():
     """GPT-2's MLP ends in dropout; the text is read in evaluation mode."""
     model, samples = build("gpt2", resid_pdrop=0.5), calibration().samples

@@ -633,3 +633,17 @@ def test_fields_of_routed_methods_are_refused(field, value):
 @pytest.mark.parametrize("method", ["cmoe", "coactivation", "moefication", "contiguous", "random"])
 def test_only_expertweaver_shares_by_itself(method):
     assert "only expertweaver" in refusal(ConversionSpec, method=method, shared="auto")
+
+
+def test_sorted_tokens_and_masked_experts_agree(monkeypatch):
+    """The two ways to run many tokens at once are the same sum."""
+    dense = build("llama-bias")
+    converted = convert(dense, ConversionSpec(method="random", experts=11, active=0.5))
+    ids = torch.arange(48).view(2, 24)
+    outputs = []
+    for tokens_per_expert in (0, 10**6):
+        monkeypatch.setattr(
+            "mlpmoe.core.routed.routed_mlp.GROUPED_FROM", tokens_per_expert, raising=True
+        )
+        outputs.append(converted(ids).logits)
+    assert torch.allclose(*outputs, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..mlps import MLPWeights
 from .rows import dot_rows, sum_rows
 
+GROUPED_FROM = 16  # tokens per expert; where sorting began to pay on two CPU cores, d_ff 4864
+
 
 class _NeuronRows(nn.Module):
     """The neurons of an MLP as rows of three matrices, so that some of them can be run alone.
@@ -52,8 +54,8 @@ class _NeuronRows(nn.Module):
         y = y.view_as(x)
         return y if residual is None else y + residual
 
-    def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """What neurons start to stop, run for all tokens, add to the output."""
+    def _activations(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """(tokens, stop - start): h of these neurons for all tokens, less its mean when idle."""
         rows = slice(start, stop)
 
         def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,8 +65,11 @@ class _NeuronRows(nn.Module):
         h = self.act_fn(h if self.gate is None else project(self.gate, self.gate_bias)) * (
             1 if self.gate is None else h
         )
-        h = h if self.idle_mean is None else h - self.idle_mean[rows]
-        return h @ self.down[rows]
+        return h if self.idle_mean is None else h - self.idle_mean[rows]
+
+    def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """What neurons start to stop, run for all tokens, add to the output."""
+        return self._activations(x, start, stop) @ self.down[start:stop]
 
     def _project_rows(self, x: Tensor, name: str, rows: Tensor) -> Tensor:
         """(n,): gate or up of one token (1, d_model) for some neurons."""
@@ -83,8 +88,9 @@ class RoutedMLP(_NeuronRows):
         y = E_shared(x) + Σ_{e chosen} E_e(x)            (ExpertWeaver, section 3.4)
 
     No gate weights: a chosen expert counts exactly 1, so with all experts chosen the sum is the
-    dense MLP. Many tokens are sorted by expert, so each expert is one product with the tokens that
-    chose it; one token reads only the rows of its experts.
+    dense MLP. One token reads only the rows of its experts. Many tokens are sorted by expert, so
+    that each expert is one product with the tokens that chose it; with fewer than GROUPED_FROM
+    tokens per expert such products are too small to pay, and all experts run, masked.
 
     weights: neurons in the order shared, expert 0, expert 1, ... shared: how many are shared.
     experts: routed ones, of equal size. router: (tokens, d_model) -> scores (tokens, experts).
@@ -129,7 +135,22 @@ class RoutedMLP(_NeuronRows):
         return y + self._sum(h, rows)
 
     def _many(self, x: Tensor) -> Tensor:
-        expert, token = self.select(x).T.nonzero(as_tuple=True)  # sorted by expert
+        chosen = self.select(x)
+        if len(x) < GROUPED_FROM * self.experts:
+            return self._masked(x, chosen)
+        return self._grouped(x, chosen)
+
+    def _masked(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """All neurons run, and what was not chosen is masked."""
+        h = self._activations(x, 0, self.d_ff)
+        if self.experts:
+            routed = h[:, self.shared :].unflatten(1, (self.experts, self.size))
+            h = torch.cat([h[:, : self.shared], (routed * chosen[..., None]).flatten(1)], dim=1)
+        return h @ self.down
+
+    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Tokens sorted by expert; each expert is one product with the tokens that chose it."""
+        expert, token = chosen.T.nonzero(as_tuple=True)
         y = self._slice(x, 0, self.shared)
         if not len(token):
             return y
