@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, log10
 
 import plotly.graph_objects as go
 import torch
@@ -17,6 +18,7 @@ TRADEOFF_HEIGHT = 420  # pixels
 LOAD_HEIGHT = 320
 SPLIT_HEIGHT = 280
 MOST_COLUMNS = 64
+LEAST_INCREASE = 0.1  # per cent; less cannot be told from nothing on texts of this size
 LOAD = ["#f3ece4", "#f0c394", "#e5954a", "#d9741a", "#8a4407"]  # never chosen to always chosen
 
 
@@ -41,15 +43,16 @@ KINDS = {
 
 
 def tradeoff(points: Sequence[Point]) -> go.Figure:
-    """Perplexity against MLP compute, dense at 100 % and × 1."""
+    """Increase of perplexity against MLP compute. Logarithmic, or the best would lie on top of each
+    other; what is less than LEAST_INCREASE counts as that, dense included."""
     figure = go.Figure()
     for kind, (legend, colour, symbol) in KINDS.items():
         some = [p for p in points if p.kind == kind]
         figure.add_scatter(
             x=[100 * p.compute for p in some],
-            y=[p.ratio for p in some],
+            y=[_increase(p.ratio) for p in some],
             error_y={
-                "array": [p.stderr for p in some],
+                "array": [100 * p.stderr for p in some],
                 "thickness": 1, "width": 0, "color": colour,
             },
             text=[f"{p.name}<br>perplexity {change(p.ratio, p.stderr)}" for p in some],
@@ -65,14 +68,14 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
             showlegend=bool(some),
         )  # fmt: skip
     figure.add_scatter(
-        x=[100], y=[1], mode="markers", name="dense",
+        x=[100], y=[LEAST_INCREASE], mode="markers", name="dense",
         marker={"color": DENSE, "size": 12, "symbol": "diamond"},
         hovertemplate="dense<extra></extra>",
     )  # fmt: skip
     finish(figure, TRADEOFF_HEIGHT)
     figure.update_layout(
         xaxis={"title": "MLP multiply-adds per token, % of dense", "range": [15, 105]},
-        yaxis={"title": "perplexity, × dense", "type": "log", **_log_ticks(points)},
+        yaxis={"title": "increase of perplexity", "type": "log", **_log_ticks(points)},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         margin={"l": 76},
         hovermode="closest",
@@ -80,14 +83,23 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
     return figure
 
 
+def _increase(ratio: float) -> float:
+    """Of perplexity, in per cent."""
+    return max(LEAST_INCREASE, 100 * (ratio - 1))
+
+
 def _log_ticks(points: Sequence[Point]) -> dict:
-    """Round ratios from 1 up to the largest, at most about ten."""
-    top = max([1.1, *(p.ratio for p in points)])
-    values = (1, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000)
-    shown = [v for v in values if v <= 1.2 * top]
-    while len(shown) > 10:
-        shown = [1, *shown[1:][1::2]]
-    return {"tickvals": shown, "ticktext": [f"× {v:g}" for v in shown]}
+    """Ticks from the least increase up to beyond the largest."""
+    top = max([10.0, *(_increase(p.ratio) for p in points)])
+    powers = range(-1, 1 + ceil(log10(top)))
+    values = [10.0**power for power in powers]
+    values = [v for value in values for v in ((value, 3 * value) if len(values) < 5 else (value,))]
+    texts = [f"≤ {v:g} %" if v == LEAST_INCREASE else f"{v:g} %" for v in values]
+    return {
+        "tickvals": values,
+        "ticktext": texts,
+        "range": [log10(LEAST_INCREASE) - 0.15, log10(top) + 0.2],
+    }
 
 
 def expert_load(loads: Sequence[Tensor], shared: Sequence[int], single_neurons: bool) -> go.Figure:

@@ -136,7 +136,7 @@ def experts_panel(layers: int) -> ExpertsPanel:
             tradeoff = gr.Plot(show_label=False, elem_id="tradeoff")
     with gr.Column(visible=False) as details:
         gr.Markdown("#### Which experts are busy, layer by layer")
-        load = gr.Plot(show_label=False, elem_id="load")
+        load = gr.Plot(show_label=False, elem_id="expert-load")
         gr.Markdown("#### What runs for a token: always, by routing, or not at all")
         with gr.Row():
             split = gr.Plot(show_label=False, elem_id="split", min_width=320)

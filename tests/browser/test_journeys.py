@@ -284,7 +284,7 @@ def test_experts_are_converted_and_measured(open_page, take_picture):
         timeout=120_000,
     )
     assert "ExpertWeaver" in page.inner_text("#experts-result")
-    page.wait_for_selector("#load .hm")
+    page.wait_for_selector("#expert-load .hm")
     page.wait_for_selector("#variation .js-line")
     assert page.locator("#split .bars .point").count() >= 3 * LAYERS
     assert page.locator("#tokens-by-expert .tokens span").count() > 20

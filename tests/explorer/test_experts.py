@@ -200,9 +200,13 @@ def test_the_trade_off_shows_every_point_and_dense():
     figure = tradeoff(points)
     assert sum(len(trace.x) for trace in figure.data) == 5
     assert [trace.name for trace in figure.data if trace.showlegend is not False][-1] == "dense"
-    assert min(figure.layout.yaxis.tickvals) == 1
-    assert len(figure.layout.yaxis.tickvals) <= 10
-    assert len(tradeoff([point("here", 0.5, 900.0)]).layout.yaxis.tickvals) <= 10
+    assert [trace.y[0] for trace in figure.data] == pytest.approx([100] * 4 + [0.1])
+    better = tradeoff([point("here", 0.5, 0.99)])  # than dense: logarithms know no such increase
+    assert better.data[3].y[0] == 0.1
+    for worst in (1.001, 900.0):
+        axis = tradeoff([point("here", 0.5, worst)]).layout.yaxis
+        assert len(axis.tickvals) == len(axis.ticktext) <= 10
+        assert 10 ** axis.range[1] > 100 * (worst - 1)
 
 
 def test_the_load_shows_shared_experts_as_always_busy():
