@@ -16,6 +16,7 @@ from .order import ORDERS
 from .routed import ROUTED_METHODS, RoutedMethod
 from .routed.expertweaver import AUTO
 from .routed.partition import expert_count
+from .routed.routers import ROUTERS
 
 METHODS = ("mlpmoe", *ROUTED_METHODS)
 MAX_FADE = 2.0  # at 2 the last half of the branches is empty; beyond, only branch 0 would be left
@@ -148,7 +149,7 @@ class ConversionSpec:
                 or self.selection == "threshold"
                 or self.compensation == "mean"
                 or bool(self.shared)
-                or self.router == "regression"
+                or (self.router in ROUTERS and ROUTERS[self.router].calibrated)
             )
         return self.order in CALIBRATED_ORDERS or self.compensation in CALIBRATED_COMPENSATIONS
 

@@ -92,6 +92,11 @@ class Handlers:
             if known:
                 spec = ConversionSpec.from_query("&".join(f"{k}={v}" for k, v in known.items()))
                 spec.check_fits(self.workbench.loaded(DEMO_KEY).d_ff)
+                if spec.needs_calibration or spec.routed or spec.order != "contiguous":
+                    raise UserError(
+                        "links open static branches only so far; choose other methods on the tab "
+                        "Experts."
+                    )
                 if spec.branches > MAX_BRANCHES:
                     raise UserError(f"this page offers at most {MAX_BRANCHES} branches (B).")
         except UserError as error:

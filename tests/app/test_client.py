@@ -135,7 +135,7 @@ BAD_SPECS = [
     ({"fade": False}, "number between 0 and 2"),
     ({"fade": []}, "number between 0 and 2"),
     ({"compensation": "double"}, "must be one of sqrt, none"),
-    ({"compensation": None}, "must be one of sqrt, none"),
+    ({"compensation": "mean"}, "needs a calibration text"),
     ({"compensation": ["sqrt"]}, "must be one of sqrt, none"),
     ({"model": "qwen2.5-0.5b"}, "is not loaded"),
     ({"model": "owner/absent"}, "is not loaded"),

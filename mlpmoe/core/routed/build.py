@@ -12,7 +12,7 @@ from . import neurons
 from .method import Request, RoutedMethod
 from .partition import expert_count, split_counts
 from .routed_mlp import RoutedMLP, choose
-from .routers import ROUTERS, OracleRouter
+from .routers import ROUTERS
 
 
 def build_routed(
@@ -32,10 +32,7 @@ def build_routed(
     routed = len(partition.experts)
     active: float = running - (experts - routed)
     ordered = permute(weights, partition.neurons)
-    if spec.router == "oracle":
-        router: nn.Module = OracleRouter(permute(weights, partition.experts.flatten()), routed)
-    else:
-        router = ROUTERS[spec.router].make(weights, partition, layer)
+    router = ROUTERS[spec.router].make(weights, partition, layer)
     threshold = idle_mean = None
     if active < routed and (spec.selection == "threshold" or spec.compensation == "mean"):
         scores = torch.cat([router(x) for x in layer.x.flatten(0, 1).split(4096)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration import LayerActivations
 from ..mlps import MLPWeights
+from ..order import permute
 from .partition import Partition
 
 RIDGE = 1e-3  # of the mean variance of the input
@@ -140,12 +141,18 @@ def regression(weights: MLPWeights, partition: Partition, layer: LayerActivation
     return LinearRouter(weight, mass_mean - weight @ x_mean)
 
 
+def oracle(
+    weights: MLPWeights, partition: Partition, layer: LayerActivations | None
+) -> OracleRouter:
+    return OracleRouter(permute(weights, partition.experts.flatten()), len(partition.experts))
+
+
 ROUTERS = {
     "centroid": RouterChoice(centroid),
     "similarity": RouterChoice(similarity),
     "representative": RouterChoice(representative),
     "regression": RouterChoice(regression, calibrated=True),
-    "oracle": RouterChoice(lambda weights, partition, layer: None),  # made by RoutedMLP's builder
+    "oracle": RouterChoice(oracle),
 }
 
 
