@@ -66,7 +66,7 @@ def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
 def bench_line(line: BenchLine) -> str:
     def shown(value: float) -> str:
         if line.unit == "%":
-            return f"{number(100 * value, 2)} %"
+            return f"{100 * value:{'.2g' if abs(value) < 1 else '.0f'}} %"
         return f"{number(value)} {line.unit}" if line.unit == "s" else f"× {number(value)}"
 
     measured = line.measured

@@ -647,7 +647,7 @@ def test_bench_table(fake_bench, capsys):
     assert fused.endswith("target ≤ × 1.05: met")
     assert "target ≥ × 50.0: not met" in fade
     assert fade.endswith("short")
-    assert "0.0020 %" in memory
+    assert "0.002 %" in memory
     assert memory.endswith("target ≤ 0.1 %: met")
     assert "0.0123 s (0.0100 to 0.0200)" in seconds
     assert "target" not in seconds
