@@ -94,25 +94,17 @@ class ExpertHandlers:
         spec = spec_of(*settings[:-2])
         spec.check_fits(loaded.d_ff)
         asked = Calibrated(spec, calibration_text(*settings[-2:]))
-        keep = (gr.skip(),) * 7
-        for step in loaded.convert(asked):
-            yield _status(f"{step} …"), *keep
-        for step in loaded.evaluate(asked, TEXT):
-            if not isinstance(step, Evaluation):
-                yield _status(f"measuring perplexity, {step.done / step.total:.0%}"), *keep
-        converted = loaded.converted(asked)
-        report = parameter_report(converted)
-        share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
-        name = ROUTED_METHODS[spec.method].label
-        loaded.points.pop(asked, None)
         kind = BOUND if spec.router == "oracle" else "here"
-        change_ = step.change
-        loaded.points[asked] = Point(name, kind, share, change_.ratio, change_.stderr)
+        for message in self._measure(loaded, asked, ROUTED_METHODS[spec.method].label, kind):
+            yield _status(message), *(gr.skip(),) * 7
+        evaluation = loaded.known_evaluation(asked, TEXT)
+        converted = loaded.converted(asked)
+        report, share = parameter_report(converted), loaded.points[asked].compute
         found = routing(converted, _ids(loaded)[:LOAD_TOKENS])
         varied = variation_plot(converted, spec.tau)
         yield (
             _status(""),
-            result(loaded, spec, step, report, share),
+            result(loaded, spec, evaluation, report, share),
             tradeoff(points(loaded)),
             gr.update(visible=True),
             load_plot(found),
@@ -122,22 +114,30 @@ class ExpertHandlers:
         )
 
     def measure_static(self, model: str, active: float) -> Iterator[tuple]:
-        """Status and trade-off, with the two best static recipes at the same share of neurons."""
+        """Status and trade-off, with the calibrated static recipes at the same share of neurons."""
         loaded = self.workbench.loaded(model)
         text = calibration_text("stories", "")
         for name, (kind, spec) in comparison(active).items():
             if kind != STATIC or not spec.needs_calibration:
                 continue
             asked = Calibrated(spec, text)
-            for step in loaded.convert(asked):
-                yield _status(f"{name}: {step} …"), gr.skip()
-            for step in loaded.evaluate(asked, TEXT):
-                if not isinstance(step, Evaluation):
-                    yield _status(f"{name}: {step.done / step.total:.0%}"), gr.skip()
-            report = parameter_report(loaded.converted(asked))
-            share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
-            loaded.points[asked] = Point(name, STATIC, share, step.change.ratio, step.change.stderr)
+            for message in self._measure(loaded, asked, name, STATIC):
+                yield _status(f"{name}: {message}"), gr.skip()
             yield _status(""), tradeoff(points(loaded))
+
+    def _measure(
+        self, loaded: LoadedModel, asked: Calibrated, name: str, kind: str
+    ) -> Iterator[str]:
+        """Convert and measure, yielding what is being done; the result becomes a point."""
+        for message in loaded.convert(asked):
+            yield f"{message} …"
+        for step in loaded.evaluate(asked, TEXT):
+            if not isinstance(step, Evaluation):
+                yield f"measuring perplexity, {step.done / step.total:.0%}"
+        report = parameter_report(loaded.converted(asked))
+        share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
+        loaded.points.pop(asked, None)  # so that it comes last
+        loaded.points[asked] = Point(name, kind, share, step.change.ratio, step.change.stderr)
 
     def recolour(self, model: str, layer: int, *settings: Any) -> str:
         """The coloured words of another layer, of what was measured last with these settings."""
@@ -242,8 +242,11 @@ def best_static(known: Sequence[Point], compute: float) -> float | None:
     return exp(best[low] * (1 - share) + best[high] * share)
 
 
-def verdict(known: Sequence[Point], spec: ConversionSpec, ratio: float, share: float) -> str:
-    """Whether routing pays here, in a sentence."""
+def verdict(
+    known: Sequence[Point], spec: ConversionSpec, ratio: float, share: float, stderr: float = 0.0
+) -> str:
+    """Whether routing pays here, in a sentence; a difference inside its error does not count.
+    stderr: of the ratio."""
     if spec.router == "oracle":
         return "The oracle looks at every expert's output first: a bound for other routers."
     static = best_static(known, share)
@@ -253,6 +256,11 @@ def verdict(known: Sequence[Point], spec: ConversionSpec, ratio: float, share: f
             "compare."
         )
     better = ratio < static
+    if abs(ratio - static) < 1.96 * stderr:
+        return (
+            f"The best static recipe at this compute has × {static:.3f}: <strong>no measurable "
+            "difference</strong>."
+        )
     return (
         f"The best static recipe at this compute has × {static:.3f}: here "
         f"{'<strong>routing pays</strong>' if better else '<strong>static is better</strong>'}."
@@ -289,7 +297,7 @@ def result(
     )
     return (
         f"<table><tr><th></th><td>dense</td><td>converted</td><td>difference</td></tr>{body}"
-        f"</table><p>{verdict(known, spec, changed.ratio, share)}</p>"
+        f"</table><p>{verdict(known, spec, changed.ratio, share, changed.stderr)}</p>"
         f'<p class="note">{escape(ROUTED_METHODS[spec.method].label)}, {dense.tokens:,} tokens of '
         f"the evaluation stories. Routers are counted.</p>"
     )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.calibration import DOCUMENT_SEPARATOR
 from ..core.errors import UserError
 
-DOCUMENT_SEPARATOR = "<|endoftext|>"  # as published text collections write it
 DEFAULT_WINDOW = 1024  # tokens; less if the model's context is shorter
 LOGIT_ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
@@ -143,9 +143,15 @@ def perplexity(
     stride: from 1 to window - 1; by default half a window. Raises UserError for other values and
     for a text without anything to predict.
     """
-    encoded = encode_text(tokenizer, text)
-    losses = torch.cat(list(window_losses(model, encoded, window, stride)))
-    return summarise(losses, encoded.scored_bytes)
+    return measure(model, encode_text(tokenizer, text), window, stride)
+
+
+def measure(
+    model: PreTrainedModel, text: EncodedText, window: int | None = None, stride: int | None = None
+) -> Perplexity:
+    """`perplexity` of a text that is encoded already."""
+    losses = torch.cat(list(window_losses(model, text, window, stride)))
+    return summarise(losses, text.scored_bytes)
 
 
 def compare(dense: Perplexity, other: Perplexity) -> PerplexityChange:

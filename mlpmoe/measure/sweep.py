@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..core.calibration import Calibration
 from ..core.conversion import convert_all
 from ..core.spec import ConversionSpec
 from .parameters import parameter_report
-from .perplexity import EncodedText, Perplexity, compare, summarise, window_losses
+from .perplexity import EncodedText, compare, measure
 
 AT_ONCE = 4  # conversions held at a time; they share the passes over the calibration text
 
@@ -33,13 +32,6 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"spec": self.spec.to_dict()}
-
-
-def measure(
-    model: PreTrainedModel, text: EncodedText, window: int | None = None, stride: int | None = None
-) -> Perplexity:
-    losses = torch.cat(list(window_losses(model, text, window, stride)))
-    return summarise(losses, text.scored_bytes)
 
 
 def sweep(

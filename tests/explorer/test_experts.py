@@ -179,6 +179,8 @@ def test_the_verdict_says_which_is_better():
     spec = ConversionSpec(method="cmoe")
     assert "routing pays" in verdict(known, spec, 1.5, 0.5)
     assert "static is better" in verdict(known, spec, 2.5, 0.5)
+    assert "no measurable difference" in verdict(known, spec, 1.99, 0.5, stderr=0.01)
+    assert "routing pays" in verdict(known, spec, 1.95, 0.5, stderr=0.01)
     assert "No static recipe" in verdict(known, spec, 1.5, 0.3)
     oracle = ConversionSpec(method="cmoe", router="oracle")
     assert "bound" in verdict(known, oracle, 1.0, 0.5)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .clustering import balanced_kmeans, members
 from .method import Request, RoutedMethod
-from .partition import Partition, split_counts
+from .partition import Partition, split_counts, take_highest
 
 TOKENS = 2048  # of the calibration text that neurons are compared on
 
@@ -16,10 +16,8 @@ def partition(request: Request) -> Partition:
     """Shared: the neurons whose output varies most and so would be missed most (FLAP's score).
     Experts: balanced k-means on the sizes |h| over tokens, each neuron scaled to length 1."""
     score = request.layer.variance * request.layer.down_norms.square()
-    ranked = score.argsort(descending=True, stable=True)
     _, always = split_counts(request.experts, request.spec.active, request.spec.shared)
-    shared = ranked[: always * request.size].sort().values
-    rest = ranked[always * request.size :].sort().values
+    shared, rest = take_highest(score, always * request.size)
     groups = request.experts - always
     if not groups:
         return Partition(shared, torch.empty((0, request.size), dtype=torch.long))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .clustering import balanced_kmeans, members
 from .method import Request, RoutedMethod
-from .partition import Partition, split_counts
+from .partition import Partition, split_counts, take_highest
 
 AUTO = "auto"  # shared share by the rule of section 3.2
 ALPHA_MIN, ALPHA_MAX = 0.2, 0.7  # bounds of the shared share of a layer
@@ -37,9 +37,7 @@ def partition(request: Request) -> Partition:
     if share == AUTO:
         share = shared_share(values, request.spec.tau)
     _, always = split_counts(request.experts, request.spec.active, share)
-    ranked = profile.mean(0).abs().argsort(descending=True, stable=True)
-    shared = ranked[: always * request.size].sort().values
-    rest = ranked[always * request.size :].sort().values
+    shared, rest = take_highest(profile.mean(0).abs(), always * request.size)
     groups = request.experts - always
     if groups:
         assigned = balanced_kmeans(profile[:, rest].T.contiguous(), groups, request.generator)

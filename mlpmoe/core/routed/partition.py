@@ -25,6 +25,13 @@ class Partition:
         return torch.cat([self.shared, self.experts.flatten()])
 
 
+def take_highest(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The neurons of the `count` highest scores, ties to the lower index, and the others; both
+    ascending. score: (d_ff,)."""
+    ranked = score.argsort(descending=True, stable=True)
+    return ranked[:count].sort().values, ranked[count:].sort().values
+
+
 def expert_count(d_ff: int, experts: int) -> int:
     """How many experts of equal size an MLP can have: the largest divisor of d_ff up to
     `experts`. SpecError if that is 1."""

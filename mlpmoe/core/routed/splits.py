@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .method import Request, RoutedMethod
-from .partition import Partition, split_counts
+from .partition import Partition, split_counts, take_highest
 
 
 def shared_and_rest(request: Request) -> tuple[Tensor, Tensor]:
@@ -17,9 +17,7 @@ def shared_and_rest(request: Request) -> tuple[Tensor, Tensor]:
     if not always:
         return neurons[:0], neurons
     score = request.layer.mean_size * request.layer.down_norms
-    is_shared = torch.zeros(request.weights.d_ff, dtype=torch.bool)
-    is_shared[score.argsort(descending=True, stable=True)[: always * request.size]] = True
-    return neurons[is_shared], neurons[~is_shared]
+    return take_highest(score, always * request.size)
 
 
 def contiguous(request: Request) -> Partition:
