@@ -35,6 +35,8 @@ ARGUMENTS = [
 ]
 START_SECONDS = 120  # until the page has to answer
 FAILED = pytest.StashKey[bool]()
+# Gradio's page aborts its own event stream as it is left, and logs that as an error
+SILENT_ONCE_LEFT = "addEventListener('beforeunload', () => { console.error = () => {} })"
 PATIENCE = 60_000  # milliseconds for anything awaited; a busy machine may pause anywhere
 
 
@@ -122,6 +124,7 @@ def new_window(browser, server: str, request: pytest.FixtureRequest) -> Iterator
     def open_window(width: int = 1400, height: int = 1000, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         context.set_default_timeout(PATIENCE)
+        context.add_init_script(SILENT_ONCE_LEFT)
         context.on("page", watch)
         contexts.append(context)
         return context
