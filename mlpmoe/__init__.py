@@ -9,7 +9,8 @@ print(perplexity(converted, tokenizer, text))
 from .core.calibration import Calibration
 from .core.conversion import convert
 from .core.errors import SpecError, UnsupportedModelError, UserError
-from .core.spec import PRESETS, ConversionSpec
+from .core.presets import PRESETS
+from .core.spec import ConversionSpec
 from .measure.generation import write_side_by_side
 from .measure.magnitudes import magnitudes
 from .measure.parameters import parameter_report

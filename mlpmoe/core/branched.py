@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import UserError
 from .mlps import MLPWeights
 
 
@@ -46,7 +48,7 @@ class BranchedMLP(nn.Module):
     product instead of being rounded B times.
 
     weights: MLPWeights of the kept neurons; its tensors are used as they are, not copied.
-    sizes: neurons of each kept branch. alpha: initial value of every α_b. branches: B before
+    sizes: neurons of each kept branch. alpha: initial α, one for all or (K,). branches: B before
     any were dropped. fade_thresholds: per projection and branch, for display.
     `forward(x)`: (..., d_model) -> (..., d_model). Dropout of the original is not carried over.
     """
@@ -55,7 +57,7 @@ class BranchedMLP(nn.Module):
         self,
         weights: MLPWeights,
         sizes: tuple[int, ...],
-        alpha: float = 1.0,
+        alpha: float | Tensor = 1.0,
         branches: int | None = None,
         fade_thresholds: dict[str, tuple[float, ...]] | None = None,
     ) -> None:
@@ -70,7 +72,8 @@ class BranchedMLP(nn.Module):
         self.up_proj = _linear(weights.up, weights.up_bias)
         self.down_proj = _linear(weights.down, weights.down_bias)
         self.act_fn = weights.activation
-        self.alpha = nn.Parameter(weights.up.new_full((len(sizes),), alpha))
+        factors = torch.as_tensor(alpha).to(weights.up.detach()).expand(len(sizes))
+        self.alpha = nn.Parameter(factors.clone())
         index = _branch_of_neuron(sizes, weights.up.device)
         self.register_buffer("branch_of_neuron", index, persistent=False)
 
@@ -87,6 +90,40 @@ class BranchedMLP(nn.Module):
         """The linear layers by the names of the projections; plain MLPs have no gate."""
         linears = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
         return {name: linear for name, linear in linears.items() if linear is not None}
+
+    def folded(self, width: int | None = None) -> MLPWeights:
+        """The same function as the weights of a plain MLP: α multiplied into down.
+
+        width: neurons, at least those there are; what is missing is filled up with neurons of
+        zeros, which say exactly 0 whatever the activation. So layers of different widths fit an
+        architecture that has one.
+        """
+        missing = (width or sum(self.sizes)) - sum(self.sizes)
+        if missing < 0:
+            raise UserError(f"{sum(self.sizes)} neurons do not fit into a width of {width}.")
+
+        def rows(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:
+            if linear is None:
+                return None, None
+            weight, bias = linear.weight.detach(), linear.bias
+            return (
+                F.pad(weight, (0, 0, 0, missing)),
+                None if bias is None else F.pad(bias.detach(), (0, missing)),
+            )
+
+        gate, gate_bias = rows(self.gate_proj)
+        up, up_bias = rows(self.up_proj)
+        alpha = self.alpha.detach().index_select(0, self.branch_of_neuron)
+        return MLPWeights(
+            gate=gate,
+            up=up,
+            down=F.pad(self.down_proj.weight.detach() * alpha, (0, missing)),
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=None if self.down_proj.bias is None else self.down_proj.bias.detach(),
+            activation=self.act_fn,
+            adds_residual=self.adds_residual,
+        )
 
     def extra_repr(self) -> str:
         return f"branches={self.branches}, keep={len(self.sizes)}, d_ff={sum(self.sizes)}"

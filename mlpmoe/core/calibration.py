@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UserError
 from .mlps import DenseMLP, MLPWeights
+
+T = TypeVar("T")
 
 SAMPLE_TOKENS = 128  # long windows average the differences between samples away
 MAX_TOKENS = 32_768
@@ -79,17 +82,37 @@ def _long_lines(text: str) -> Iterator[str]:
     return (line for line in lines if len(line) >= SHARED_LINE)
 
 
+def hidden(weights: MLPWeights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """φ(gate x) and h, both (..., d_ff) float32, of inputs x (..., d_model). A plain MLP has no
+    gate; its activation act(up x) stands in for both."""
+    up = F.linear(x, weights.up, weights.up_bias)
+    if weights.gate is None:
+        h = weights.activation(up).float()
+        return h, h
+    gated = weights.activation(F.linear(x, weights.gate, weights.gate_bias))
+    return gated.float(), (gated * up).float()
+
+
 class LayerActivations:
     """The activations of one MLP on the calibration text: what the stages may ask of it.
 
-    weights: of the MLP. x: (samples, tokens, d_model), its input. Activations h (of all neurons)
+    weights: of the MLP. x: (samples, tokens, d_model), its input. target: the output that a
+    conversion should give, like x; None: what the MLP makes of x. Activations h (of all neurons)
     are made again, piece by piece, for each question; only what is asked for is kept. Figures
     per neuron are float32 on the CPU, whatever the model is; sums run in float64.
     """
 
-    def __init__(self, weights: MLPWeights, x: Tensor) -> None:
+    def __init__(self, weights: MLPWeights, x: Tensor, target: Tensor | None = None) -> None:
         self.weights = weights
         self.x = x
+        self.target = target
+        self._memory: dict[object, object] = {}
+
+    def remembered(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, made once: several conversions may ask the same."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
 
     @property
     def tokens(self) -> int:
@@ -100,21 +123,11 @@ class LayerActivations:
         return self.x.flatten(0, 1).float()
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which samples, then φ(gate x) and h of their tokens: (samples, tokens, d_ff) float32.
-
-        A plain MLP has no gate; its activation act(up x) stands in for both.
-        """
-        w, per_sample = self.weights, self.x.shape[1] * self.weights.d_ff
-        step = max(1, CHUNK // per_sample)
+        """Which samples, then φ(gate x) and h of their tokens: (samples, tokens, d_ff) float32."""
+        step = max(1, CHUNK // (self.x.shape[1] * self.weights.d_ff))
         for first in range(0, self.x.shape[0], step):
-            x = self.x[first : first + step]
-            up = F.linear(x, w.up, w.up_bias)
-            if w.gate is None:
-                gated = h = w.activation(up).float()
-            else:
-                gated = w.activation(F.linear(x, w.gate, w.gate_bias))
-                h = (gated * up).float()
-            yield slice(first, first + len(x)), gated.float(), h
+            where = slice(first, min(first + step, self.x.shape[0]))
+            yield where, *hidden(self.weights, self.x[where])
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -158,6 +171,37 @@ class LayerActivations:
             centred = h.flatten(0, 1) - self.mean.to(h.device)
             total += centred.T @ centred
         return (total / self.tokens).cpu()
+
+    @cached_property
+    def input_moment(self) -> Tensor:
+        """(d_model, d_model): mean of x xᵀ, float64."""
+        x = self.inputs()
+        return ((x.T @ x) / len(x)).cpu().double()
+
+    def regression(self, kept: MLPWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the h that the MLP `kept` makes of the same inputs: mean (n,), covariance (n, n),
+        covariance (n, d_model) with the wanted output; and the mean of that output; float64."""
+        n, d_model = kept.d_ff, self.weights.d_model
+        # [h 1]ᵀ [h 1 y], summed over the tokens: one product holds all that is asked for
+        sums = self.x.new_zeros((n + 1, n + 1 + d_model), dtype=torch.float64)
+        for where, y in self.outputs():
+            h = hidden(kept, self.x[where])[1].flatten(0, 1)
+            left = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+            sums += left.T @ torch.cat([left, y], dim=1)
+        sums = (sums / self.tokens).cpu()
+        mean, target = sums[:n, n], sums[n, n + 1 :]
+        covariance = sums[:n, :n] - torch.outer(mean, mean)
+        return mean, covariance, sums[:n, n + 1 :] - torch.outer(mean, target), target
+
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which samples, and the output that an MLP in this place should give for their tokens:
+        (tokens, d_model) float32."""
+        if self.target is not None:
+            yield slice(None), self.target.flatten(0, 1).float()
+            return
+        down, bias = self.weights.down.detach().float(), self.weights.down_bias
+        for where, _, h in self.pieces():
+            yield where, F.linear(h.flatten(0, 1), down, None if bias is None else bias.float())
 
     @cached_property
     def down_norms(self) -> Tensor:
@@ -207,20 +251,39 @@ class LayerActivations:
             yield slice(where.start * length, where.stop * length), h.flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A calibration text with what every MLP of one model did on it."""
+
+    calibration: Calibration
+    layers: Sequence[LayerActivations]
+
+
 Visit = Callable[[int, LayerActivations], nn.Module | None]
 
 
 @torch.no_grad()
 def visit_layers(
-    model: PreTrainedModel, mlps: Sequence[DenseMLP], calibration: Calibration, visit: Visit
+    model: PreTrainedModel,
+    mlps: Sequence[DenseMLP],
+    calibration: Calibration | Observed,
+    visit: Visit,
+    progressive: bool = False,
 ) -> None:
     """Run the calibration text through `model` once and call `visit(layer, activations)` at each
-    MLP, in order of the layers.
+    MLP, in order of the layers. What was observed before needs no run.
 
     The samples go through together, so that a layer is seen whole before the next: what is held
-    is one layer's input. If `visit` returns a module, the layers that follow see its output
-    instead of the dense MLP's. The head, whose output would be the largest tensor, does not run.
+    is one layer's input. If progressive, `visit` returns a module, and the layers that follow see
+    its output instead of the dense MLP's. The head, whose output would be the largest tensor,
+    does not run.
     """
+    if isinstance(calibration, Observed):
+        if not progressive:
+            for layer, activations in enumerate(calibration.layers):
+                visit(layer, activations)
+            return
+        calibration = calibration.calibration
     memo: dict[int, object] = {id(t): t for t in chain(model.parameters(), model.buffers())}
     for layer, mlp in enumerate(mlps):
         dense = copy.deepcopy(mlp.module, dict(memo)).eval()  # the model may be in training

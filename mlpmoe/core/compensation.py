@@ -1,7 +1,9 @@
-"""Compensation: how the kept branches make up for the dropped ones."""
+"""Compensation: how what stays makes up for what is dropped or zeroed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -11,40 +13,92 @@ from .calibration import LayerActivations
 from .mlps import MLPWeights
 from .order import damped
 
-# name -> α of every kept branch, from B (branches) and K (kept)
+
+@dataclass(frozen=True)
+class Compensation:
+    """A way to compensate; `about` says it in a line."""
+
+    about: str
+    alpha: Callable[[int, int], float] = lambda branches, keep: 1.0  # α of every kept branch
+    calibrated: bool = False  # whether it looks at activations
+
+
 COMPENSATIONS = {
     # MLPMoE, section 3.3: preserves the variance of the sum of branches if their outputs are
     # uncorrelated with zero mean
-    "sqrt": lambda branches, keep: sqrt(branches / keep),
-    "none": lambda branches, keep: 1.0,
-    "mean": lambda branches, keep: 1.0,  # the mean output of what is dropped becomes a bias
-    "refit": lambda branches, keep: 1.0,  # and down is fitted again by least squares
+    "sqrt": Compensation("× √(B/K) (MLPMoE)", lambda branches, keep: sqrt(branches / keep)),
+    # right if all branches said the same
+    "ratio": Compensation("× B/K", lambda branches, keep: branches / keep),
+    "none": Compensation("none"),
+    "alpha": Compensation("a fitted α per branch", calibrated=True),
+    "mean": Compensation("mean as a bias (FLAP)", calibrated=True),
+    "refit": Compensation("down refitted, and a bias", calibrated=True),
 }
-CALIBRATED = ("mean", "refit")  # compensations that look at activations
 # what stands in for the experts that a router leaves out: nothing, or the mean of their output
 FILLS = ("none", "mean")
 
 
-def refit(
-    weights: MLPWeights, kept: Tensor, dropped: Tensor, layer: LayerActivations, name: str
-) -> tuple[Tensor, Tensor]:
-    """down (d_model, kept) and its bias (d_model,) for the kept neurons, in the dtype of the
-    weights.
+@dataclass(frozen=True)
+class Moments:
+    """What least squares needs to know of the neurons that stay and of the output they should
+    give: means and covariances over the calibration tokens, float64."""
 
-    "mean" adds the mean output of the dropped neurons to the bias (FLAP). "refit" also fits
-    down so that the kept neurons predict the whole output best in the least-squares sense.
-    """
+    mean: Tensor  # (n,): of h
+    covariance: Tensor  # (n, n)
+    cross: Tensor  # (n, d_model): of h with the wanted output
+    target: Tensor  # (d_model,): mean of the wanted output
+
+    @property
+    def second(self) -> Tensor:
+        """(n, n): mean of h hᵀ."""
+        return self.covariance + torch.outer(self.mean, self.mean)
+
+    @classmethod
+    def of(cls, kept: MLPWeights, neurons: Tensor | None, layer: LayerActivations) -> Moments:
+        """kept: the MLP that stays. neurons: which of the dense MLP's these are, if they say the
+        same as there; None if their weights were changed. layer: of the dense MLP."""
+        if neurons is not None and layer.target is None:
+            down = layer.weights.down.detach().cpu().double()
+            covariance = layer.covariance.double()
+            bias = layer.weights.down_bias
+            target = down @ layer.mean.double()
+            return cls(
+                mean=layer.mean.double()[neurons],
+                covariance=covariance[neurons][:, neurons],
+                cross=covariance[neurons] @ down.T,
+                target=target if bias is None else target + bias.detach().cpu().double(),
+            )
+        return cls(*layer.regression(kept))
+
+
+def refit(weights: MLPWeights, moments: Moments) -> Tensor:
+    """down (d_model, n), fitted so that the neurons predict the wanted output best in the
+    least-squares sense beside a bias; ridge towards the down there is. Dtype of the weights."""
     down = weights.down.detach().cpu().double()
-    mean = layer.mean.double()
-    bias = down[:, dropped] @ mean[dropped]
-    stays = down[:, kept]
-    if name == "refit" and len(dropped):
-        covariance = layer.covariance.double()
-        among = damped(covariance[kept][:, kept])
-        across = covariance[kept][:, dropped] @ down[:, dropped].T  # (kept, d_model)
-        change = torch.linalg.solve(among, across).T
-        stays = stays + change
-        bias = bias - change @ mean[kept]
-    if weights.down_bias is not None:
-        bias = bias + weights.down_bias.detach().cpu().double()
-    return stays.to(weights.down), bias.to(weights.down)
+    missing = moments.cross - moments.covariance @ down.T  # (n, d_model)
+    return (down + torch.linalg.solve(damped(moments.covariance), missing).T).to(weights.down)
+
+
+def mean_bias(weights: MLPWeights, moments: Moments) -> Tensor:
+    """(d_model,): the bias with which the mean output is the wanted one (FLAP's, for any loss)."""
+    said = weights.down.detach().cpu().double() @ moments.mean
+    return (moments.target - said).to(weights.down)
+
+
+def fitted_alphas(weights: MLPWeights, sizes: Sequence[int], moments: Moments) -> Tensor:
+    """(K,): the factors on the branches that bring their sum nearest to the wanted output, in the
+    least-squares sense and without a bias, so that any architecture can hold the result."""
+    down = weights.down.detach().cpu().double()
+    bias = 0.0 if weights.down_bias is None else weights.down_bias.detach().cpu().double()
+    wanted = moments.cross + torch.outer(moments.mean, moments.target - bias)  # (n, d_model)
+    branch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+    def by_branch(matrix: Tensor) -> Tensor:
+        total = matrix.new_zeros(len(sizes), *matrix.shape[1:])
+        return total.index_add_(0, branch, matrix)
+
+    products = by_branch(
+        by_branch((down.T @ down) * moments.second).T
+    )  # (K, K): Σ of outputs' products
+    towards = by_branch((down.T * wanted).sum(1))
+    return torch.linalg.solve(damped(products, 1e-9), towards).to(weights.down)

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .branched import BranchedMLP, LoopedMLP, branch_sizes, keep_neurons
-from .calibration import Calibration, LayerActivations, visit_layers
-from .compensation import CALIBRATED, refit
+from .allocation import error_curve, share_out
+from .branched import BranchedMLP, LoopedMLP
+from .calibration import Calibration, LayerActivations, Observed, visit_layers
 from .errors import SpecError, UnsupportedModelError
-from .fade import fade, fade_sparsities
 from .mlps import DenseMLP, MLPWeights, read_mlps
-from .order import ORDERS, permute
 from .routed import ROUTED_TYPES, build_routed
 from .routed.expertweaver import AUTO, variation
 from .spec import MAX_TAU, ConversionSpec
+from .static import build_static
 
 Progress = Callable[[str, float], None]
 
@@ -57,12 +56,12 @@ def convert(
 def convert_all(
     model: PreTrainedModel,
     specs: Sequence[ConversionSpec],
-    calibration: Calibration | None = None,
+    calibration: Calibration | Observed | None = None,
     on_progress: Progress | None = None,
 ) -> list[PreTrainedModel]:
     """`convert` for several specs, with as few passes over the calibration text as possible: one
-    for all, one more for all whose τ is found from the whole model, and one for each that is
-    calibrated progressively."""
+    for all, one more if something is found from the whole model first, and one for each that is
+    calibrated progressively. With what was `observed` on the text, only these last ones."""
     mlps = read_mlps(model)
     for spec in specs:
         spec.check_fits(min(mlp.weights.d_ff for mlp in mlps))
@@ -73,71 +72,89 @@ def convert_all(
     for mlp in mlps:
         _prove(mlp)
     report = on_progress or (lambda message, share: None)
-    specs = _with_tau(model, mlps, specs, calibration, report)
+    by_layer = _by_layer(model, mlps, specs, calibration, report)
     made: dict[int, list[nn.Module]] = {}
     together = []
     for index, spec in enumerate(specs):
         if not spec.needs_calibration:
             # Layers side by side: NumPy, which finds the fade thresholds, lets other threads run.
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                made[index] = list(pool.map(lambda m, s=spec: convert_mlp(m.weights, s), mlps))
+                weights = [mlp.weights for mlp in mlps]
+                made[index] = list(pool.map(convert_mlp, weights, by_layer[index]))
         elif not spec.progressive:
             together.append(index)
     for group in (together, *([i] for i, spec in enumerate(specs) if spec.progressive)):
         if group:
-            made |= _calibrated(model, mlps, specs, group, calibration, report)
+            made |= _calibrated(model, mlps, by_layer, group, calibration, report)
     return [_replaced(model, mlps, made[index]) for index in range(len(specs))]
 
 
 def _calibrated(
     model: PreTrainedModel,
     mlps: Sequence[DenseMLP],
-    specs: Sequence[ConversionSpec],
+    by_layer: Sequence[Sequence[ConversionSpec]],
     group: Sequence[int],
-    calibration: Calibration,
+    calibration: Calibration | Observed,
     report: Progress,
 ) -> dict[int, list[nn.Module]]:
     """One pass over the calibration text for the specs of `group`; modules by spec and layer."""
     made: dict[int, list[nn.Module]] = {index: [] for index in group}
+    progressive = by_layer[group[0]][0].progressive
 
     def visit(layer: int, activations: LayerActivations) -> nn.Module | None:
         report("calibrating", layer / len(mlps))
         for index in group:
-            made[index].append(convert_mlp(activations.weights, specs[index], activations))
-        return made[group[0]][-1] if specs[group[0]].progressive else None
+            spec = by_layer[index][layer]
+            made[index].append(convert_mlp(activations.weights, spec, activations))
+        return made[group[0]][-1] if progressive else None
 
-    visit_layers(model, mlps, calibration, visit)
+    visit_layers(model, mlps, calibration, visit, progressive)
     return made
 
 
-def _with_tau(
+def _by_layer(
     model: PreTrainedModel,
     mlps: Sequence[DenseMLP],
     specs: Sequence[ConversionSpec],
-    calibration: Calibration | None,
+    calibration: Calibration | Observed | None,
     report: Progress,
-) -> list[ConversionSpec]:
-    """The specs with τ filled in where it is the median over all neurons of the model."""
+) -> list[list[ConversionSpec]]:
+    """Each spec as one per layer, with what is found from the whole model filled in: τ where it
+    is the median over all neurons, and K or fade where layers share it out by their errors."""
     profiles = {spec.profile for spec in specs if _needs_tau(spec)}
-    if not profiles:
-        return list(specs)
+    shared = [spec for spec in specs if spec.allocation != "uniform"]
     values: dict[str, list[Tensor]] = {profile: [] for profile in profiles}
+    curves: dict[ConversionSpec, list[Tensor]] = {spec: [] for spec in shared}
 
     def visit(layer: int, activations: LayerActivations) -> None:
         report("profiling", layer / len(mlps))
         for profile, found in values.items():
             found.append(variation(activations.gate_means(profile)))
+        for spec, found in curves.items():
+            found.append(error_curve(spec, activations))
 
-    visit_layers(model, mlps, calibration, visit)
+    if profiles or shared:
+        visit_layers(model, mlps, calibration, visit)
     medians = {profile: float(torch.cat(found).median()) for profile, found in values.items()}
-    return [
-        replace(spec, tau=min(medians[spec.profile], MAX_TAU)) if _needs_tau(spec) else spec
-        for spec in specs
-    ]
+    result = []
+    for spec in specs:
+        if _needs_tau(spec):
+            spec = replace(spec, tau=min(medians[spec.profile], MAX_TAU))
+        uniform = spec.allocation == "uniform"
+        result.append([spec] * len(mlps) if uniform else share_out(spec, curves[spec]))
+    return result
 
 
 def _needs_tau(spec: ConversionSpec) -> bool:
     return spec.shared == AUTO and spec.tau is None
+
+
+def observe(model: PreTrainedModel, calibration: Calibration) -> Observed:
+    """The activations of all MLPs of `model`, to convert many times without another pass. Holds
+    the inputs of all layers: layers · tokens · d_model numbers."""
+    mlps, layers = read_mlps(model), []
+    visit_layers(model, mlps, calibration, lambda _, activations: layers.append(activations))
+    return Observed(calibration, layers)
 
 
 def _replaced(
@@ -153,34 +170,10 @@ def _replaced(
 def convert_mlp(
     weights: MLPWeights, spec: ConversionSpec, layer: LayerActivations | None = None
 ) -> nn.Module:
-    """The stages, in order, on one MLP; `layer`: its activations, where the spec needs them.
-
-    Static: order, split, keep, fade, compensate. Keeping before fading gives the same weights as
-    the reverse and saves the work on branches that are dropped. Routed: see `build_routed`.
-    """
+    """What `spec` makes of one MLP; `layer`: its activations, where the spec needs them."""
     if spec.routed:
         return build_routed(weights, spec, spec.routed, layer)
-    sizes = branch_sizes(weights.d_ff, spec.branches)[: spec.kept]
-    kept = _kept(weights, spec, sum(sizes), layer)
-    faded, thresholds = fade(kept, sizes, fade_sparsities(spec.branches, spec.fade)[: spec.kept])
-    return BranchedMLP(faded, sizes, spec.alpha, spec.branches, thresholds)
-
-
-def _kept(
-    weights: MLPWeights, spec: ConversionSpec, count: int, layer: LayerActivations | None
-) -> MLPWeights:
-    """The first `count` neurons in the order of the spec, and what makes up for the others."""
-    score = ORDERS[spec.order]
-    compensate = spec.compensation in CALIBRATED and count < weights.d_ff
-    if score is None and not compensate:
-        return keep_neurons(weights, count)
-    order = torch.arange(weights.d_ff) if score is None else score(layer)
-    first = order[:count]
-    kept = permute(weights, first)
-    if compensate:
-        down, bias = refit(weights, first, order[count:], layer, spec.compensation)
-        kept = replace(kept, down=down, down_bias=bias)
-    return kept
+    return build_static(weights, spec, layer)
 
 
 @torch.no_grad()

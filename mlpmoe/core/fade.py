@@ -1,4 +1,4 @@
-"""Fractal Fade: zero small weights, more in later branches (MLPMoE, section 3.2).
+"""Fractal Fade by magnitude: zero the small weights of each branch (MLPMoE, section 3.2).
 
 The published loop takes `torch.quantile(|w|.float(), s_i)` per branch: a full sort in float32,
 12 s for a 0.5 B model, and an error above 2**24 elements. The same numbers come from a
@@ -10,15 +10,13 @@ cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, floor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .mlps import MLPWeights
 
 QUANTILE_LIMIT = 2**24  # elements; torch.quantile refuses more up to torch 2.13
 
@@ -30,11 +28,6 @@ class Threshold:
 
     value: float
     cut: float
-
-
-def fade_sparsities(branches: int, strength: float) -> list[float]:
-    """Requested sparsity of each branch: s_i = min(1, strength·i/B). Branch 0 is untouched."""
-    return [min(1.0, strength * i / branches) for i in range(branches)]
 
 
 def magnitude_threshold(
@@ -124,22 +117,3 @@ def _magnitude_bits(weight: Tensor, memory: np.ndarray | None = None) -> np.ndar
     bits = _bits(weight)
     out = None if memory is None else memory[: bits.size].reshape(bits.shape)
     return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out)
-
-
-def fade(
-    weights: MLPWeights, sizes: tuple[int, ...], sparsities: list[float]
-) -> tuple[MLPWeights, dict[str, tuple[float, ...]]]:
-    """Fade gate and up of an MLP; down is untouched, as published.
-
-    `sizes`: neurons per branch, summing to d_ff; `sparsities`: the share to zero, per branch.
-    Returns the new weights (the same tensors if nothing is to be zeroed) and the thresholds by
-    projection name.
-    """
-    if not any(sparsities):
-        return weights, {}
-    changed, thresholds = {}, {}
-    for name in ("gate", "up"):
-        weight = getattr(weights, name)
-        if weight is not None:
-            changed[name], thresholds[name] = fade_projection(weight, sizes, sparsities)
-    return replace(weights, **changed), thresholds

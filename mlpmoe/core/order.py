@@ -1,9 +1,13 @@
-"""Order: which neurons come first, and so which stay when only the first K branches are kept."""
+"""Order: which neurons come first, and so which stay when only the first K branches are kept.
+
+Every order is a permutation of the neurons, so the MLP is the same function until something is
+dropped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,22 +19,45 @@ COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken o
 DAMPING = 1e-2  # of the mean variance, added to all: few tokens leave the covariance singular
 
 
-def by_activation(layer: LayerActivations) -> Tensor:
+@dataclass(frozen=True)
+class Order:
+    """How to sort the neurons of an MLP; `about` says it in a line."""
+
+    rank: Callable[[MLPWeights, LayerActivations | None, int], Tensor] | None  # None: as stored
+    about: str
+    calibrated: bool = False  # whether it looks at activations
+
+
+def at_random(weights: MLPWeights, layer: LayerActivations | None, seed: int) -> Tensor:
+    """The same permutation in every layer of that width."""
+    return torch.randperm(weights.d_ff, generator=torch.Generator().manual_seed(seed))
+
+
+def by_norm(weights: MLPWeights, layer: LayerActivations | None = None, seed: int = 0) -> Tensor:
+    """Product of the lengths of a neuron's row of gate, row of up and column of down: an upper
+    bound on what it can say about an input of length 1, if φ does not amplify."""
+    score = weights.down.detach().float().norm(dim=0)
+    for rows in (weights.gate, weights.up):
+        if rows is not None:
+            score = score * rows.detach().float().norm(dim=1)
+    return _largest_first(score)
+
+
+def by_activation(weights: MLPWeights, layer: LayerActivations, seed: int = 0) -> Tensor:
     """Mean |h|: the static baseline of the re-tests of CMoE (methods: keep-top)."""
-    return layer.mean_size.argsort(descending=True, stable=True)
+    return _largest_first(layer.mean_size)
 
 
-def by_fluctuation(layer: LayerActivations) -> Tensor:
+def by_fluctuation(weights: MLPWeights, layer: LayerActivations, seed: int = 0) -> Tensor:
     """Variance of h times squared length of its down column (FLAP, arXiv 2312.11983, WIFV): what
     remains lost when the mean of a dropped neuron is put into the bias."""
-    score = layer.variance * layer.down_norms.square()
-    return score.argsort(descending=True, stable=True)
+    return _largest_first(layer.variance * layer.down_norms.square())
 
 
-def by_least_squares(layer: LayerActivations) -> Tensor:
+def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0) -> Tensor:
     """Drop one neuron after the other, each time the one whose loss the others make up for best
     (optimal brain surgeon on the rows of down; d_ff³ operations)."""
-    down = layer.weights.down.detach().cpu().T.double().clone()  # (d_ff, d_model)
+    down = weights.down.detach().cpu().T.double().clone()  # (d_ff, d_model)
     inverse = torch.linalg.inv(damped(layer.covariance.double()))
     neurons = torch.arange(len(down))  # those that are left
     dropped: list[int] = []
@@ -48,21 +75,36 @@ def by_least_squares(layer: LayerActivations) -> Tensor:
     return torch.tensor([*neurons.tolist(), *reversed(dropped)])
 
 
-def damped(covariance: Tensor) -> Tensor:
+def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """A covariance matrix with enough on its diagonal to be inverted."""
-    size = covariance.diagonal().mean()
-    extra = DAMPING * size + torch.finfo(covariance.dtype).tiny
+    extra = damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
     return covariance + extra * torch.eye(len(covariance)).to(covariance)
 
 
-# name -> permutation of the neurons, those to keep first; None: as they are stored
-ORDERS: dict[str, Callable[[LayerActivations], Tensor] | None] = {
-    "contiguous": None,  # MLPMoE, section 3.1
-    "activation": by_activation,
-    "fluctuation": by_fluctuation,
-    "least-squares": by_least_squares,
-}
-CALIBRATED = ("activation", "fluctuation", "least-squares")
+def _largest_first(score: Tensor) -> Tensor:
+    return score.cpu().argsort(descending=True, stable=True)
+
+
+ORDERS = {
+    "contiguous": Order(None, "as stored (MLPMoE)"),
+    "random": Order(at_random, "shuffled"),
+    "norm": Order(by_norm, "long weight vectors first"),
+    "activation": Order(by_activation, "most active first", calibrated=True),
+    "fluctuation": Order(by_fluctuation, "most varying first (FLAP)", calibrated=True),
+    "least-squares": Order(
+        by_least_squares, "hardest to replace first", calibrated=True
+    ),
+}  # fmt: skip
+
+
+def order_of(name: str, weights: MLPWeights, layer: LayerActivations | None, seed: int) -> Tensor:
+    """(d_ff,): the neurons in the order of this name. Found once per layer of activations."""
+    order = ORDERS[name]
+    if order.rank is None:
+        return torch.arange(weights.d_ff)
+    if layer is None or not order.calibrated:
+        return order.rank(weights, layer, seed)
+    return layer.remembered(("order", name), lambda: order.rank(weights, layer, seed))
 
 
 def permute(weights: MLPWeights, neurons: Tensor) -> MLPWeights:

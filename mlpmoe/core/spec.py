@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from .compensation import CALIBRATED as CALIBRATED_COMPENSATIONS
+from .checks import boolean, check_choice, integer, real, shown
 from .compensation import COMPENSATIONS, FILLS
 from .errors import SpecError
-from .order import CALIBRATED as CALIBRATED_ORDERS
 from .order import ORDERS
 from .routed import ROUTED_METHODS, RoutedMethod
 from .routed.expertweaver import AUTO
 from .routed.partition import expert_count
 from .routed.routers import ROUTERS
+from .schedule import DEFAULT_EXPONENT, SCHEDULES
+from .scores import SCORES
 
 METHODS = ("mlpmoe", *ROUTED_METHODS)
 MAX_FADE = 2.0  # at 2 the last half of the branches is empty; beyond, only branch 0 would be left
-STATIC_FIELDS = ("branches", "fade", "keep", "order")
+STATIC_FIELDS = (
+    "branches", "order", "fade", "fade_schedule", "fade_exponent", "fade_projections",
+    "fade_score", "fade_unit", "keep", "allocation", "progressive", "seed",
+)  # fmt: skip
 ROUTED_FIELDS = (
     "experts", "active", "shared", "router", "selection", "profile", "tau", "progressive", "seed",
 )  # fmt: skip
@@ -28,6 +31,11 @@ SELECTIONS = ("topk", "threshold")
 PROFILES = ("signed", "absolute")
 MAX_SEED = 2**32 - 1
 MAX_TAU = 1000.0
+MAX_EXPONENT = 100.0
+MAX_PATTERN = 64  # the m of n:m
+PROJECTIONS = ("gate", "up", "down")
+UNITS = ("weight", "neuron")  # beside n:m, such as 2:4
+ALLOCATIONS = ("uniform", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +51,19 @@ class ConversionSpec:
     method: str = "mlpmoe"
     # static
     branches: int = 16  # B, from 1 to the model's d_ff
-    fade: float = 0.0  # Fractal Fade strength s: branch i loses the smallest min(1, s·i/B)
-    keep: int | None = None  # K, from 1 to B: only the first K branches stay; None: all
     order: str = "contiguous"  # which neurons come first: as stored, or sorted by a score
-    # static: "sqrt" √(B/K), "none", "mean", "refit"; routed: "none", "mean"
+    fade: float = 0.0  # Fractal Fade strength s: branch i loses the share min(1, s·i/B)
+    fade_schedule: str = "linear"  # how the zeros are shared among branches, see schedule.py
+    fade_exponent: float | None = None  # of the schedule "power", above 0
+    fade_projections: str = "gate-up"  # matrices that fade zeroes, joined by hyphens
+    fade_score: str = "magnitude"  # which weights go first, see scores.py
+    # what goes: "weight", "neuron" (which shrinks the matrices), or a pattern n:m such as "2:4",
+    # n zeros in every m inputs of each matrix, which leaves nothing for `fade` to say
+    fade_unit: str = "weight"
+    keep: int | None = None  # K, from 1 to B: only the first K branches stay; None: all
+    # the same K (or fade) in every layer, or as the layers' output errors suggest, the same mean
+    allocation: str = "uniform"
+    # static: see compensation.py, "sqrt" is √(B/K); routed: "none", "mean"
     compensation: str | None = None
     # routed
     experts: int | None = None  # N_e per MLP, shared ones included; less where d_ff forbids it
@@ -57,44 +74,94 @@ class ConversionSpec:
     profile: str = "signed"  # sign of the gate activations that ExpertWeaver averages
     tau: float | None = None  # coefficient of variation above which a neuron is specialised;
     # None: the median of all neurons of the model
-    progressive: bool = False  # profile each layer on the converted layers before it
-    seed: int = 0  # of whatever a method draws
+    # both
+    progressive: bool = False  # calibrate each layer on the converted layers before it
+    seed: int = 0  # of whatever is drawn
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, METHODS)
+        check_choice("method", self.method, METHODS)
         self._check_belonging()
         set_field = object.__setattr__  # the dataclass is frozen; normalise numpy scalars once
-        set_field(self, "branches", _integer("branches (B)", self.branches))
-        set_field(self, "fade", _real("fade", self.fade, 0, MAX_FADE))
-        _choice("order", self.order, ORDERS)
-        if self.branches < 1:
-            raise SpecError(f"branches (B) must be at least 1, not {_shown(self.branches)}.")
-        if self.keep is not None:
-            set_field(self, "keep", _integer("keep (K)", self.keep))
-            if not 1 <= self.keep <= self.branches:
-                raise SpecError(
-                    f"keep (K) is {_shown(self.keep)}, but must lie between 1 and "
-                    f"branches (B) = {_shown(self.branches)}."
-                )
         routed = self.routed
         if self.compensation is None:
             set_field(self, "compensation", "none" if routed else "sqrt")
-        _choice("compensation", self.compensation, FILLS if routed else COMPENSATIONS)
+        check_choice("compensation", self.compensation, FILLS if routed else COMPENSATIONS)
+        if not isinstance(self.progressive, bool):
+            raise SpecError(f"progressive must be True or False, not {shown(self.progressive)}.")
+        set_field(self, "seed", integer("seed", self.seed))
+        if not 0 <= self.seed <= MAX_SEED:
+            raise SpecError(f"seed must lie between 0 and {MAX_SEED}, not {shown(self.seed)}.")
         if routed:
             self._check_routed(routed)
+        else:
+            self._check_static()
 
     def _check_belonging(self) -> None:
         """Refuse fields of the other kind of method: they would be ignored silently."""
-        others = STATIC_FIELDS if self.method in ROUTED_METHODS else ROUTED_FIELDS
-        if self.routed:
-            others += tuple(set(ROUTED_FIELDS) - set(self.routed.fields))
+        used = ("method", "compensation", *fields_of(self.method))
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in others and value is not None and value != field.default:
+            if field.name not in used and value is not None and value != field.default:
                 allowed = [m for m in METHODS if field.name in fields_of(m)]
                 raise SpecError(
                     f"{field.name} does not belong to the method {self.method}; it is for "
                     f"{', '.join(allowed)}."
+                )
+
+    def _check_static(self) -> None:
+        set_field = object.__setattr__  # the dataclass is frozen; normalise numpy scalars once
+        set_field(self, "branches", integer("branches (B)", self.branches))
+        if self.branches < 1:
+            raise SpecError(f"branches (B) must be at least 1, not {shown(self.branches)}.")
+        if self.keep is not None:
+            set_field(self, "keep", integer("keep (K)", self.keep))
+            if not 1 <= self.keep <= self.branches:
+                raise SpecError(
+                    f"keep (K) is {shown(self.keep)}, but must lie between 1 and "
+                    f"branches (B) = {shown(self.branches)}."
+                )
+        check_choice("order", self.order, ORDERS)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        self._check_fade()
+        if self.progressive and not self.looks_at_activations:
+            raise SpecError(
+                "progressive calibrates each layer on the converted layers before it, but no "
+                "stage of this spec looks at activations. Leave it off."
+            )
+
+    def _check_fade(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "fade", real("fade", self.fade, 0, MAX_FADE))
+        check_choice("fade_schedule", self.fade_schedule, SCHEDULES)
+        check_choice("fade_score", self.fade_score, SCORES)
+        if self.fade_schedule == "power":
+            exponent = DEFAULT_EXPONENT if self.fade_exponent is None else self.fade_exponent
+            set_field(self, "fade_exponent", real("fade_exponent", exponent, 0, MAX_EXPONENT))
+            if self.fade_exponent == 0:
+                raise SpecError("fade_exponent must be more than 0.")
+        elif self.fade_exponent is not None:
+            raise SpecError(
+                f"fade_exponent belongs to the schedule power, not to {self.fade_schedule}."
+            )
+        names = self.fade_projections.split("-") if isinstance(self.fade_projections, str) else [""]
+        if not set(names) <= set(PROJECTIONS):
+            raise SpecError(
+                "fade_projections must name gate, up or down, joined by hyphens; got "
+                f"{shown(self.fade_projections)}."
+            )
+        set_field(self, "fade_projections", "-".join(p for p in PROJECTIONS if p in names))
+        if self.fade_unit == "neuron" and self.fade_projections != "gate-up":
+            raise SpecError(
+                "a neuron is a row of gate and up and a column of down: with fade_unit neuron "
+                "leave fade_projections alone."
+            )
+        if self.fade_unit not in UNITS:
+            n, m = _pattern(self.fade_unit)
+            set_field(self, "fade_unit", f"{n}:{m}")
+            if self.fade or self.fade_schedule != "linear":
+                raise SpecError(
+                    f"{n}:{m} fixes the share of zeros: leave fade at 0 and fade_schedule at "
+                    "linear."
                 )
 
     def _check_routed(self, method: RoutedMethod) -> None:
@@ -102,17 +169,17 @@ class ConversionSpec:
         for name, default in method.defaults.items():
             if getattr(self, name) is None and not (name == "shared" and default != AUTO):
                 set_field(self, name, default)
-        set_field(self, "active", _real("active", self.active, 0, 1))
+        set_field(self, "active", real("active", self.active, 0, 1))
         if self.active == 0:
             raise SpecError("active must be more than 0: some neurons have to run.")
         if "shared" in method.fields and self.shared is None:  # half of what runs, at most
             set_field(self, "shared", min(method.defaults["shared"], self.active / 2))
         if "experts" in method.fields:
-            set_field(self, "experts", _integer("experts", self.experts))
+            set_field(self, "experts", integer("experts", self.experts))
             if self.experts < 2:
-                raise SpecError(f"experts must be at least 2, not {_shown(self.experts)}.")
+                raise SpecError(f"experts must be at least 2, not {shown(self.experts)}.")
         if "shared" in method.fields and self.shared != AUTO:
-            set_field(self, "shared", _real("shared", self.shared, 0, 1))
+            set_field(self, "shared", real("shared", self.shared, 0, 1))
             if self.shared > self.active:
                 raise SpecError(
                     f"shared is {self.shared:g}, but of the active share {self.active:g} at most "
@@ -123,16 +190,11 @@ class ConversionSpec:
                 f"shared must be a number for {self.method}; only expertweaver has a rule for "
                 f"{AUTO}."
             )
-        _choice("router", self.router, method.routers)
-        _choice("selection", self.selection, SELECTIONS)
-        _choice("profile", self.profile, PROFILES)
+        check_choice("router", self.router, method.routers)
+        check_choice("selection", self.selection, SELECTIONS)
+        check_choice("profile", self.profile, PROFILES)
         if self.tau is not None:
-            set_field(self, "tau", _real("tau", self.tau, 0, MAX_TAU))
-        if not isinstance(self.progressive, bool):
-            raise SpecError(f"progressive must be True or False, not {_shown(self.progressive)}.")
-        set_field(self, "seed", _integer("seed", self.seed))
-        if not 0 <= self.seed <= MAX_SEED:
-            raise SpecError(f"seed must lie between 0 and {MAX_SEED}, not {_shown(self.seed)}.")
+            set_field(self, "tau", real("tau", self.tau, 0, MAX_TAU))
 
     @property
     def routed(self) -> RoutedMethod | None:
@@ -151,7 +213,31 @@ class ConversionSpec:
                 or bool(self.shared)
                 or (self.router in ROUTERS and ROUTERS[self.router].calibrated)
             )
-        return self.order in CALIBRATED_ORDERS or self.compensation in CALIBRATED_COMPENSATIONS
+        return self.looks_at_activations or self.allocation != "uniform"
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """Whether a static stage looks at the activations of a layer when it converts it."""
+        return (
+            ORDERS[self.order].calibrated
+            or COMPENSATIONS[self.compensation].calibrated
+            or (self.fades and SCORES[self.fade_score].calibrated)
+        )
+
+    @property
+    def fades(self) -> bool:
+        """Whether weights or neurons inside the kept branches are removed."""
+        return self.fade > 0 or self.pattern is not None
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """n and m, if fade leaves n zeros in every m inputs."""
+        return None if self.fade_unit in UNITS else _pattern(self.fade_unit)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The matrices that fade zeroes weights of."""
+        return tuple(self.fade_projections.split("-"))
 
     @property
     def kept(self) -> int:
@@ -160,8 +246,8 @@ class ConversionSpec:
 
     @property
     def alpha(self) -> float:
-        """The factor on every kept branch: its compensation."""
-        return COMPENSATIONS[self.compensation](self.branches, self.kept)
+        """The factor on every kept branch, before one is fitted."""
+        return COMPENSATIONS[self.compensation].alpha(self.branches, self.kept)
 
     def check_fits(self, d_ff: int) -> None:
         """Raise SpecError if an MLP of `d_ff` neurons cannot be cut into this many branches, or
@@ -170,7 +256,7 @@ class ConversionSpec:
             expert_count(d_ff, self.experts)
         if self.branches > d_ff:
             raise SpecError(
-                f"branches (B) is {_shown(self.branches)}, but this model's MLPs have {d_ff} "
+                f"branches (B) is {shown(self.branches)}, but this model's MLPs have {d_ff} "
                 f"neurons: choose B between 1 and {d_ff}."
             )
 
@@ -184,7 +270,7 @@ class ConversionSpec:
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise SpecError(f"unknown field {_shown(unknown[0])}; allowed: {', '.join(known)}.")
+            raise SpecError(f"unknown field {shown(unknown[0])}; allowed: {', '.join(known)}.")
         return cls(**values)
 
     def _changed(self) -> dict[str, Any]:
@@ -212,9 +298,10 @@ class ConversionSpec:
     def from_texts(cls, texts: Mapping[str, str]) -> ConversionSpec:
         """The spec of values written as text; SpecError if one cannot be read."""
         readers = {
-            "branches": int, "keep": int, "fade": float, "experts": int, "active": float,
+            "branches": int, "keep": int, "fade": float, "fade_exponent": float, "experts": int,
+            "active": float,
             "shared": lambda text: text if text == AUTO else float(text), "tau": float,
-            "seed": int, "progressive": _boolean,
+            "seed": int, "progressive": boolean,
         }  # fmt: skip
         values: dict[str, Any] = {}
         for name, text in texts.items():
@@ -222,7 +309,7 @@ class ConversionSpec:
                 values[name] = readers.get(name, str)(text)
             except ValueError:
                 kind = "true or false" if name == "progressive" else "a number"
-                raise SpecError(f"{name} must be {kind}, not {_shown(text)}.") from None
+                raise SpecError(f"{name} must be {kind}, not {shown(text)}.") from None
         return cls.from_dict(values)
 
     def to_python(self) -> str:
@@ -231,42 +318,7 @@ class ConversionSpec:
 
     def to_flags(self) -> str:
         """The spec as command-line flags, e.g. `--branches 16 --fade 0.9`."""
-        return " ".join(f"--{name} {value}" for name, value in self._changed().items())
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, short whatever it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return "a number with thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _choice(name: str, value: Any, allowed) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise SpecError(f"{name} must be one of {', '.join(allowed)}; got {_shown(value)}.")
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise SpecError(f"{name} must be a whole number, not {_shown(value)}.")
-    return int(value)
-
-
-def _real(name: str, value: Any, low: float, high: float) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise SpecError(
-            f"{name} must be a number between {low:g} and {high:g}, not {_shown(value)}."
-        )
-    return float(value)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
+        return " ".join(f"--{flag_of(name)} {value}" for name, value in self._changed().items())
 
 
 def fields_of(method: str) -> tuple[str, ...]:
@@ -274,11 +326,19 @@ def fields_of(method: str) -> tuple[str, ...]:
     return ROUTED_METHODS[method].fields if method in ROUTED_METHODS else STATIC_FIELDS
 
 
-# A published recipe is a spec with a name.
-PRESETS = {
-    "All 16 branches": ConversionSpec(branches=16),
-    "Fractal Fade (paper)": ConversionSpec(branches=16, fade=0.9),
-    "Keep 12 of 16 (paper)": ConversionSpec(branches=16, keep=12),
-    "Fade 0.9 and keep 12 of 16": ConversionSpec(branches=16, fade=0.9, keep=12),
-    "Keep 12 of 16, not scaled": ConversionSpec(branches=16, keep=12, compensation="none"),
-}
+def flag_of(field: str) -> str:
+    """A field's name on the command line, without the dashes in front."""
+    return field.replace("_", "-")
+
+
+def _pattern(unit: Any) -> tuple[int, int]:
+    """n and m of "n:m"; SpecError if it is none."""
+    n, colon, m = unit.partition(":") if isinstance(unit, str) else ("", "", "")
+    if not colon or not (n.isdecimal() and m.isdecimal()) or len(n) + len(m) > 6:
+        raise SpecError(f"fade_unit must be weight, neuron, or n:m such as 2:4; got {shown(unit)}.")
+    if not 0 < int(n) < int(m) <= MAX_PATTERN:
+        raise SpecError(
+            f"fade_unit {unit}: of m neighbouring weights n are zeroed, so n must be at least 1 "
+            f"and less than m, and m at most {MAX_PATTERN}."
+        )
+    return int(n), int(m)

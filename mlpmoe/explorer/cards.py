@@ -13,9 +13,18 @@ from ..measure.notation import count, difference, number, signed_percent, speedu
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
-from .workbench import Evaluation, LoadedModel, Zeros
+from .loaded import Evaluation, LoadedModel, Zeros
 
 TEXT_NAMES = {"stories": "evaluation stories", "proxy": "proxy mixture (health check)"}
+
+COMPENSATION_NAMES = {
+    "sqrt": "× √(B/K)",
+    "ratio": "× B/K",
+    "none": "not compensated",
+    "alpha": "fitted α",
+    "mean": "mean as a bias",
+    "refit": "down refitted",
+}
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,18 @@ class Card:
 
 def describe(spec: ConversionSpec) -> str:
     """A spec in one short line, e.g. "B 16 · fade 0.90 · K 12, × √(B/K)"."""
-    parts = [f"B {spec.branches}", f"fade {spec.fade:.2f}", f"K {spec.kept}"]
+    fade = f"fade {spec.fade:.2f}"
+    if spec.pattern:
+        fade = f"{spec.fade_unit} zeros"
+    elif spec.fade and spec.fade_unit == "neuron":
+        fade += " by neurons"
+    parts = [f"B {spec.branches}", fade, f"K {spec.kept}"]
     if spec.kept < spec.branches:
-        parts[-1] += ", × √(B/K)" if spec.compensation == "sqrt" else ", not compensated"
+        parts[-1] += f", {COMPENSATION_NAMES[spec.compensation]}"
+    elif spec.fades and spec.compensation in ("alpha", "mean", "refit"):
+        parts.append(COMPENSATION_NAMES[spec.compensation])
+    if spec.order != "contiguous":
+        parts.append(f"{spec.order} order")
     return " · ".join(parts)
 
 
@@ -67,16 +85,17 @@ def pending_perplexity_card(dense: Perplexity | None, text: str, message: str) -
 
 
 def nonzero_card(
-    dense: ParameterReport, converted: ParameterReport, spec: ConversionSpec, zeros: Zeros
+    dense: ParameterReport, converted: ParameterReport, spec: ConversionSpec, zeros: Zeros | None
 ) -> Card:
     """Both denominators, and what fade was asked for against what it did."""
     whole = converted.nonzero / dense.nonzero - 1
     mlps = converted.mlp_nonzero / dense.mlp_nonzero - 1
     alphas = converted.total - dense.total
-    if spec.fade:
+    if zeros:
         where = " in what is kept" if spec.kept < spec.branches else ""
+        verb = "drops" if spec.fade_unit == "neuron" else "zeroes"
         note = (
-            f"fade zeroes {100 * zeros.realised:.2f} % of gate and up{where}, "
+            f"fade {verb} {100 * zeros.realised:.2f} % of {zeros.what}{where}, "
             f"asked for {100 * zeros.requested:.2f} %"
         )
     elif spec.kept < spec.branches:
@@ -96,7 +115,7 @@ def compute_card(dense: ParameterReport, converted: ParameterReport, spec: Conve
     mlps = converted.mlp_macs_per_token / dense.mlp_macs_per_token - 1
     whole = converted.macs_per_token / dense.macs_per_token - 1
     note = "multiply-adds in weight matrices"
-    if spec.fade:
+    if spec.fades and spec.fade_unit != "neuron":
         note = "zeros stay in place, so fade saves no multiply-adds"
     return Card(
         "Compute per token",
@@ -104,6 +123,17 @@ def compute_card(dense: ParameterReport, converted: ParameterReport, spec: Conve
         count(converted.macs_per_token),
         f"{signed_percent(whole)} in all\n{signed_percent(mlps)} in MLPs",
         note,
+    )
+
+
+def pending_structure_cards(loaded: LoadedModel, message: str) -> tuple[Card, Card]:
+    """Non-zero parameters and compute, before a calibrated conversion is made."""
+    report = loaded.report
+    return (
+        Card("Non-zero parameters", count(report.nonzero), "…", message, "needs a calibration"),
+        Card(
+            "Compute per token", count(report.macs_per_token), "…", message, "needs a calibration"
+        ),
     )
 
 

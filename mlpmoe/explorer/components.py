@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from ..core.spec import MAX_FADE, PRESETS
 from ..models import CATALOGUE
 from ..models.catalogue import DEMO_KEY
-from .cards import TEXT_NAMES
 from .preview import QUANTITY_NAMES
-from .sliders import KeepSlider, LimitedSlider
+from .sliders import LimitedSlider
 
-MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
 MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
 EXAMPLES = (
@@ -21,7 +18,6 @@ EXAMPLES = (
     "Tom and his sister found a red box under the bed.",
     "One day, a small boat wanted to see the big sea.",
 )
-CUSTOM = "custom"
 
 
 @dataclass(frozen=True)
@@ -29,19 +25,6 @@ class ModelPanel:
     name: gr.Dropdown
     load: gr.Button
     status: gr.HTML
-
-
-@dataclass(frozen=True)
-class ConvertPanel:
-    preset: gr.Dropdown
-    branches: gr.Slider
-    fade: gr.Slider
-    keep: gr.Slider
-    compensation: gr.Radio
-    text: gr.Dropdown
-    measure: gr.Button
-    stop: gr.Button
-    snippet: gr.Code
 
 
 @dataclass(frozen=True)
@@ -101,48 +84,6 @@ def model_panel(any_model: bool) -> ModelPanel:
         load = gr.Button("Load", scale=0, min_width=120, elem_id="load")
     status = gr.HTML("", elem_id="status")
     return ModelPanel(name, load, status)
-
-
-def convert_panel() -> ConvertPanel:
-    gr.Markdown("### Convert")
-    preset = gr.Dropdown([*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset")
-    branches = LimitedSlider(
-        1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
-        info="parts each MLP is cut into",
-    )  # fmt: skip
-    fade = LimitedSlider(
-        0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
-        info="zeroes small weights",
-    )  # fmt: skip
-    keep = KeepSlider(
-        1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
-        info="the others are dropped",
-    )  # fmt: skip
-    with gr.Row():
-        measure = gr.Button("Measure", variant="primary", min_width=100, elem_id="measure")
-        stop = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
-    with gr.Accordion("More", open=False, elem_id="more"):
-        compensation = gr.Radio(
-            [("× √(B/K), as published", "sqrt"), ("none", "none")],
-            value="sqrt",
-            label="Compensation of kept branches",
-            elem_id="compensation",
-        )
-        text = gr.Dropdown(
-            [(name[0].upper() + name[1:], key) for key, name in TEXT_NAMES.items()],
-            value="stories",
-            label="Text that perplexity is measured on",
-            filterable=False,
-            elem_id="text",
-        )
-    with gr.Accordion("The same in Python and in the shell", open=False):
-        snippet = gr.Code(
-            language="python", show_label=False, buttons=["copy"], elem_id="snippet",
-            interactive=False, lines=6, wrap_lines=True, show_line_numbers=False,
-        )  # fmt: skip
-    return ConvertPanel(
-        preset, branches, fade, keep, compensation, text, measure, stop, snippet
-    )  # fmt: skip
 
 
 def cards_panel() -> CardsPanel:

@@ -7,15 +7,18 @@ program can send anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import gradio as gr
 
+from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..measure.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE
 from .handlers import check_writing, readable
+from .loaded import Conversion, Evaluation, LoadedModel, spec_of
 from .preview import summary
-from .workbench import Evaluation, LoadedModel, Workbench
+from .workbench import Workbench
 
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
 
@@ -38,12 +41,20 @@ def add_endpoints(workbench: Workbench) -> None:
         ]
 
     def find(
-        model: str, branches: int, fade: float, keep: int | None, compensation: str
-    ) -> tuple[LoadedModel, ConversionSpec]:
-        spec = ConversionSpec(branches=branches, fade=fade, keep=keep, compensation=compensation)
+        model: str, branches: int, fade: float, keep: int | None, compensation: str,
+        more: dict[str, Any] | None,
+    ) -> tuple[LoadedModel, Conversion]:  # fmt: skip
+        if not isinstance(more, dict | None):
+            raise UserError("more must be an object: further fields of ConversionSpec by name.")
+        common = {
+            "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
+        }  # fmt: skip
+        spec = ConversionSpec.from_dict(common | (more or {}))
+        if spec.routed:
+            raise UserError("routed methods have no endpoint so far; leave method at mlpmoe.")
         loaded = workbench.loaded(model)
         spec.check_fits(loaded.d_ff)
-        return loaded, spec
+        return loaded, loaded.asked(spec)
 
     @readable
     def preview(
@@ -52,9 +63,14 @@ def add_endpoints(workbench: Workbench) -> None:
         fade: float = 0.0,
         keep: int | None = None,
         compensation: str = "sqrt",
+        more: dict | None = None,
     ) -> dict:
-        """Parameters, zeros and compute of a conversion; no forward pass, so it is quick."""
-        return summary(*find(model, branches, fade, keep, compensation))
+        """Parameters, zeros and compute of a conversion.
+
+        more: further fields of ConversionSpec by name, such as {"order": "norm"}. Quick, unless
+        a stage looks at the calibration stories.
+        """
+        return summary(*find(model, branches, fade, keep, compensation, more))
 
     @readable
     def evaluate(
@@ -64,16 +80,17 @@ def add_endpoints(workbench: Workbench) -> None:
         keep: int | None = None,
         compensation: str = "sqrt",
         text: str = "stories",
+        more: dict | None = None,
     ) -> Iterator[dict]:
         """Perplexity of dense and converted model on a built-in text ("stories" or "proxy").
 
         Streams {"done", "total"} tokens; the last message holds the result.
         """
-        loaded, spec = find(model, branches, fade, keep, compensation)
-        for step in loaded.evaluate(spec, text):
+        loaded, asked = find(model, branches, fade, keep, compensation, more)
+        for step in loaded.evaluate(asked, text):
             if isinstance(step, Evaluation):
                 yield {
-                    "spec": spec.to_dict(),
+                    "spec": spec_of(asked).to_dict(),
                     "text": text,
                     "tokens": step.dense.tokens,
                     "dense": step.dense.value,
@@ -98,6 +115,7 @@ def add_endpoints(workbench: Workbench) -> None:
         compensation: str = "sqrt",
         tokens: int = 64,
         temperature: float = 0.0,
+        more: dict | None = None,
     ) -> Iterator[dict]:
         """Dense and converted model continue a prompt in lockstep.
 
@@ -105,8 +123,8 @@ def add_endpoints(workbench: Workbench) -> None:
         token that differs, or null.
         """
         check_writing(prompt, tokens, temperature)
-        loaded, spec = find(model, branches, fade, keep, compensation)
-        pair = (loaded.model, loaded.converted(spec))
+        loaded, asked = find(model, branches, fade, keep, compensation, more)
+        pair = (loaded.model, loaded.converted(asked))
         for dense, converted in write_side_by_side(
             pair, loaded.tokenizer, prompt, tokens, temperature
         ):

@@ -19,6 +19,7 @@ LOAD_HEIGHT = 320
 SPLIT_HEIGHT = 280
 MOST_COLUMNS = 64
 LEAST_INCREASE = 0.1  # per cent; less cannot be told from nothing on texts of this size
+MOST_INCREASE = 1e8  # more is broken all the same
 LOAD = ["#f3ece4", "#f0c394", "#e5954a", "#d9741a", "#8a4407"]  # never chosen to always chosen
 
 
@@ -50,7 +51,7 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
         some = [p for p in points if p.kind == kind]
         figure.add_scatter(
             x=[100 * p.compute for p in some],
-            y=[_increase(p.ratio) for p in some],
+            y=[shown_increase(p.ratio) for p in some],
             error_y={
                 "array": [100 * p.stderr for p in some],
                 "thickness": 1, "width": 0, "color": colour,
@@ -75,7 +76,7 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
     finish(figure, TRADEOFF_HEIGHT)
     figure.update_layout(
         xaxis={"title": "MLP multiply-adds per token, % of dense", "range": [15, 105]},
-        yaxis={"title": "increase of perplexity", "type": "log", **_log_ticks(points)},
+        yaxis=increase_axis([point.ratio for point in points]),
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         margin={"l": 76},
         hovermode="closest",
@@ -83,19 +84,21 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
     return figure
 
 
-def _increase(ratio: float) -> float:
-    """Of perplexity, in per cent."""
-    return max(LEAST_INCREASE, 100 * (ratio - 1))
+def shown_increase(ratio: float) -> float:
+    """Of perplexity, in per cent, as the axis shows it."""
+    return min(max(LEAST_INCREASE, 100 * (ratio - 1)), MOST_INCREASE)
 
 
-def _log_ticks(points: Sequence[Point]) -> dict:
-    """Ticks from the least increase up to beyond the largest."""
-    top = max([10.0, *(_increase(p.ratio) for p in points)])
+def increase_axis(ratios: Sequence[float]) -> dict:
+    """A logarithmic axis from the least increase up to beyond the largest."""
+    top = max([10.0, *map(shown_increase, ratios)])
     powers = range(-1, 1 + ceil(log10(top)))
     values = [10.0**power for power in powers]
     values = [v for value in values for v in ((value, 3 * value) if len(values) < 5 else (value,))]
     texts = [f"≤ {v:g} %" if v == LEAST_INCREASE else f"{v:g} %" for v in values]
     return {
+        "title": "increase of perplexity",
+        "type": "log",
         "tickvals": values,
         "ticktext": texts,
         "range": [log10(LEAST_INCREASE) - 0.15, log10(top) + 0.2],

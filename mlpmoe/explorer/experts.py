@@ -28,7 +28,8 @@ from ..models import assets_folder
 from ..models.catalogue import DEMO_KEY
 from .expert_plots import Point, expert_load, shared_split, tradeoff, variation_histogram
 from .experts_panel import EMPTY, OWN
-from .workbench import Calibrated, Evaluation, LoadedModel, Workbench
+from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories
+from .workbench import Workbench
 
 BUDGETS = (0.875, 0.75, 0.5)  # active shares of the comparison that comes with the demo model
 TEXT = "stories"  # that perplexity is measured on
@@ -168,15 +169,10 @@ def spec_of(
     return ConversionSpec(method=method, **values)
 
 
-@lru_cache(maxsize=1)
-def _stories() -> str:
-    return (assets_folder() / "texts" / "calibration.txt").read_text(encoding="utf-8")
-
-
 def calibration_text(choice: str, own: str) -> str:
     """The calibration text; UserError if it is empty or shares a passage with what is measured."""
     if choice != OWN:
-        return _stories()
+        return calibration_stories()
     if not isinstance(own, str) or not own.strip():
         raise UserError(
             "there is no calibration text: paste one, choose a file, or take our stories."

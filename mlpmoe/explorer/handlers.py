@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from html import escape
 from inspect import isgeneratorfunction
@@ -19,22 +19,35 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import UserError
-from ..core.spec import PRESETS, ConversionSpec
+from ..core.presets import PRESETS
+from ..core.spec import ConversionSpec
 from ..measure.generation import Writing, parted_at, write_side_by_side
 from ..models.catalogue import DEMO_KEY
 from .cards import (
     describe,
     pending_perplexity_card,
     pending_speed_card,
+    pending_structure_cards,
     perplexity_card,
     speed_card,
     status_line,
 )
-from .components import CUSTOM, MAX_BRANCHES, MAX_NEW_TOKENS, MAX_PROMPT
+from .components import MAX_NEW_TOKENS, MAX_PROMPT
+from .convert_panel import CUSTOM
 from .lesson import lesson
-from .preview import preset_name, preview
-from .workbench import Evaluation, LoadedModel, Workbench
+from .loaded import Calibrated, Conversion, Evaluation, LoadedModel
+from .preview import preset_name, preview, snippet
+from .settings import (
+    CONTROLS,
+    check_shown,
+    most_branches,
+    read_spec,
+    settle_keep,
+    show_spec,
+)
+from .workbench import Workbench
 
+STRUCTURE = 4  # outputs of `_structure`
 QUICK_SECONDS = 4.0  # a measurement predicted to be shorter starts by itself
 WRITING_SECONDS = 120.0  # after that, writing stops
 UPDATES_PER_SECOND = 20  # of streamed text
@@ -91,38 +104,22 @@ class Handlers:
         try:
             if known:
                 spec = ConversionSpec.from_query("&".join(f"{k}={v}" for k, v in known.items()))
+                check_shown(spec)
                 spec.check_fits(self.workbench.loaded(DEMO_KEY).d_ff)
-                if spec.needs_calibration or spec.routed or spec.order != "contiguous":
-                    raise UserError(
-                        "links open static branches only so far; choose other methods on the tab "
-                        "Experts."
-                    )
-                if spec.branches > MAX_BRANCHES:
-                    raise UserError(f"this page offers at most {MAX_BRANCHES} branches (B).")
         except UserError as error:
             gr.Warning(f"{_sentence(error)} The page opens with its defaults.", title="Broken link")
             spec = ConversionSpec()
         if model != DEMO_KEY:
             gr.Info(f"This link is about {escape(model[:80])}. Press Load to load it.")
         demo = self.workbench.loaded(DEMO_KEY)
-        return True, model, status_line(demo), *self._spec_updates(demo, spec)
+        return True, model, status_line(demo), *show_spec(spec, demo)
 
     def choose_preset(self, model: str, name: str) -> tuple:
         loaded = self.workbench.loaded(model)
         if name not in PRESETS:
-            return (gr.skip(),) * 5
+            return (gr.skip(),) * (len(CONTROLS) + 1)
         PRESETS[name].check_fits(loaded.d_ff)
-        return self._spec_updates(loaded, PRESETS[name])
-
-    def _spec_updates(self, loaded: LoadedModel, spec: ConversionSpec) -> tuple:
-        """B, fade, K, compensation, and B again for `settle_keep` to compare with."""
-        return (
-            gr.update(value=spec.branches, maximum=_most_branches(loaded)),
-            spec.fade,
-            gr.update(value=spec.kept, maximum=max(2, spec.branches)),
-            spec.compensation,
-            spec.branches,
-        )
+        return show_spec(PRESETS[name], loaded)
 
     def load(self, name: str, branches: int) -> Iterator[tuple]:
         """Status line, model key, then the limits of B, layer and projection."""
@@ -134,7 +131,7 @@ class Handlers:
         yield (
             status_line(loaded),
             loaded.key,
-            gr.update(maximum=_most_branches(loaded), value=min(branches, _most_branches(loaded))),
+            gr.update(maximum=most_branches(loaded), value=min(branches, most_branches(loaded))),
             gr.update(maximum=max(1, len(loaded.mlps) - 1), value=0),
             gr.update(choices=loaded.projections, value=loaded.projections[0]),
         )
@@ -143,68 +140,69 @@ class Handlers:
         """The status line of the model that is still there."""
         return status_line(self.workbench.loaded(model))
 
-    def preview(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
-        layer: int, projection: str, quantity: str, branches_before: int, request: gr.Request,
-    ) -> tuple:  # fmt: skip
-        """All that needs no forward pass, at once; what was measured before, if it was."""
+    def preview(self, request: gr.Request, model: str, *values: Any) -> tuple:
+        """All that needs no forward pass, at once; what was measured before, if it was. A
+        calibrated conversion is shown once it is made (`measure`)."""
+        settings, (text, *views, branches_before) = _parted(values)
         loaded = self.workbench.loaded(model)
-        chosen, keep = keep, settle_keep(branches, keep, branches_before)
+        branches, chosen = settings[0], settings[2]
+        keep = settle_keep(branches, chosen, branches_before)
         # K is left alone where it may stay: the visitor may have moved it further meanwhile.
         settled = keep == chosen and branches == branches_before
-        spec = _spec(branches, fade, keep, compensation)
+        spec = read_spec([*settings[:2], keep, *settings[3:]])
         spec.check_fits(loaded.d_ff)
-        shown = preview(loaded, spec, layer, projection, quantity)
-        self._look_at(request, (loaded.key, spec, text))
+        asked = loaded.asked(spec)
+        self._look_at(request, (loaded.key, asked, text))
+        invitation = self._invitation(loaded, asked, text)
         return (
             gr.skip() if settled else gr.update(value=keep, maximum=max(2, branches)),
             gr.skip() if branches == branches_before else branches,
             preset_name(spec) or CUSTOM,
-            shown.nonzero.html(),
-            shown.compute.html(),
-            *self._measured_cards(loaded, spec, text, self._invitation(loaded, spec, text)),
-            shown.histograms,
-            shown.heat,
-            shown.snippet,
+            snippet(loaded.key, spec),
+            gr.update(interactive=spec.pattern is None),
+            gr.update(visible=spec.fade_schedule == "power"),
+            *self._measured_cards(loaded, asked, text, invitation),
+            *_structure(loaded, asked, views, invitation),
         )
 
-    def lesson(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str, layer: int
-    ) -> tuple[str, str, str, str]:
-        return lesson(*self._chosen(model, branches, fade, keep, compensation), layer)
+    def lesson(self, model: str, *values: Any) -> tuple[str, str, str, str]:
+        settings, (layer,) = _parted(values)
+        loaded = self.workbench.loaded(model)
+        return lesson(loaded, read_spec(settings), layer)
 
     def measure_if_quick(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
-        request: gr.Request,
-    ) -> Iterator[tuple[str, str]]:  # fmt: skip
-        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
-        if self._is_quick(loaded, spec, text):
-            yield from self._measure(loaded, spec, text, request)
+        self, request: gr.Request, model: str, *values: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        loaded, asked, text, views = self._chosen(model, values)
+        if self._is_quick(loaded, asked, text):
+            yield from self._measure(request, loaded, asked, text, views)
 
-    def measure(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
-        request: gr.Request,
-    ) -> Iterator[tuple[str, str]]:  # fmt: skip
-        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
-        self._look_at(request, (loaded.key, spec, text))
-        yield from self._measure(loaded, spec, text, request, speed_again=True)
+    def measure(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """The cards of perplexity and speed, then the structure."""
+        loaded, asked, text, views = self._chosen(model, values)
+        self._look_at(request, (loaded.key, asked, text))
+        yield from self._measure(request, loaded, asked, text, views, speed_again=True)
 
-    def stop_measuring(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str, text: str,
-        request: gr.Request,
-    ) -> tuple[str, str]:  # fmt: skip
+    def stop_measuring(self, request: gr.Request, model: str, *values: Any) -> tuple[Any, ...]:
         self._look_at(request, ())
-        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
-        return self._measured_cards(loaded, spec, text, "stopped; press Measure")
+        loaded, asked, text, views = self._chosen(model, values)
+        message = "stopped; press Measure"
+        return (
+            *self._measured_cards(loaded, asked, text, message),
+            *_structure(loaded, asked, views, message),
+        )
 
-    def write(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str,
-        prompt: str, tokens: int, temperature: float,
-    ) -> Iterator[tuple[str, str, str]]:  # fmt: skip
+    def write(self, model: str, *values: Any) -> Iterator[tuple[str, str, str]]:
         """Dense text, converted text, report."""
+        settings, (prompt, tokens, temperature) = _parted(values)
         check_writing(prompt, tokens, temperature)
-        loaded, spec = self._chosen(model, branches, fade, keep, compensation)
-        models = (loaded.model, loaded.converted(spec))
+        loaded = self.workbench.loaded(model)
+        spec = read_spec(settings)
+        asked = loaded.asked(spec)
+        if isinstance(asked, Calibrated):
+            for message in loaded.convert(asked):
+                yield gr.skip(), gr.skip(), f"<p>{escape(message)} …</p>"
+        models = (loaded.model, loaded.converted(asked))
         started = shown = monotonic()
         writings: tuple[Writing, ...] = ()
         steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
@@ -219,39 +217,59 @@ class Handlers:
         yield *_texts(writings), writing_report(loaded, spec, writings)
 
     def _chosen(
-        self, model: str, branches: int, fade: float, keep: int, compensation: str
-    ) -> tuple[LoadedModel, ConversionSpec]:
-        return self.workbench.loaded(model), _spec(branches, fade, keep, compensation)
+        self, model: str, values: Sequence[Any]
+    ) -> tuple[LoadedModel, Conversion, str, list[Any]]:
+        """Model, conversion, text, and what is looked at: layer, projection, quantity."""
+        settings, (text, *views) = _parted(values)
+        loaded = self.workbench.loaded(model)
+        return loaded, loaded.asked(read_spec(settings)), text, views
 
     def _measure(
         self,
-        loaded: LoadedModel,
-        spec: ConversionSpec,
-        text: str,
         request: gr.Request,
+        loaded: LoadedModel,
+        asked: Conversion,
+        text: str,
+        views: list[Any],
         speed_again: bool = False,
-    ) -> Iterator[tuple[str, str]]:
-        """The cards of perplexity and speed, as the measurement goes on."""
-        look = (loaded.key, spec, text)
-        if loaded.known_evaluation(spec, text) is None:
-            yield self._measured_cards(loaded, spec, text, "measuring …")
-        for step in loaded.evaluate(spec, text):
+    ) -> Iterator[tuple[Any, ...]]:
+        """Cards and plots, as the measurement goes on."""
+        look = (loaded.key, asked, text)
+        nothing = (gr.skip(),) * STRUCTURE
+
+        def cards(message: str) -> tuple[Any, ...]:
+            return *self._measured_cards(loaded, asked, text, message), *nothing
+
+        if not loaded.is_converted(asked):
+            for message in loaded.convert(asked):
+                if self._latest.get(request.session_hash) != look:
+                    return  # overtaken by a later change
+                message = f"{message} …"
+                yield (
+                    *self._measured_cards(loaded, asked, text, message),
+                    *_structure(loaded, asked, views, message),
+                )
+        if isinstance(asked, Calibrated):
+            shown = self._measured_cards(loaded, asked, text, "measuring …")
+            yield *shown, *_structure(loaded, asked, views, "")
+        elif loaded.known_evaluation(asked, text) is None:
+            yield cards("measuring …")
+        for step in loaded.evaluate(asked, text):
             if self._latest.get(request.session_hash) != look:
-                return  # overtaken by a later change
+                return
             if not isinstance(step, Evaluation):
-                message = f"measuring, {step.done / step.total:.0%}"
-                yield self._measured_cards(loaded, spec, text, message)
-        if speed_again or loaded.known_speed(spec) is None:
-            perplexity, _ = self._measured_cards(loaded, spec, text, "")
-            yield perplexity, pending_speed_card("measuring …").html()
-            loaded.speed(spec, again=speed_again)
+                yield cards(f"measuring, {step.done / step.total:.0%}")
+        if speed_again or loaded.known_speed(asked) is None:
+            perplexity, _ = self._measured_cards(loaded, asked, text, "")
+            yield perplexity, pending_speed_card("measuring …").html(), *nothing
+            loaded.speed(asked, again=speed_again)
         if self._latest.get(request.session_hash) == look:
-            yield self._measured_cards(loaded, spec, text, "")
+            yield cards("")
 
     def _measured_cards(
-        self, loaded: LoadedModel, spec: ConversionSpec, text: str, message: str
+        self, loaded: LoadedModel, asked: Conversion, text: str, message: str
     ) -> tuple[str, str]:
-        evaluation, speed = loaded.known_evaluation(spec, text), loaded.known_speed(spec)
+        evaluation, speed = loaded.known_evaluation(asked, text), loaded.known_speed(asked)
         perplexity = (
             perplexity_card(evaluation, text)
             if evaluation
@@ -261,13 +279,18 @@ class Handlers:
             speed_card(speed, loaded) if speed else pending_speed_card(message)
         ).html()
 
-    def _invitation(self, loaded: LoadedModel, spec: ConversionSpec, text: str) -> str:
-        if self._is_quick(loaded, spec, text):
+    def _invitation(self, loaded: LoadedModel, asked: Conversion, text: str) -> str:
+        if self._is_quick(loaded, asked, text):
             return "measuring …"
-        return f"press Measure, about {loaded.seconds_to_measure(spec, text):.0f} s"
+        if not loaded.is_converted(asked):
+            return "press Measure; calibrates first"
+        return f"press Measure, about {loaded.seconds_to_measure(asked, text):.0f} s"
 
-    def _is_quick(self, loaded: LoadedModel, spec: ConversionSpec, text: str) -> bool:
-        return loaded.key == DEMO_KEY or loaded.seconds_to_measure(spec, text) < QUICK_SECONDS
+    def _is_quick(self, loaded: LoadedModel, asked: Conversion, text: str) -> bool:
+        if loaded.key == DEMO_KEY:
+            return True
+        converted = loaded.is_converted(asked)
+        return converted and loaded.seconds_to_measure(asked, text) < QUICK_SECONDS
 
     def _look_at(self, request: gr.Request, look: tuple) -> None:
         self._latest[request.session_hash] = look
@@ -281,9 +304,20 @@ def _sentence(error: UserError) -> str:
     return escape(message[:1].upper() + message[1:], quote=False)
 
 
-def settle_keep(branches: int, keep: int, branches_before: int) -> int:
-    """K after B moved: all branches stay all, and K never exceeds B."""
-    return branches if keep == branches_before else min(keep, branches)
+def _parted(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The values of the controls that make the spec, and those after them."""
+    return values[: len(CONTROLS)], values[len(CONTROLS) :]
+
+
+def _structure(
+    loaded: LoadedModel, asked: Conversion, views: Sequence[Any], message: str
+) -> tuple[Any, ...]:
+    """Cards of non-zero parameters and compute, histograms and heat map."""
+    if not loaded.is_converted(asked):
+        cards = pending_structure_cards(loaded, message)
+        return *(card.html() for card in cards), gr.skip(), gr.skip()
+    shown = preview(loaded, asked, *views)
+    return shown.nonzero.html(), shown.compute.html(), shown.histograms, shown.heat
 
 
 def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:
@@ -325,21 +359,3 @@ def writing_report(loaded: LoadedModel, spec: ConversionSpec, writings: tuple[Wr
 
 def _texts(writings: tuple[Writing, ...]) -> tuple[str, ...]:
     return tuple(writing.text.lstrip() for writing in writings)
-
-
-def _spec(branches: int, fade: float, keep: int, compensation: str) -> ConversionSpec:
-    """The spec of the controls; keeping all is `keep=None`, so that equal specs are equal.
-
-    K exceeds B for a moment while B is moved down; then all are kept, as `settle_keep` decides.
-    """
-    keep_all = keep >= branches
-    return ConversionSpec(
-        branches=branches,
-        fade=fade,
-        keep=None if keep_all else keep,
-        compensation="sqrt" if keep_all else compensation,
-    )
-
-
-def _most_branches(loaded: LoadedModel) -> int:
-    return min(MAX_BRANCHES, loaded.d_ff)

@@ -5,36 +5,51 @@ from __future__ import annotations
 from html import escape
 
 from ..core.branched import branch_sizes
-from ..core.fade import fade_sparsities
+from ..core.compensation import COMPENSATIONS
+from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
 from ..measure.contributions import Contributions, contributions
 from ..measure.magnitudes import branched_mlps
 from ..measure.notation import number
-from .workbench import LoadedModel
+from .loaded import LoadedModel
 
+OTHERS = ". These three steps are the published ones; your other choices under More are left out."
 TOKENS = 64  # of the evaluation text
 
 
 def lesson(loaded: LoadedModel, spec: ConversionSpec, layer: int) -> tuple[str, str, str, str]:
-    """The strip of branches as HTML, then the texts of the three steps as Markdown."""
+    """The strip of branches as HTML, then the texts of the three steps as Markdown: the stages as
+    published, with B, fade, K and compensation of the spec."""
+    other, spec = spec, published(spec)
     layer = min(layer, len(loaded.mlps) - 1)
     measured = contributions(
         loaded.model, layer, spec, loaded.text("stories").documents[0][:TOKENS]
     )
     return (
-        strip(loaded, spec),
+        strip(loaded, spec, "" if other == spec else OTHERS),
         split_step(loaded, spec, layer, measured),
         fade_step(loaded, spec, layer),
         keep_step(spec, layer, measured),
     )
 
 
-def strip(loaded: LoadedModel, spec: ConversionSpec) -> str:
+def published(spec: ConversionSpec) -> ConversionSpec:
+    """The spec with the paper's stages only."""
+    fitted = COMPENSATIONS[spec.compensation].calibrated
+    return ConversionSpec(
+        branches=spec.branches,
+        fade=spec.fade,
+        keep=spec.keep,
+        compensation="none" if fitted else spec.compensation,
+    )
+
+
+def strip(loaded: LoadedModel, spec: ConversionSpec, note: str = "") -> str:
     """The neurons of one MLP as a row of branches: kept ones filled by what fade leaves."""
     sizes = branch_sizes(loaded.d_ff, spec.branches)
     cells = []
     for b, (size, sparsity) in enumerate(
-        zip(sizes, fade_sparsities(spec.branches, spec.fade), strict=True)
+        zip(sizes, branch_sparsities(spec.branches, spec.fade), strict=True)
     ):
         kept = b < spec.kept
         state = f"{100 * sparsity:.0f} % of gate and up zeroed" if kept else "dropped"
@@ -49,7 +64,7 @@ def strip(loaded: LoadedModel, spec: ConversionSpec) -> str:
     )
     return (
         f'<figure class="strip"><div role="img" aria-label="{escape(label)}">{"".join(cells)}</div>'
-        f"<figcaption>{escape(label)}</figcaption></figure>"
+        f"<figcaption>{escape(label)}{escape(note)}</figcaption></figure>"
     )
 
 
@@ -90,7 +105,7 @@ sizes |w| in that branch. Branch 0 and all of down stay as they are.
     if not mlp.fade_thresholds:
         return text + "\nFade is 0 now, so every weight stays. Move the slider and read on.\n"
     example = spec.kept // 2
-    sparsity = fade_sparsities(spec.branches, spec.fade)[example]
+    sparsity = branch_sparsities(spec.branches, spec.fade)[example]
     projection = loaded.projections[0]
     threshold = mlp.fade_thresholds[projection][example]
     zeros = loaded.zeros(spec)

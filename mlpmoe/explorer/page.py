@@ -14,22 +14,23 @@ from ..models.catalogue import DEMO_KEY
 from .components import (
     BranchesPanel,
     CardsPanel,
-    ConvertPanel,
     GenerationsPanel,
     LessonPanel,
     ModelPanel,
     branches_panel,
     cards_panel,
-    convert_panel,
     generations_panel,
     lesson_panel,
     model_panel,
 )
+from .convert_panel import ConvertPanel, convert_panel
 from .endpoints import MODEL_QUEUE, add_endpoints
 from .experts import ExpertHandlers
 from .experts_panel import ExpertsPanel, experts_panel
 from .handlers import Handlers, readable
 from .style import CSS_VARIABLES
+from .suggest import SuggestHandlers
+from .suggest_panel import SuggestPanel, suggest_panel
 from .workbench import Workbench
 
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
@@ -108,6 +109,8 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
                         branches = branches_panel(len(first.mlps), first.projections)
                     with gr.Tab("Generations", id="generations"):
                         generations = generations_panel()
+                    with gr.Tab("Suggest", id="suggest") as suggest_tab:
+                        suggestions = suggest_panel()
                     with gr.Tab("Experts", id="experts") as experts_tab:
                         experts = experts_panel(len(first.mlps))
                     with gr.Tab("How it works", id="how"):
@@ -117,13 +120,13 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         gr.Markdown(FOOTER, elem_id="footer")
         add_endpoints(workbench)  # first, since a listener's name would be taken from them
         handlers = Handlers(workbench)
-        sliders = [convert.branches, convert.fade, convert.keep, convert.compensation]
-        spec = [state.model, *sliders]
-        _wire_choices(demo, handlers, state, picker, convert, branches, sliders)
+        spec = [state.model, *convert.settings]
+        _wire_choices(demo, handlers, state, picker, convert, branches)
         changed = _wire_preview(handlers, state, convert, cards, branches, lesson, spec)
-        _wire_measurement(handlers, convert, cards, spec, changed)
+        _wire_measurement(handlers, convert, cards, branches, spec, changed)
         _wire_generations(handlers, generations, spec)
         _wire_experts(ExpertHandlers(workbench), state, experts, experts_tab)
+        _wire_suggest(SuggestHandlers(workbench), state, suggestions, suggest_tab, convert)
         # A plot that was redrawn while its tab was hidden had no width to fit into.
         branches_tab.select(None, js=RESIZE, **PRIVATE)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
@@ -131,10 +134,10 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
 
 def _wire_choices(
     demo: gr.Blocks, handlers: Handlers, state: PageState, picker: ModelPanel,
-    convert: ConvertPanel, branches: BranchesPanel, sliders: list,
+    convert: ConvertPanel, branches: BranchesPanel,
 ) -> None:  # fmt: skip
     """What sets the controls: the link, a preset, a loaded model."""
-    spec_outputs = [*sliders, state.branches_before]
+    spec_outputs = [*convert.settings, state.branches_before]
     demo.load(
         readable(handlers.open_link),
         None,
@@ -166,8 +169,8 @@ def _wire_preview(
         readable(handlers.preview),
         [*spec, convert.text, *views, state.branches_before],
         [
-            convert.keep, state.branches_before, convert.preset, cards.nonzero, cards.compute,
-            cards.perplexity, cards.speed, branches.histograms, branches.heat, convert.snippet,
+            convert.keep, state.branches_before, convert.preset, convert.snippet, convert.fade,
+            convert.fade_exponent, *_shown(cards, branches),
         ],
         trigger_mode="always_last",
         # One after the other: setting several controls at once asks for several previews, and an
@@ -185,11 +188,21 @@ def _wire_preview(
     return changed
 
 
+def _shown(cards: CardsPanel, branches: BranchesPanel) -> list:
+    """What a measurement fills in."""
+    return [
+        cards.perplexity, cards.speed, cards.nonzero, cards.compute, branches.histograms,
+        branches.heat,
+    ]  # fmt: skip
+
+
 def _wire_measurement(
-    handlers: Handlers, convert: ConvertPanel, cards: CardsPanel, spec: list, changed: Dependency
-) -> None:
+    handlers: Handlers, convert: ConvertPanel, cards: CardsPanel, branches: BranchesPanel,
+    spec: list, changed: Dependency,
+) -> None:  # fmt: skip
     """Perplexity and speed: by themselves when quick, else on the button."""
-    inputs, outputs = [*spec, convert.text], [cards.perplexity, cards.speed]
+    views = [branches.layer, branches.projection, branches.quantity]
+    inputs, outputs = [*spec, convert.text, *views], _shown(cards, branches)
     by_itself = changed.then(
         readable(handlers.measure_if_quick), inputs, outputs,
         trigger_mode="multiple", **MODEL_QUEUE, **QUIET,
@@ -268,3 +281,31 @@ def _wire_experts(
         trigger_mode="always_last",
         **QUIET,
     )
+
+
+def _wire_suggest(
+    handlers: SuggestHandlers, state: PageState, panel: SuggestPanel, tab: gr.Tab,
+    convert: ConvertPanel,
+) -> None:  # fmt: skip
+    """The tab that searches for a recipe: the search on its buttons, and rows that are taken."""
+    results = [panel.status, panel.sentence, panel.plot, panel.table, panel.specs]
+    panel.goal.input(
+        readable(handlers.choose_goal), panel.goal, [panel.share, panel.increase], **QUIET
+    )
+    state.model.change(readable(handlers.another_model), None, results, **QUIET)
+    panel.suggest.click(
+        readable(handlers.suggest),
+        [state.model, *panel.settings],
+        results,
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )
+    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
+    panel.table.select(
+        readable(handlers.take),
+        [state.model, panel.specs],
+        [*convert.settings, state.branches_before],
+        **QUIET,
+    )
+    tab.select(None, js=RESIZE, **PRIVATE)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import plotly.graph_objects as go
+import torch
 from torch import Tensor
 
 from ..measure.magnitudes import Magnitudes
@@ -20,10 +21,11 @@ Point = tuple[float | None, float | None, str]
 def branch_histograms(
     dense: Magnitudes, converted: Magnitudes, layer: int, projection: str
 ) -> go.Figure:
-    """One ridge per branch over |w|: what stays, what fade zeroes, what K drops.
+    """One ridge per branch over |w|: what stays, what fade removes, what K drops.
 
-    dense: histograms of all B branches before conversion; converted: thresholds of those kept.
-    Both on the same edges.
+    dense: histograms of all B branches before conversion, in the same order of the neurons;
+    converted: of those kept. Both on the same edges. Where one magnitude decides, the ridge is cut
+    there; else what stays is drawn in front of what was.
     """
     branches, kept = len(dense.counts), len(converted.counts)
     centres = ((dense.edges[:-1] + dense.edges[1:]) / 2).tolist()
@@ -40,6 +42,12 @@ def branch_histograms(
         if b >= kept:
             dropped += _area(points, b)
             continue
+        if threshold == 0 and not torch.equal(dense.counts[b], converted.counts[b]):
+            zeroed += _area(points, b)
+            after = (converted.counts[b] * scale).tolist()
+            notes = [f"branch {b}<br>{n:,} weights stay" for n in converted.counts[b].tolist()]
+            stays += _area(zip(centres, after, notes, strict=True), b)
+            continue
         below = [p for p in points if p[0] <= threshold]
         above = [p for p in points if p[0] > threshold]
         if threshold > 0:
@@ -54,7 +62,7 @@ def branch_histograms(
     figure = go.Figure(
         [
             _filled(dropped, "dropped by K", GREY, 0.15, width),
-            _filled(zeroed, "zeroed by fade", DAMAGE[2], 0.55, width),
+            _filled(zeroed, "removed by fade", DAMAGE[2], 0.55, width),
             _filled(stays, "stays", CONVERTED, 0.55, width),
             go.Scatter(
                 x=[p[0] for p in dashes],

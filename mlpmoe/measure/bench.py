@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from ..core.conversion import convert, loop_over_branches
-from ..core.fade import fade_sparsities
 from ..core.mlps import MLPWeights, read_mlps
+from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
 from .speed import Ratio, decode, forward, ratio, time_in_turn
 
@@ -232,7 +232,7 @@ def published_fade(mlps: Sequence[MLPWeights], branches: int, strength: float) -
     for mlp in mlps:
         for weight in (mlp.gate, mlp.up):
             pieces = []
-            sparsities = fade_sparsities(branches, strength)
+            sparsities = branch_sparsities(branches, strength)
             for piece, sparsity in zip(weight.tensor_split(branches), sparsities, strict=True):
                 if sparsity > 0:
                     magnitude = piece.abs().float()

@@ -45,7 +45,7 @@ def magnitudes(
         raise UserError(f"layer must lie between 0 and {len(mlps) - 1}, not {layer}.")
     weights = branch_weights(mlps[layer], projection)
     if upper is None:
-        upper = max(float(weight.abs().max()) for weight in weights) or 1.0
+        upper = max(float(weight.abs().max()) for weight in weights if weight.numel()) or 1.0
     counts, zeros = [], []
     for weight in weights:
         magnitude = weight.abs().float().flatten()

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..core.calibration import Calibration
+from ..core.calibration import Calibration, Observed
 from ..core.conversion import convert_all
 from ..core.spec import ConversionSpec
-from .parameters import parameter_report
-from .perplexity import EncodedText, compare, measure
+from .parameters import ParameterReport, parameter_report
+from .perplexity import EncodedText, Perplexity, compare, measure
 
 AT_ONCE = 4  # conversions held at a time; they share the passes over the calibration text
 
@@ -27,6 +27,7 @@ class Run:
     stderr: float  # of the ratio
     bits_per_byte: float
     nonzero: int
+    mlp_nonzero_share: float  # of the dense MLPs' non-zero parameters
     macs_per_token: int  # in the whole model
     mlp_macs_share: float  # of the dense MLPs' multiply-adds, routers included
 
@@ -38,7 +39,7 @@ def sweep(
     model: PreTrainedModel,
     text: EncodedText,
     specs: Sequence[ConversionSpec],
-    calibration: Calibration | None = None,
+    calibration: Calibration | Observed | None = None,
     window: int | None = None,
     stride: int | None = None,
     report: Callable[[str], None] = lambda message: None,
@@ -51,8 +52,7 @@ def sweep(
     if not specs:
         return
     report("perplexity, dense")
-    dense = measure(model, text, window, stride)
-    dense_macs = parameter_report(model).mlp_macs_per_token
+    dense, dense_report = measure(model, text, window, stride), parameter_report(model)
     done = 0
     for start in range(0, len(specs), AT_ONCE):
         some = specs[start : start + AT_ONCE]
@@ -61,18 +61,30 @@ def sweep(
         for spec, other in zip(some, converted, strict=True):
             report(f"perplexity, {done} of {len(specs)} measured")
             measured = measure(other, text, window, stride)
-            changed, counted = compare(dense, measured), parameter_report(other)
             done += 1
-            yield Run(
-                spec=spec,
-                perplexity=measured.value,
-                ratio=changed.ratio,
-                stderr=changed.stderr,
-                bits_per_byte=measured.bits_per_byte,
-                nonzero=counted.nonzero,
-                macs_per_token=counted.macs_per_token,
-                mlp_macs_share=counted.mlp_macs_per_token / dense_macs,
-            )
+            yield run_of(spec, dense, measured, dense_report, parameter_report(other))
+
+
+def run_of(
+    spec: ConversionSpec,
+    dense: Perplexity,
+    converted: Perplexity,
+    dense_report: ParameterReport,
+    report: ParameterReport,
+) -> Run:
+    """What was measured and counted, as one record."""
+    changed = compare(dense, converted)
+    return Run(
+        spec=spec,
+        perplexity=converted.value,
+        ratio=changed.ratio,
+        stderr=changed.stderr,
+        bits_per_byte=converted.bits_per_byte,
+        nonzero=report.nonzero,
+        mlp_nonzero_share=report.mlp_nonzero / dense_report.mlp_nonzero,
+        macs_per_token=report.macs_per_token,
+        mlp_macs_share=report.mlp_macs_per_token / dense_report.mlp_macs_per_token,
+    )
 
 
 STATIC, ROUTED, BOUND = "static", "routed", "bound"

@@ -250,18 +250,19 @@ def test_sums_are_not_rounded_branch_by_branch(dtype):
 @given(branches=st.integers(1, 10_000), data=st.data())
 def test_square_root_of_b_over_k(branches, data):
     keep = data.draw(st.integers(1, branches))
+    factors = {"sqrt": sqrt(branches / keep), "ratio": branches / keep}
     for name in COMPENSATIONS:
         spec = ConversionSpec(branches=branches, keep=keep, compensation=name)
-        assert spec.alpha == (sqrt(branches / keep) if name == "sqrt" else 1)
+        assert spec.alpha == factors.get(name, 1)
         assert ConversionSpec(branches=branches, compensation=name).alpha == 1
 
 
-@given(mlp=mlps(), data=st.data(), name=st.sampled_from(["none", "sqrt"]))
+@given(mlp=mlps(), data=st.data(), name=st.sampled_from(["none", "sqrt", "ratio"]))
 def test_conversion_of_one_mlp_keeps_and_compensates(mlp, data, name):
     branches = data.draw(st.integers(1, mlp.d_ff))
     keep = data.draw(st.integers(1, branches))
     module = convert_mlp(mlp, ConversionSpec(branches=branches, keep=keep, compensation=name))
-    factor = sqrt(branches / keep) if name == "sqrt" else 1.0
+    factor = {"none": 1.0, "sqrt": sqrt(branches / keep), "ratio": branches / keep}[name]
     alpha = torch.full((keep,), factor, dtype=mlp.up.dtype)
     assert torch.equal(module.alpha.detach(), alpha)
     assert module.branches == branches

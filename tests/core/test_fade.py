@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlpmoe.core.fade import (
-    QUANTILE_LIMIT,
-    fade,
-    fade_projection,
-    fade_sparsities,
-    magnitude_threshold,
-)
+from mlpmoe.core.branched import branch_sizes
+from mlpmoe.core.fade import QUANTILE_LIMIT, fade_projection, magnitude_threshold
 from mlpmoe.core.mlps import MLPWeights
+from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static import build_static
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,27 +212,12 @@ def test_the_last_size_that_torch_quantile_takes():
 # Branches ----------------------------------------------------------------------------------
 
 
-@given(branches=st.integers(1, 64), strength=st.floats(0, 2))
-def test_sparsities_rise_in_equal_steps_from_zero_to_at_most_one(branches, strength):
-    found = fade_sparsities(branches, strength)
-    assert found == [min(1.0, strength * i / branches) for i in range(branches)]
-    assert found[0] == 0
-    assert found == sorted(found)
-    if strength <= 1:
-        assert sum(found) == pytest.approx(strength * (branches - 1) / 2)
-
-
-def test_published_setting_asks_for_27_of_64_of_gate_and_up():
-    assert sum(fade_sparsities(16, 0.9)) / 16 == pytest.approx(27 / 64)
-
-
 @st.composite
 def faded_mlps(draw):
-    """An MLP with its branch sizes, of which the first ones may be all that is left."""
+    """An MLP, into how many branches it is cut, and how many of them are kept."""
     dtype = draw(st.sampled_from(DTYPES))
-    branches = draw(st.integers(1, 9))
-    sizes = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=branches)))
-    d_ff, d_model = sum(sizes), draw(st.integers(1, 6))
+    d_ff, d_model = draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    branches = draw(st.integers(1, min(9, d_ff)))
     matrix = weights(dtype, max_size=40).map(
         lambda pool: pool[torch.arange(d_ff * d_model) * 37 % len(pool)].view(d_ff, d_model)
     )
@@ -248,51 +230,54 @@ def faded_mlps(draw):
         down_bias=torch.ones(d_model, dtype=dtype),
         activation=F.silu,
     )
-    return mlp, sizes, branches
+    return mlp, branches, draw(st.integers(1, branches))
 
 
 @given(case=faded_mlps(), strength=st.floats(0.001, 2))
 @example(
     case=(
         MLPWeights(None, torch.ones(3, 2), torch.ones(2, 3), None, None, None, F.relu),
-        (1, 1, 1),
+        3,
         3,
     ),
     strength=2.0,
 )
 def test_each_branch_fades_against_its_own_magnitudes(case, strength):
-    mlp, sizes, branches = case
+    mlp, branches, keep = case
     before = {f.name: getattr(mlp, f.name) for f in fields(mlp)}
     copies = {k: v.clone() for k, v in before.items() if isinstance(v, torch.Tensor)}
-    shares = fade_sparsities(branches, strength)[: len(sizes)]
-    faded, thresholds = fade(mlp, sizes, shares)
-    assert set(thresholds) == {n for n in ("gate", "up") if any(shares) and before[n] is not None}
-    for name in ("down", "gate_bias", "up_bias", "down_bias", "activation"):
-        assert getattr(faded, name) is before[name]
+    module = build_static(mlp, ConversionSpec(branches=branches, keep=keep, fade=strength))
+    sizes = branch_sizes(mlp.d_ff, branches)[:keep]
+    thresholds = module.fade_thresholds
+    assert set(thresholds) == {n for n in ("gate", "up") if keep > 1 and before[n] is not None}
     for name, copy in copies.items():
         assert torch.equal(bits(before[name]), bits(copy))  # the source was not written to
-    assert (faded.gate is None) == (mlp.gate is None)
-    for name in ("gate", "up"):
-        if before[name] is None:
+    for name, linear in module.projections.items():
+        source, faded = before[name], linear.weight.detach()
+        bias = before[f"{name}_bias"]
+        assert (linear.bias is None) == (bias is None)
+        assert bias is None or linear.bias.data_ptr() == bias.data_ptr()
+        if name == "down" or keep == 1:
+            assert faded.data_ptr() == source.data_ptr()
             continue
-        if len(sizes) == 1:
-            assert getattr(faded, name) is before[name]
-            continue
-        parts = zip(getattr(faded, name).split(sizes), before[name].split(sizes), strict=True)
-        for branch, (part, source) in enumerate(parts):
+        parts = zip(faded.split(sizes), source[: sum(sizes)].split(sizes), strict=True)
+        for branch, (part, dense) in enumerate(parts):
             if branch == 0:
-                assert torch.equal(bits(part), bits(source))
+                assert torch.equal(bits(part), bits(dense))
                 assert thresholds[name][0] == 0
                 continue
             share = min(1.0, strength * branch / branches)
-            assert_faded(part, source, paper_mask(source, share))
-            assert thresholds[name][branch] == paper_threshold(source, share)
+            assert_faded(part, dense, paper_mask(dense, share))
+            assert thresholds[name][branch] == paper_threshold(dense, share)
             if share == 1:
                 assert not part.any()
 
 
-@pytest.mark.parametrize("shares", [[0.0, 0.0], [0.0]])
-def test_nothing_to_fade_changes_nothing(shares):
+@pytest.mark.parametrize("branches, fade", [(2, 0), (1, 0.9)])
+def test_nothing_to_fade_changes_nothing(branches, fade):
     up = torch.ones(4, 2)
-    mlp = MLPWeights(up, up, up.T, None, None, None, F.silu)
-    assert fade(mlp, (4 // len(shares),) * len(shares), shares) == (mlp, {})
+    mlp = MLPWeights(up, up, torch.ones(2, 4), None, None, None, F.silu)
+    module = build_static(mlp, ConversionSpec(branches=branches, fade=fade))
+    assert module.fade_thresholds == {}
+    for linear, source in zip(module.projections.values(), (up, up, mlp.down), strict=True):
+        assert linear.weight.data_ptr() == source.data_ptr()

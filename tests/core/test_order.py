@@ -1,5 +1,7 @@
 """Orders of neurons, and how kept neurons make up for dropped ones."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,10 +10,16 @@ from hypothesis import strategies as st
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.conversion import convert, convert_mlp
 from mlpmoe.core.errors import SpecError
-from mlpmoe.core.order import CALIBRATED, DAMPING, ORDERS, permute
+from mlpmoe.core.order import DAMPING, ORDERS, order_of, permute
 from mlpmoe.core.spec import ConversionSpec
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
 from tests.families import build
+
+CALIBRATED = [name for name, order in ORDERS.items() if order.calibrated]
+
+
+def rank(name, layer, seed=0):
+    return order_of(name, layer.weights, layer, seed)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,9 +45,9 @@ def outputs(layer):
 # Orders ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", ORDERS)
 def test_an_order_is_a_permutation_that_changes_no_function(layer, name):
-    order = ORDERS[name](layer)
+    order = rank(name, layer)
     assert sorted(order.tolist()) == list(range(D_FF))
     sorted_mlp = permute(layer.weights, order)
     x = layer.inputs().double()
@@ -66,15 +74,39 @@ def test_neurons_of_a_part_keep_their_biases():
 
 
 def test_by_activation_is_by_mean_size(layer):
-    size = activations(layer).abs().mean(0)[ORDERS["activation"](layer)]
+    size = activations(layer).abs().mean(0)[rank("activation", layer)]
     assert (size.diff() <= 1e-6 * size.max()).all()
 
 
 def test_by_fluctuation_is_by_flap_s_score(layer):
     down = layer.weights.down.detach().double()
     score = activations(layer).var(0) * down.square().sum(0)
-    score = score[ORDERS["fluctuation"](layer)]
+    score = score[rank("fluctuation", layer)]
     assert (score.diff() <= 1e-6 * score.max()).all()
+
+
+def test_by_norm_is_by_the_product_of_lengths(layer):
+    w, score = layer.weights, []
+    for i in range(D_FF):
+        parts = [w.up[i], w.down[:, i]] + ([] if w.gate is None else [w.gate[i]])
+        score.append(prod(float(part.double().norm()) for part in parts))
+    assert rank("norm", layer).tolist() == sorted(range(D_FF), key=lambda i: -score[i])
+
+
+def test_random_is_another_order_for_each_seed_and_needs_no_activations():
+    orders = [order_of("random", random_mlp(), None, seed).tolist() for seed in range(5)]
+    assert len({tuple(order) for order in orders}) == 5
+    assert order_of("random", random_mlp(), None, 3).tolist() == orders[3]
+
+
+def test_contiguous_is_as_stored():
+    assert order_of("contiguous", random_mlp(), None, 7).tolist() == list(range(D_FF))
+
+
+def test_an_order_of_activations_is_found_once(layer, monkeypatch):
+    first = rank("least-squares", layer)
+    monkeypatch.setattr("mlpmoe.core.order.damped", None)
+    assert rank("least-squares", layer) is first
 
 
 def loss_without(layer, dropped):
@@ -99,7 +131,7 @@ def test_by_least_squares_drops_what_is_made_up_for_best(kind, seed, together, m
     neurons go before their rows are taken out."""
     monkeypatch.setattr("mlpmoe.core.order.COMPACTED_AFTER", together)
     layer = layer_of(random_mlp(kind, seed=seed), seed=seed)
-    order = ORDERS["least-squares"](layer).tolist()
+    order = rank("least-squares", layer).tolist()
     dropped = []
     for neuron in reversed(order[D_FF // 2 :]):
         losses = {i: loss_without(layer, [*dropped, i]) for i in order if i not in dropped}
@@ -112,7 +144,7 @@ def test_a_neuron_that_copies_another_goes_first():
     with torch.no_grad():
         for matrix in (mlp.gate, mlp.up):
             matrix[5] = matrix[3]
-    assert ORDERS["least-squares"](layer_of(mlp))[-1] in (3, 5)
+    assert rank("least-squares", layer_of(mlp))[-1] in (3, 5)
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -120,15 +152,15 @@ def test_neurons_that_never_fire_go_first(name):
     mlp = random_mlp()
     with torch.no_grad():
         mlp.up[[2, 7, 11]] = 0
-    assert set(ORDERS[name](layer_of(mlp))[-3:].tolist()) == {2, 7, 11}
+    assert set(rank(name, layer_of(mlp))[-3:].tolist()) == {2, 7, 11}
 
 
 def test_the_orders_of_a_dead_layer_are_permutations_too():
     mlp = random_mlp()
     with torch.no_grad():
         mlp.up.zero_()
-    for name in CALIBRATED:
-        assert sorted(ORDERS[name](layer_of(mlp)).tolist()) == list(range(D_FF))
+    for name in ORDERS:
+        assert sorted(rank(name, layer_of(mlp)).tolist()) == list(range(D_FF))
 
 
 # Compensation ------------------------------------------------------------------------------
@@ -142,19 +174,20 @@ def error(layer, **spec):
 @pytest.mark.parametrize("order", sorted(ORDERS))
 @pytest.mark.parametrize("keep", [1, 4, 7])
 def test_better_compensations_are_not_worse_on_the_calibration_text(layer, order, keep):
-    none, mean, refit = (
+    none, alpha, mean, refit = (
         error(layer, order=order, keep=keep, compensation=name)
-        for name in ("none", "mean", "refit")
+        for name in ("none", "alpha", "mean", "refit")
     )
     assert refit <= mean * (1 + 1e-5)
     assert mean <= none * (1 + 1e-5)
+    assert alpha <= none * (1 + 1e-5)
 
 
 def test_mean_adds_the_mean_output_of_what_is_dropped(layer):
     spec = ConversionSpec(branches=8, keep=5, order="fluctuation", compensation="mean")
     module = convert_mlp(layer.weights, spec, layer)
     h = activations(layer)
-    dropped = ORDERS["fluctuation"](layer)[15:]
+    dropped = rank("fluctuation", layer)[15:]
     h[:, dropped] = h[:, dropped].mean(0)
     expected = output(layer.weights, layer.inputs().double(), h)
     torch.testing.assert_close(module(layer.inputs()).double(), expected, rtol=1e-5, atol=1e-5)
@@ -177,10 +210,11 @@ def test_refit_is_the_ridge_regression_of_the_whole_output(layer):
     torch.testing.assert_close(module(layer.inputs()).double(), y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compensation", ["none", "mean", "refit"])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
 def test_with_all_neurons_kept_nothing_changes(layer, compensation):
     spec = ConversionSpec(branches=8, compensation=compensation)
     module = convert_mlp(layer.weights, spec, layer)
+    assert (module.alpha == 1).all()
     assert module.down_proj.weight is layer.weights.down
     assert module.down_proj.bias is layer.weights.down_bias
 
@@ -196,9 +230,18 @@ def test_the_dtype_of_the_weights_stays():
 def test_stages_that_look_at_activations_need_a_text():
     for spec in (
         *(ConversionSpec(order=name) for name in CALIBRATED),
-        *(ConversionSpec(keep=8, compensation=name) for name in ("mean", "refit")),
+        *(ConversionSpec(keep=8, compensation=name) for name in ("alpha", "mean", "refit")),
+        *(ConversionSpec(fade=0.5, fade_score=name) for name in ("wanda", "sparsegpt")),
+        *(ConversionSpec(fade_unit="2:4", fade_score=name) for name in ("wanda", "sparsegpt")),
+        ConversionSpec(keep=8, allocation="sensitivity"),
+        ConversionSpec(keep=8, compensation="mean", progressive=True),
     ):
         with pytest.raises(SpecError, match="needs a calibration text"):
             convert(build("llama"), spec)
-    for name in set(COMPENSATIONS) - {"mean", "refit"}:
+    for name in set(COMPENSATIONS) - {"alpha", "mean", "refit"}:
         convert(build("llama"), ConversionSpec(keep=8, compensation=name))
+    for name in set(ORDERS) - set(CALIBRATED):
+        convert(build("llama"), ConversionSpec(keep=8, order=name))
+    convert(build("llama"), ConversionSpec(keep=8, fade_unit="2:4"))
+    # without anything to fade, the score is not asked
+    convert(build("llama"), ConversionSpec(keep=8, fade_score="wanda"))

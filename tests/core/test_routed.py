@@ -612,7 +612,10 @@ def test_a_router_of_another_method_is_refused_with_the_allowed_ones(method):
 
 @pytest.mark.parametrize("method", ROUTED_METHODS)
 @pytest.mark.parametrize("field, value", [("branches", 4), ("fade", 0.5), ("keep", 3),
-                                          ("order", "activation")])  # fmt: skip
+                                          ("order", "activation"), ("fade_schedule", "power"),
+                                          ("fade_exponent", 3.0), ("fade_projections", "down"),
+                                          ("fade_score", "wanda"), ("fade_unit", "2:4"),
+                                          ("allocation", "sensitivity")])  # fmt: skip
 def test_fields_of_static_methods_are_refused(method, field, value):
     message = refusal(ConversionSpec, method=method, **{field: value})
     assert f"{field} does not belong to the method {method}; it is for mlpmoe." == message
@@ -620,8 +623,8 @@ def test_fields_of_static_methods_are_refused(method, field, value):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("experts", 4), ("active", 0.5), ("shared", 0.1), ("router", "centroid"), ("seed", 3),
-     ("selection", "threshold"), ("profile", "absolute"), ("tau", 0.6), ("progressive", True)],
+    [("experts", 4), ("active", 0.5), ("shared", 0.1), ("router", "centroid"),
+     ("selection", "threshold"), ("profile", "absolute"), ("tau", 0.6)],
 )  # fmt: skip
 def test_fields_of_routed_methods_are_refused(field, value):
     message = refusal(ConversionSpec, **{field: value})

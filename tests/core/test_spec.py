@@ -15,15 +15,19 @@ from hypothesis import strategies as st
 from mlpmoe.core.compensation import COMPENSATIONS, FILLS
 from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.order import ORDERS
+from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.routed import ROUTED_METHODS
+from mlpmoe.core.schedule import SCHEDULES
+from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import (
-    MAX_FADE,
+    ALLOCATIONS,
     METHODS,
-    PRESETS,
     PROFILES,
     SELECTIONS,
+    STATIC_FIELDS,
     ConversionSpec,
 )
+from tests.core.specs import patterns, static_specs
 
 HUGE = 10**6000  # Python refuses to print it, and it overflows a float
 
@@ -32,14 +36,7 @@ HUGE = 10**6000  # Python refuses to print it, and it overflows a float
 def specs(draw):
     method = draw(st.sampled_from(METHODS))
     if method == "mlpmoe":
-        branches = draw(st.integers(1, 10**6))
-        return ConversionSpec(
-            branches=branches,
-            fade=draw(st.floats(0, MAX_FADE)),
-            keep=draw(st.none() | st.integers(1, branches)),
-            order=draw(st.sampled_from(sorted(ORDERS))),
-            compensation=draw(st.sampled_from(sorted(COMPENSATIONS))),
-        )
+        return draw(static_specs())
     active = draw(st.floats(0.01, 1))
     routed = ROUTED_METHODS[method]
     choices = {
@@ -67,7 +64,7 @@ def refusal(**values):
 
 
 def assert_readable(message):
-    assert len(message) < 250
+    assert len(message) < 320
     assert message.isprintable()
     assert message.endswith(".")
 
@@ -217,6 +214,139 @@ def test_nothing_but_a_spec_error_ever_comes_out(name, value):
         assert getattr(spec, name) == value or value is None
 
 
+# Static stages -----------------------------------------------------------------------------
+
+
+def test_what_the_stages_leave_out_changes_nothing():
+    spec = ConversionSpec()
+    assert (spec.order, spec.allocation, spec.progressive, spec.seed) == (
+        "contiguous", "uniform", False, 0
+    )  # fmt: skip
+    assert spec.projections == ("gate", "up")
+    assert (spec.fades, spec.pattern, spec.needs_calibration) == (False, None, False)
+
+
+CHOICES = {
+    "order": ORDERS,
+    "fade_schedule": SCHEDULES,
+    "fade_score": SCORES,
+    "allocation": ALLOCATIONS,
+}
+
+
+@pytest.mark.parametrize("value", ["", "best", "Linear", None, 3, ["linear"], "\0"], ids=ascii)
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_names_are_answered_with_the_known_ones(name, value):
+    words = f"{name} must be one of {', '.join(CHOICES[name])}; got "
+    assert refusal(**{name: value}).startswith(words)
+
+
+def test_all_known_names_are_taken():
+    for name, allowed in CHOICES.items():
+        for value in allowed:
+            assert getattr(ConversionSpec(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 100.5, float("nan"), float("inf"), "2", True, HUGE], ids=lambda v: str(type(v))
+)
+def test_exponents_are_positive_numbers(value):
+    message = refusal(fade_schedule="power", fade_exponent=value)
+    assert message.startswith("fade_exponent must be a number between 0 and 100, not ")
+    assert refusal(fade_schedule="power", fade_exponent=0) == "fade_exponent must be more than 0."
+
+
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"power"}))
+def test_an_exponent_belongs_to_the_schedule_power(schedule):
+    message = refusal(fade_schedule=schedule, fade_exponent=2.0)
+    assert message == f"fade_exponent belongs to the schedule power, not to {schedule}."
+    assert ConversionSpec(fade_schedule="power").fade_exponent == 2
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["2:", ":4", "a:b", 3, "", ":", "2:4:8", "-1:4", "+1:4", "1.5:4", "2/4", " 2:4", "neurons",
+     "²:4", None, True, ["2:4"], 0.5, "1" * 9 + ":4", "2:4\n", (2, 4)],
+    ids=ascii,
+)  # fmt: skip
+def test_malformed_patterns(unit):
+    message = refusal(fade_unit=unit)
+    assert message.startswith("fade_unit must be weight, neuron, or n:m such as 2:4; got ")
+
+
+@pytest.mark.parametrize("unit", ["0:4", "4:4", "5:4", "1:65", "64:65", "1:1000", "0:0", "1:1"])
+def test_patterns_out_of_range(unit):
+    message = refusal(fade_unit=unit)
+    assert message.startswith(f"fade_unit {unit}: ")
+    assert "n must be at least 1 and less than m, and m at most 64" in message
+
+
+@given(unit=patterns())
+def test_patterns_say_how_many_zeros_there_are(unit):
+    spec = ConversionSpec(fade_unit=unit)
+    assert f"{spec.pattern[0]}:{spec.pattern[1]}" == unit == spec.fade_unit
+    assert spec.fades
+    assert ConversionSpec(fade_unit=unit.replace(":", ":0")) == spec  # written otherwise
+
+
+@pytest.mark.parametrize("more", [{"fade": 0.5}, {"fade_schedule": "uniform"}], ids=str)
+def test_a_pattern_leaves_nothing_for_fade_to_say(more):
+    message = refusal(fade_unit="2:4", **more)
+    assert message == ("2:4 fixes the share of zeros: leave fade at 0 and fade_schedule at linear.")
+
+
+@pytest.mark.parametrize("value", ["", "gates", "gate_up", "gate-", "gate up", None, 3, ["up"]])
+def test_projections_are_names_joined_by_hyphens(value):
+    message = refusal(fade_projections=value)
+    assert message.startswith("fade_projections must name gate, up or down, joined by hyphens")
+
+
+def test_projections_have_one_form():
+    for value in ("down-up", "up-down", "up-down-up"):
+        assert ConversionSpec(fade_projections=value).fade_projections == "up-down"
+
+
+@pytest.mark.parametrize("value", ["gate", "up", "down", "gate-up-down"])
+def test_neurons_leave_projections_alone(value):
+    assert "leave fade_projections alone" in refusal(fade_unit="neuron", fade_projections=value)
+
+
+def test_nothing_to_calibrate_progressively():
+    for values in (
+        {},
+        {"fade": 0.5},
+        {"keep": 8, "order": "norm"},
+        {"fade_score": "wanda"},  # of a fade that is not there
+        {"keep": 8, "allocation": "sensitivity"},  # which looks at the dense layers
+    ):
+        assert "no stage of this spec looks at activations" in refusal(progressive=True, **values)
+    for values in (
+        {"order": "activation"},
+        {"compensation": "alpha"},
+        {"fade": 0.5, "fade_score": "wanda"},
+        {"fade_unit": "1:2", "fade_score": "sparsegpt"},
+    ):
+        assert ConversionSpec(progressive=True, **values).needs_calibration
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None, 1.0, np.bool_(True)], ids=repr)
+def test_progressive_is_true_or_false(value):
+    message = refusal(order="activation", progressive=value)
+    assert message.startswith("progressive must be True or False, not ")
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 2**32, 0.5, "1", None, True, HUGE], ids=lambda v: repr(type(v))
+)
+def test_seeds_are_whole_numbers(value):
+    assert refusal(seed=value).startswith("seed must ")
+
+
+@pytest.mark.parametrize("name", STATIC_FIELDS)
+def test_static_fields_are_fields(name):
+    assert name in {field.name for field in dataclasses.fields(ConversionSpec)}
+
+
 # Forms -------------------------------------------------------------------------------------
 
 
@@ -228,7 +358,7 @@ def test_dict_round_trip(spec):
     assert ConversionSpec.from_dict(json.loads(json.dumps(values))) == spec
 
 
-@given(spec=specs())
+@given(spec=st.one_of(specs(), static_specs()))
 def test_query_round_trip(spec):
     query = spec.to_query()
     assert ConversionSpec.from_query(query) == spec
@@ -237,19 +367,20 @@ def test_query_round_trip(spec):
     )
 
 
-@given(spec=specs())
+@given(spec=st.one_of(specs(), static_specs()))
 def test_python_round_trip(spec):
     assert eval(spec.to_python(), {"ConversionSpec": ConversionSpec}) == spec
 
 
-@given(spec=specs())
+@given(spec=st.one_of(specs(), static_specs()))
 def test_flags_round_trip(spec):
     words = shlex.split(spec.to_flags())
     flags, values = words[::2], words[1::2]
     assert all(flag.startswith("--") for flag in flags)
     assert not any(value.startswith("-") for value in values)
-    query = "&".join(f"{f[2:]}={v}" for f, v in zip(flags, values, strict=True))
-    assert ConversionSpec.from_query(query) == spec
+    assert not any("_" in flag for flag in flags)
+    texts = {f[2:].replace("-", "_"): v for f, v in zip(flags, values, strict=True)}
+    assert ConversionSpec.from_texts(texts) == spec
 
 
 def test_forms_are_short():
@@ -258,6 +389,9 @@ def test_forms_are_short():
     assert spec.to_python() == "ConversionSpec(branches=16, fade=0.9, keep=12)"
     assert spec.to_flags() == "--branches 16 --fade 0.9 --keep 12"
     assert ConversionSpec().to_query() == "branches=16"
+    spec = ConversionSpec(fade_unit="2:4", fade_score="wanda", progressive=True)
+    assert spec.to_flags() == "--branches 16 --fade-score wanda --fade-unit 2:4 --progressive True"
+    assert spec.to_query() == "branches=16&fade_score=wanda&fade_unit=2%3A4&progressive=True"
 
 
 def query_refusal(query):
@@ -288,6 +422,8 @@ def test_empty_query_is_the_default():
         "fade=%E2%80%AE0.9",
         "fade=0,9",
         "branches=%00",
+        "fade_exponent=two",
+        "seed=",
     ],
     ids=lambda query: query[:20],
 )
@@ -305,7 +441,19 @@ def test_queries_with_unreadable_numbers(query):
         ("fade=inf", "between 0 and 2"),
         ("fade=-1", "between 0 and 2"),
         ("method=magic", "mlpmoe"),
-        ("compensation=", "sqrt, none"),
+        ("compensation=", "sqrt, ratio, none, alpha, mean, refit"),
+        ("fade_schedule=steep", "linear, uniform, reverse, power"),
+        ("fade_schedule=power&fade_exponent=0", "more than 0"),
+        ("fade_exponent=2", "belongs to the schedule power"),
+        ("fade_projections=router", "gate, up or down"),
+        ("fade_score=taste", "magnitude, wanda, sparsegpt"),
+        ("fade_unit=4:2", "n must be at least 1 and less than m"),
+        ("fade_unit=2:4&fade=1", "leave fade at 0"),
+        ("allocation=greedy", "uniform, sensitivity"),
+        ("order=", "contiguous, random, norm, activation, fluctuation, least-squares"),
+        ("progressive=yes", "true or false"),
+        ("progressive=true", "no stage of this spec"),
+        ("seed=-1", "between 0 and"),
     ],
 )
 def test_queries_with_values_out_of_range(query, words):
@@ -317,7 +465,7 @@ def test_queries_with_values_out_of_range(query, words):
     ["Branches", "b", "__class__", "kept", "to_dict", "<img onerror=1>", "x" * 10**5, "\u202e"],
 )
 def test_unknown_fields_are_named(name):
-    allowed = "method, branches, fade, keep, order, compensation, experts"
+    allowed = ", ".join(field.name for field in dataclasses.fields(ConversionSpec))
     message = query_refusal(f"branches=4&{name}=1")
     assert message.startswith("unknown field ")
     assert ascii(name)[1:8] in message

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .measure.bench import BenchLine
-from .measure.notation import NBSP, difference, number, signed_percent, speedup
-from .measure.parameters import ParameterReport
-from .measure.perplexity import Perplexity, PerplexityChange
-from .measure.speed import SpeedReport
+from ..measure.bench import BenchLine
+from ..measure.notation import NBSP, difference, number, signed_percent, speedup
+from ..measure.parameters import ParameterReport
+from ..measure.perplexity import Perplexity, PerplexityChange
+from ..measure.speed import SpeedReport
 
 
 def progress(message: str, fraction: float | None = None) -> None:

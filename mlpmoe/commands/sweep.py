@@ -11,27 +11,58 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .core.calibration import Calibration, check_disjoint
-from .core.errors import SpecError, UserError
-from .core.mlps import read_mlps
-from .core.spec import ConversionSpec, fields_of
-from .measure.notation import change, signed_percent
-from .measure.perplexity import choose_window, encode_text
-from .measure.sweep import Run, comparison, sweep
-from .models import assets_folder, load
+from ..core.calibration import Calibration
+from ..core.errors import SpecError, UserError
+from ..core.mlps import read_mlps
+from ..core.spec import ConversionSpec, fields_of
+from ..measure.notation import change, signed_percent
+from ..measure.perplexity import choose_window, encode_text
+from ..measure.recipes import recipes
+from ..measure.sweep import Run, comparison, sweep
+from ..models import load
+from .arguments import add_setting, add_spec
 from .terminal import print_json, print_table, progress
+from .texts import calibration_text_for, evaluation_text, read_text
 
 DEFAULT_ACTIVE = (0.875, 0.75, 0.5)  # budgets of --compare
 LEAST_ACTIVE = 0.05  # below, static branches cannot come near
 
 
-def run_sweep(arguments: argparse.Namespace) -> None:
+NAME = "sweep"
+HELP = "perplexity and compute of many conversions; spec flags take several values, with commas"
+EXAMPLES = """examples:
+  python -m mlpmoe sweep demo --branches 8,16 --fade 0,0.5,0.9 --out runs.jsonl
+  python -m mlpmoe sweep demo --compare --active 0.875,0.75,0.5 --out runs.jsonl
+  python -m mlpmoe sweep demo --method cmoe --shared 0.125,0.25,0.375 --selection topk,threshold
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    add_setting(parser)
+    parser.add_argument(
+        "--compare", action="store_true", help="every method and baseline, at each --active"
+    )
+    parser.add_argument(
+        "--recipes", action="store_true", help="what each stage of the static recipes contributes"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="a line of JSON per run; what it holds is kept"
+    )
+    add_spec(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
     values = {
         field.name: getattr(arguments, field.name).split(",")
         for field in fields(ConversionSpec)
         if field.name in arguments
     }
-    if not arguments.compare:
+    if arguments.recipes and (values or arguments.compare):
+        raise UserError("--recipes takes no spec flags and no --compare.")
+    if arguments.recipes:
+        specs = list(recipes().items())
+    elif not arguments.compare:
         specs = [("", spec) for spec in spec_product(values)]
     elif set(values) - {"active"}:
         raise UserError("--compare takes no other spec flag than --active.")
@@ -80,14 +111,14 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         f"{arguments.model} on {path.name}, {encoded.scored_tokens:,} tokens, windows of {window} "
         f"every {stride}; {len(missing)} measured now, {len(specs) - len(missing)} before"
     )
-    rows = [["perplexity", "to dense", "MLP compute", "conversion"]]
+    rows = [["perplexity", "to dense", "MLP non-zero", "MLP compute", "conversion"]]
     for (name, spec), run in zip(specs, runs, strict=True):
         flags = f"{name}: {spec.to_flags()}" if name else spec.to_flags()
         compute = signed_percent(run["mlp_macs_share"] - 1)
-        rows.append(
-            [f"{run['perplexity']:,.2f}", change(run["ratio"], run["stderr"]), compute, flags]
-        )
-    print_table(rows, align=">>><")
+        nonzero = signed_percent(run["mlp_nonzero_share"] - 1)
+        changed = change(run["ratio"], run["stderr"])
+        rows.append([f"{run['perplexity']:,.2f}", changed, nonzero, compute, flags])
+    print_table(rows, align=">>>><")
 
 
 def _budgets(texts: list[str] | None) -> list[float]:
@@ -135,7 +166,8 @@ def _known(path: Path, setting: dict[str, Any]) -> Iterator[tuple[ConversionSpec
     for line in text.splitlines():
         try:
             run = json.loads(line)
-            if all(run[name] == value for name, value in setting.items()):
+            same = all(run[name] == value for name, value in setting.items())
+            if same and all(field.name in run for field in fields(Run)):
                 yield ConversionSpec.from_dict(run["spec"]), run
         except (ValueError, KeyError, TypeError):
             continue
@@ -143,28 +175,3 @@ def _known(path: Path, setting: dict[str, Any]) -> Iterator[tuple[ConversionSpec
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def evaluation_text(arguments: argparse.Namespace) -> tuple[Path, str]:
-    """Path and content of the text that perplexity is measured on."""
-    path = arguments.text or assets_folder() / "texts" / "evaluation.txt"
-    return path, read_text(path)
-
-
-def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tuple[Path, str]:
-    """Path and content of the calibration text. UserError if it shares a passage with the
-    evaluation text."""
-    path = arguments.calibration or assets_folder() / "texts" / "calibration.txt"
-    text = read_text(path)
-    check_disjoint(text, evaluation)
-    return path, text
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. Raises OSError and UnicodeError with messages for a person."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UnicodeError(f"{path} is not UTF-8 text (byte {error.start:,}).") from error

@@ -1,0 +1,100 @@
+"""The arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from ..core.compensation import COMPENSATIONS, FILLS
+from ..core.order import ORDERS
+from ..core.routed.routers import ROUTERS
+from ..core.schedule import SCHEDULES
+from ..core.scores import SCORES
+from ..core.spec import (
+    ALLOCATIONS,
+    METHODS,
+    PROFILES,
+    SELECTIONS,
+    ConversionSpec,
+    flag_of,
+)
+
+SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
+    "method": ("NAME", f"method of conversion: {', '.join(METHODS)}"),
+    "branches": ("B", "branches per MLP"),
+    "order": ("NAME", f"which neurons come first: {', '.join(ORDERS)}"),
+    "fade": (
+        "S",
+        "Fractal Fade strength: branch i loses its smallest min(1, S·i/B) of gate and up",
+    ),
+    "fade_schedule": ("NAME", f"how branches share the zeros: {', '.join(SCHEDULES)}"),
+    "fade_exponent": ("P", "of the schedule power"),
+    "fade_projections": ("NAMES", "matrices that fade zeroes, such as gate-up-down"),
+    "fade_score": ("NAME", f"which weights go first: {', '.join(SCORES)}"),
+    "fade_unit": ("UNIT", "what goes: weight, neuron, or n:m such as 2:4"),
+    "keep": ("K", "only the first K branches stay"),
+    "allocation": ("NAME", f"K or fade per layer: {', '.join(ALLOCATIONS)}"),
+    "compensation": (
+        "NAME",
+        f"static: {', '.join(COMPENSATIONS)}; sqrt is √(B/K). Routed: {', '.join(FILLS)}",
+    ),
+    "experts": ("N", "experts per MLP, shared ones included"),
+    "active": ("SHARE", "routed: share of the neurons that run for a token"),
+    "shared": ("SHARE", "share of the neurons that always run, or auto (expertweaver)"),
+    "router": ("NAME", f"what scores the experts: {', '.join(ROUTERS)}; neurons: gate, gate-norm"),
+    "selection": ("NAME", f"which scores win: {', '.join(SELECTIONS)}"),
+    "profile": ("NAME", f"gate activations that expertweaver averages: {', '.join(PROFILES)}"),
+    "tau": ("T", "coefficient of variation of a specialised neuron (expertweaver)"),
+    "progressive": ("BOOL", "calibrate each layer on the converted layers before it"),
+    "seed": ("N", "of what a method draws"),
+}
+
+
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """What is measured on what, and where."""
+    parser.add_argument(
+        "--text", "--evaluation", type=Path, metavar="FILE", help="UTF-8; default: our stories"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text that methods may look at, UTF-8; default: other stories of ours",
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def add_spec(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of ConversionSpec, which reads and checks the values itself."""
+    group = parser.add_argument_group("conversion")
+    for field in fields(ConversionSpec):
+        default = {"keep": "all"}.get(field.name, "the method's")
+        default = default if field.default is None else field.default
+        placeholder, meaning = SPEC_FLAGS.get(field.name, ("VALUE", field.name))
+        group.add_argument(
+            f"--{flag_of(field.name)}",
+            default=argparse.SUPPRESS,
+            metavar=placeholder,
+            help=f"{meaning} (default: {default})",
+        )
+
+
+def read_spec(arguments: argparse.Namespace) -> ConversionSpec:
+    names = [field.name for field in fields(ConversionSpec) if field.name in arguments]
+    return ConversionSpec.from_texts({name: getattr(arguments, name) for name in names})
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def number_of(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    number_of.__name__ = "whole number"  # argparse names it in its message
+    return number_of

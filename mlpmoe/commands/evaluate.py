@@ -1,0 +1,141 @@
+"""The command `evaluate`: one model and one conversion of it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import torch
+import transformers
+from torch import Tensor
+
+from ..core.calibration import Calibration
+from ..core.conversion import convert, mlp_modules
+from ..measure.parameters import parameter_report
+from ..measure.perplexity import (
+    EncodedText,
+    Perplexity,
+    choose_window,
+    compare,
+    encode_text,
+    summarise,
+    window_losses,
+)
+from ..measure.speed import decode_speed
+from ..models import load
+from .arguments import add_setting, add_spec, read_spec
+from .terminal import (
+    parameter_rows,
+    perplexity_rows,
+    print_json,
+    print_table,
+    progress,
+    speed_rows,
+)
+from .texts import calibration_text_for, evaluation_text
+
+NAME, HELP = "evaluate", "perplexity, parameters and speed of a model and of its conversion"
+EXAMPLES = """examples:
+  python -m mlpmoe evaluate demo --branches 16 --fade 0.9
+  python -m mlpmoe evaluate ./my-model --branches 16 --keep 12 --window 512 --stride 256
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    add_setting(parser)
+    parser.add_argument("--no-speed", dest="speed", action="store_false", help="skip speed")
+    add_spec(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    spec = read_spec(arguments)
+    path, text = evaluation_text(arguments)
+    if spec.needs_calibration:
+        calibration_path, calibration_text = calibration_text_for(arguments, text)
+    dense, tokenizer = load(
+        arguments.model, arguments.dtype, arguments.device, on_progress=progress
+    )
+    window, stride = choose_window(dense, arguments.window, arguments.stride)
+    encoded = encode_text(tokenizer, text)
+    progress("converting")
+    calibration = None
+    if spec.needs_calibration:
+        calibration = Calibration.from_text(tokenizer, calibration_text)
+    converted = convert(dense, spec, calibration, on_progress=progress)
+    perplexities = [
+        _perplexity(name, model, encoded, window, stride)
+        for name, model in (("dense", dense), ("converted", converted))
+    ]
+    speed = None
+    if arguments.speed:
+        progress("measuring speed")
+        speed = decode_speed(dense, converted)
+    progress("counting parameters")
+    reports = [parameter_report(model) for model in (dense, converted)]
+    progress("")
+    changed = compare(*perplexities)
+    setting = {
+        "model": arguments.model,
+        "architecture": type(dense).__name__,
+        "layers": len(mlp_modules(dense)),
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "device": str(dense.device),
+        "threads": torch.get_num_threads(),
+        "text": path.name,
+        "documents": len(encoded.documents),
+        "bytes": encoded.scored_bytes,
+        "tokens": encoded.scored_tokens,
+        "window": window,
+        "stride": stride,
+        "calibration": calibration_path.name if calibration else None,
+        "calibration_tokens": calibration.samples.numel() if calibration else None,
+    }
+    if arguments.json:
+        models = {
+            name: _perplexity_fields(measured) | asdict(report)
+            for name, measured, report in zip(
+                ("dense", "converted"), perplexities, reports, strict=True
+            )
+        }
+        print_json(
+            {"setting": setting, "spec": spec.to_dict(), **models}
+            | {"perplexity_change": asdict(changed), "speed": asdict(speed) if speed else None}
+        )
+        return
+    print(
+        "{model}: {architecture}, {layers} layers, {dtype} on {device}, {threads} threads\n"
+        "{text}: {documents} documents, {bytes:,} bytes, {tokens:,} tokens, "
+        "windows of {window} every {stride}".format(**setting)
+    )
+    if calibration:
+        print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))
+    print(f"converted with {spec.to_flags()}\n")
+    rows = [["", "dense", "converted", "difference"]]
+    rows += perplexity_rows(*perplexities, changed)
+    rows += parameter_rows(*reports)
+    rows += speed_rows(speed)
+    print_table(rows, align="<>><")
+    if spec.fade:
+        print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
+
+
+def _perplexity(
+    name: str, model: transformers.PreTrainedModel, text: EncodedText, window: int, stride: int
+) -> Perplexity:
+    losses: list[Tensor] = []
+    done = 0
+    progress(f"perplexity, {name}", 0)
+    for piece in window_losses(model, text, window, stride):
+        losses.append(piece)
+        done += len(piece)
+        progress(f"perplexity, {name}", done / text.scored_tokens)
+    return summarise(torch.cat(losses), text.scored_bytes)
+
+
+def _perplexity_fields(measured: Perplexity) -> dict[str, float]:
+    return {
+        "perplexity": measured.value,
+        "stderr": measured.stderr,
+        "bits_per_byte": measured.bits_per_byte,
+    }

@@ -1,0 +1,145 @@
+"""The controls of a static conversion: the first minute's, and under "More" the others, in the
+order in which the stages run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from ..core.compensation import COMPENSATIONS
+from ..core.order import ORDERS
+from ..core.presets import PRESETS
+from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
+from ..core.scores import SCORES
+from ..core.spec import MAX_FADE, PROJECTIONS
+from .cards import TEXT_NAMES
+from .settings import CONTROLS, MAX_BRANCHES
+from .sliders import KeepSlider, LimitedSlider
+
+CUSTOM = "custom"
+UNIT_CHOICES = [
+    ("single weights (MLPMoE)", "weight"),
+    ("whole neurons: this saves compute", "neuron"),
+    ("2 of every 4 weights", "2:4"),
+    ("4 of every 8 weights", "4:8"),
+    ("1 of every 4 weights", "1:4"),
+]
+ALLOCATION_CHOICES = [
+    ("the same in every layer", "uniform"),
+    ("by each layer's output error *", "sensitivity"),
+]
+
+
+@dataclass(frozen=True)
+class ConvertPanel:
+    preset: gr.Dropdown
+    branches: gr.Slider
+    fade: gr.Slider
+    keep: gr.Slider
+    compensation: gr.Dropdown
+    order: gr.Dropdown
+    fade_schedule: gr.Dropdown
+    fade_exponent: gr.Slider
+    fade_projections: gr.CheckboxGroup
+    fade_score: gr.Dropdown
+    fade_unit: gr.Dropdown
+    allocation: gr.Radio
+    progressive: gr.Checkbox
+    text: gr.Dropdown
+    measure: gr.Button
+    stop: gr.Button
+    snippet: gr.Code
+
+    @property
+    def settings(self) -> list:
+        """The inputs that make the spec."""
+        return [getattr(self, name) for name in CONTROLS]
+
+
+def convert_panel() -> ConvertPanel:
+    gr.Markdown("### Convert")
+    preset = gr.Dropdown([*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset")
+    branches = LimitedSlider(
+        1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
+        info="parts each MLP is cut into",
+    )  # fmt: skip
+    fade = LimitedSlider(
+        0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
+        info="zeroes small weights",
+    )  # fmt: skip
+    keep = KeepSlider(
+        1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
+        info="the others are dropped",
+    )  # fmt: skip
+    with gr.Row():
+        measure = gr.Button("Measure", variant="primary", min_width=100, elem_id="measure")
+        stop = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
+    with gr.Accordion("More: every stage, in order", open=False, elem_id="more"):
+        gr.Markdown("Choices with a * look at a calibration text: stories of ours.")
+        order = gr.Dropdown(
+            _choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
+            info="decides which are in the first branches, and so which K keeps",
+            filterable=False, elem_id="order",
+        )  # fmt: skip
+        fade_unit = gr.Dropdown(
+            UNIT_CHOICES, value="weight", label="2 · Fade: what is removed",
+            info="“of every” fixes the share, so Fade counts no more",
+            allow_custom_value=True, elem_id="fade-unit",
+        )  # fmt: skip
+        fade_projections = gr.CheckboxGroup(
+            list(PROJECTIONS), value=["gate", "up"], label="Fade: from which matrices",
+            info="whole neurons go from all three", elem_id="fade-projections",
+        )  # fmt: skip
+        fade_schedule = gr.Dropdown(
+            [(about, name) for name, about in SCHEDULES.items()], value="linear",
+            label="Fade: how branches share the zeros",
+            info="all schedules ask for the same number in all",
+            filterable=False, elem_id="fade-schedule",
+        )  # fmt: skip
+        fade_exponent = LimitedSlider(
+            0.25, 8, DEFAULT_EXPONENT, step=0.25, label="Fade: power", visible=False,
+            info="1 is equal steps; more: the last branches lose most", elem_id="fade-exponent",
+        )  # fmt: skip
+        fade_score = gr.Dropdown(
+            _choices(SCORES), value="magnitude", label="Fade: which weights go first",
+            info="SparseGPT also changes those that stay", filterable=False, elem_id="fade-score",
+        )  # fmt: skip
+        allocation = gr.Radio(
+            ALLOCATION_CHOICES, value="uniform", label="3 · K (or Fade) per layer",
+            info="the mean over the layers stays", elem_id="allocation",
+        )  # fmt: skip
+        compensation = gr.Dropdown(
+            _choices(COMPENSATIONS), value="sqrt", label="4 · Compensation",
+            info="how what stays makes up for what is lost",
+            filterable=False, elem_id="compensation",
+        )  # fmt: skip
+        progressive = gr.Checkbox(
+            False, label="Layer by layer *", elem_id="progressive",
+            info="stages with a * see each layer on the converted ones before it",
+        )  # fmt: skip
+        text = gr.Dropdown(
+            [(name[0].upper() + name[1:], key) for key, name in TEXT_NAMES.items()],
+            value="stories",
+            label="Text that perplexity is measured on",
+            filterable=False,
+            elem_id="text",
+        )
+    with gr.Accordion("The same in Python and in the shell", open=False):
+        snippet = gr.Code(
+            language="python", show_label=False, buttons=["copy"], elem_id="snippet",
+            interactive=False, lines=6, wrap_lines=True, show_line_numbers=False,
+        )  # fmt: skip
+    return ConvertPanel(
+        preset, branches, fade, keep, compensation, order, fade_schedule, fade_exponent,
+        fade_projections, fade_score, fade_unit, allocation, progressive, text, measure, stop,
+        snippet,
+    )  # fmt: skip
+
+
+def _choices(registry: dict) -> list[tuple[str, str]]:
+    """Labels and names; a star marks what needs a calibration text."""
+    return [
+        (f"{choice.about} *" if choice.calibrated else choice.about, name)
+        for name, choice in registry.items()
+    ]

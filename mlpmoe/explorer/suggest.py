@@ -1,0 +1,223 @@
+"""What happens on the tab Suggest: a budget in, measured recipes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+import plotly.graph_objects as go
+
+from ..core.calibration import Calibration
+from ..core.conversion import observe
+from ..core.errors import UserError
+from ..core.presets import PRESETS
+from ..core.spec import ConversionSpec
+from ..measure.notation import change, signed_percent
+from ..measure.search import (
+    COSTS,
+    SEARCH_TOKENS,
+    Budget,
+    best,
+    finalists,
+    front,
+    scoring_text,
+    search,
+)
+from ..measure.sweep import Run, run_of
+from ..measure.words import in_words
+from .front_plot import front_plot
+from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories, in_thread
+from .settings import CONTROLS, show_spec
+from .suggest_panel import EMPTY
+from .workbench import Workbench
+
+TEXT = "stories"  # that the finds are measured on
+MAX_SECONDS = 300
+
+
+@dataclass
+class _Found:
+    """What a search has come to so far."""
+
+    budget: Budget
+    tried: list[Run]  # on the text the search goes by
+    measured: list[Run]  # on the evaluation text
+
+
+class SuggestHandlers:
+    """The events of the tab over one workbench."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        self.workbench = workbench
+        self._stopping: set[str] = set()  # sessions that pressed Stop
+
+    def choose_goal(self, goal: str) -> tuple:
+        """Which slider counts."""
+        return gr.update(visible=goal != "perplexity"), gr.update(visible=goal == "perplexity")
+
+    def stop(self, request: gr.Request) -> str:
+        """End what is under way: a search goes on with measuring what it found, and measuring
+        ends with what it has."""
+        self._stopping.add(request.session_hash)
+        return _status("stopping")
+
+    def suggest(
+        self, request: gr.Request, model: str, goal: str, share: float, increase: float,
+        calibrated: bool, seconds: float,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """Status, sentence, plot, table and the specs of its rows, as the search goes on."""
+        session = request.session_hash
+        self._stopping.discard(session)
+        loaded = self.workbench.loaded(model)
+        budget = read_budget(goal, share, increase)
+        found = _Found(budget, [], [])
+        unchanged = (gr.skip(),) * 3
+        shown = 0
+        for message in self._search(loaded, found, calibrated, min(seconds, MAX_SECONDS)):
+            plot = gr.skip()
+            if len(found.tried) > shown:
+                shown, plot = len(found.tried), front_plot(found.tried, [], budget)
+            yield _status(message), gr.skip(), plot, gr.skip(), gr.skip()
+            if session in self._stopping and found.tried:
+                break
+        self._stopping.discard(session)
+        specs = finalists(found.tried, budget)
+        for number, spec in enumerate(specs, 1):
+            what = f"measuring find {number} of {len(specs)}"
+            for message in _measure(loaded, spec):
+                yield _status(f"{what}: {message}"), gr.skip(), *unchanged
+            found.measured.append(_run(loaded, spec))
+            if session in self._stopping:
+                break
+            yield (
+                _status(what), gr.skip(), front_plot(found.tried, found.measured, budget),
+                *_table(found),
+            )  # fmt: skip
+        yield (
+            _status(""), sentence(loaded, found), front_plot(found.tried, found.measured, budget),
+            *_table(found),
+        )  # fmt: skip
+
+    def _search(
+        self, loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float
+    ) -> Iterator[str]:
+        """Fill `found.tried`, yielding what is being done; closing the iterator stops."""
+        text = calibration_stories()
+        scoring = scoring_text(loaded.tokenizer, text)
+
+        def work(report: Any) -> None:
+            observed = None
+            if calibrated:
+                report("calibrating")
+                tokens = Calibration.from_text(loaded.tokenizer, text, SEARCH_TOKENS)
+                observed = observe(loaded.model, tokens)
+            runs = search(
+                loaded.model, scoring, found.budget, observed, seconds,
+                report=lambda message: report(f"searching, {message}"),
+            )  # fmt: skip
+            for run in runs:
+                found.tried.append(run)
+                report(f"searching, {len(found.tried)} tried")
+
+        yield from in_thread(work)
+
+    def take(self, model: str, specs: list[str], event: gr.SelectData) -> tuple:
+        """The settings of a clicked row."""
+        row = event.index[0] if isinstance(event.index, list | tuple) else event.index
+        if not isinstance(row, int) or not 0 <= row < len(specs):
+            return (gr.skip(),) * (len(CONTROLS) + 1)
+        spec = ConversionSpec.from_query(specs[row])
+        gr.Info("The controls at the left now have these settings.", duration=4)
+        return show_spec(spec, self.workbench.loaded(model))
+
+    def another_model(self) -> tuple:
+        """Everything, when what it showed was another model's."""
+        return "", EMPTY, empty_plot(), [], []
+
+
+def read_budget(goal: str, share: float, increase: float) -> Budget:
+    if goal == "perplexity":
+        return Budget("nonzero", None, 1 + increase / 100)
+    if goal not in COSTS:
+        raise UserError(f"{goal!r:.60} is no budget; allowed: {', '.join(COSTS)}, perplexity.")
+    return Budget(goal, share / 100)
+
+
+def sentence(loaded: LoadedModel, found: _Found) -> str:
+    """What the best spec does and costs, in plain words."""
+    chosen = best(found.measured, found.budget)
+    if chosen is None:
+        return (
+            "<p>Nothing within this budget was found. Give the search more seconds, or a larger "
+            "budget.</p>"
+        )
+    words = in_words(chosen.spec)
+    tokens = loaded.text(TEXT).scored_tokens
+    text = (
+        f"<p><strong>{escape(words[:1].upper() + words[1:])}.</strong> Perplexity "
+        f"{change(chosen.ratio, chosen.stderr)}, non-zero MLP parameters "
+        f"{signed_percent(chosen.mlp_nonzero_share - 1)}, MLP multiply-adds "
+        f"{signed_percent(chosen.mlp_macs_share - 1)}.</p>"
+    )
+    presets = [run for run in found.measured if run.spec in PRESETS.values()]
+    rival = best(presets, found.budget)
+    if rival and rival.spec != chosen.spec:
+        name = next(name for name, spec in PRESETS.items() if spec == rival.spec)
+        text += (
+            f"<p>The best preset within the budget, {escape(name.rstrip(' *'))}: perplexity "
+            f"{change(rival.ratio, rival.stderr)}.</p>"
+        )
+    return (
+        f'{text}<p class="note">{len(found.tried)} recipes tried, {len(found.measured)} measured '
+        f"on {tokens:,} tokens of the evaluation stories.</p>"
+    )
+
+
+def empty_plot() -> go.Figure:
+    return front_plot([], [], Budget())
+
+
+def _measure(loaded: LoadedModel, spec: ConversionSpec) -> Iterator[str]:
+    asked = loaded.asked(spec)
+    if isinstance(asked, Calibrated):
+        yield from loaded.convert(asked)
+    for step in loaded.evaluate(asked, TEXT):
+        if not isinstance(step, Evaluation):
+            yield f"perplexity, {step.done / step.total:.0%}"
+
+
+def _run(loaded: LoadedModel, spec: ConversionSpec) -> Run:
+    asked = loaded.asked(spec)
+    evaluation = loaded.known_evaluation(asked, TEXT)
+    report = loaded.converted_report(asked)
+    return run_of(spec, evaluation.dense, evaluation.converted, loaded.report, report)
+
+
+def _table(found: _Found) -> tuple[list[list[str]], list[str]]:
+    """Rows of the measured specs, the cheapest first, and their query strings."""
+    runs = sorted(found.measured, key=lambda run: (found.budget.cost_of(run), run.ratio))
+    best_ones = front(found.measured, found.budget)
+    chosen = best(found.measured, found.budget)
+    return [_row(run, run in best_ones, run == chosen) for run in runs], [
+        run.spec.to_query() for run in runs
+    ]
+
+
+def _row(run: Run, unbeaten: bool, chosen: bool) -> Sequence[str]:
+    words = in_words(run.spec)
+    name = next((name for name, spec in PRESETS.items() if spec == run.spec), None)
+    note = f"Preset {name.rstrip(' *')}: " if name else ""
+    mark = "★ " if chosen else "" if unbeaten else "(beaten) "
+    return [
+        change(run.ratio, run.stderr),
+        signed_percent(run.mlp_nonzero_share - 1),
+        signed_percent(run.mlp_macs_share - 1),
+        f"{mark}{note}{words}",
+    ]
+
+
+def _status(text: str) -> str:
+    return f"<p>{escape(text)} …</p>" if text else ""

@@ -1,0 +1,305 @@
+"""Search the static recipes for the best ones at a budget, by multi-objective optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite, log
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.calibration import DOCUMENT_SEPARATOR, Calibration, Observed
+from ..core.conversion import convert_all
+from ..core.errors import UserError
+from ..core.mlps import read_mlps
+from ..core.presets import PRESETS
+from ..core.schedule import branch_sparsities
+from ..core.spec import MAX_FADE, ConversionSpec
+from .parameters import parameter_report
+from .perplexity import EncodedText, encode_text, measure
+from .sweep import Run, run_of
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+COSTS = {
+    "nonzero": "MLP parameters that are not zero",
+    "compute": "MLP multiply-adds per token",
+}
+BRANCHES = (16, 32, 64)  # what the search cuts into
+LEAST_SHARE = 0.2  # of the dense cost; the search looks no lower
+AROUND = 0.15  # of the dense cost, below and above the budget
+RANDOM_TRIALS = 8  # before the optimiser learns from what it has seen
+SCORING_TOKENS = 2048  # at least, where the text has them
+FINALISTS = 4  # of the front, to be measured again
+SEARCH_TOKENS = 8192  # of the calibration text; enough to tell recipes apart, four times as fast
+WORST_RATIO = 1e6  # of perplexity; what is broken is all the same
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a conversion may cost: a share of the dense MLPs' parameters or multiply-adds at most,
+    or, at the least cost, a perplexity."""
+
+    cost: str = "nonzero"  # a key of COSTS
+    share: float | None = 0.75  # of the dense cost, at most
+    ratio: float | None = None  # of perplexity to dense, at most; instead of share
+
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise UserError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r:.60}.")
+        if (self.share is None) == (self.ratio is None):
+            raise UserError("a budget is either a share of the cost or a ratio of perplexity.")
+        if self.share is not None and not LEAST_SHARE <= self.share < 1:
+            raise UserError(
+                f"the budget must lie between {LEAST_SHARE:.0%} and 99% of the {COSTS[self.cost]}, "
+                f"not {self.share:.0%}."
+            )
+        if self.ratio is not None and not (self.ratio > 1 and isfinite(self.ratio)):
+            raise UserError("the ratio of perplexity must be more than 1: 1.05 allows 5 % more.")
+
+    @classmethod
+    def from_text(cls, cost: str, share: str) -> Budget:
+        """A share written as text; UserError if it is none."""
+        try:
+            return cls(cost, float(share))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the budget must be a number, not {share!r:.60}.") from None
+
+    def cost_of(self, run: Run) -> float:
+        """A share of the dense model's cost."""
+        return run.mlp_nonzero_share if self.cost == "nonzero" else run.mlp_macs_share
+
+    def allows(self, run: Run) -> bool:
+        if self.share is not None:
+            return self.cost_of(run) <= self.share + 5e-4  # α and biases count too
+        return run.ratio <= self.ratio
+
+
+def front(runs: Sequence[Run], budget: Budget) -> list[Run]:
+    """The runs that no other beats in both cost and perplexity, cheapest first."""
+    found: list[Run] = []
+    for run in sorted(runs, key=lambda r: (budget.cost_of(r), r.ratio)):
+        if not found or run.ratio < found[-1].ratio:
+            found.append(run)
+    return found
+
+
+def best(runs: Sequence[Run], budget: Budget) -> Run | None:
+    """The run that the budget asks for: the least perplexity, or the least cost."""
+    allowed = [run for run in runs if budget.allows(run)]
+    if budget.share is not None:
+        return min(allowed, key=lambda r: (r.ratio, budget.cost_of(r)), default=None)
+    return min(allowed, key=lambda r: (budget.cost_of(r), r.ratio), default=None)
+
+
+def finalists(runs: Sequence[Run], budget: Budget) -> list[ConversionSpec]:
+    """The specs worth measuring on the evaluation text, with all of the calibration: the best, the
+    front nearest to it, and the presets that the budget allows, so that no suggestion is worse
+    than these."""
+    chosen = best(runs, budget)
+    near = budget.share or (budget.cost_of(chosen) if chosen else 1.0)
+    found = sorted(front(runs, budget), key=lambda run: abs(budget.cost_of(run) - near))
+    presets = [run for run in runs if run.spec in PRESETS.values() and budget.allows(run)]
+    specs = [run.spec for run in [*([chosen] if chosen else []), *found[:FINALISTS], *presets]]
+    return list(dict.fromkeys(specs))
+
+
+def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
+    """The last documents of the calibration text, for the search to go by. Where the text is
+    longer than a calibration reads, methods have not seen them."""
+    documents = [document for document in text.split(DOCUMENT_SEPARATOR) if document.strip()]
+    for count in range(1, len(documents) + 1):
+        encoded = encode_text(tokenizer, DOCUMENT_SEPARATOR.join(documents[-count:]))
+        if encoded.scored_tokens >= SCORING_TOKENS:
+            break
+    return encoded
+
+
+def search(
+    model: PreTrainedModel,
+    text: EncodedText,
+    budget: Budget,
+    calibration: Calibration | Observed | None = None,
+    seconds: float = 60.0,
+    most: int | None = None,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda message: None,
+) -> Iterator[Run]:
+    """Try static specs around the budget until the time is up, yielding each as it is measured.
+
+    text: what the search goes by; to know how good its finds are, measure them on another. Only
+    with a calibration (SEARCH_TOKENS will do) are specs tried that need one. seconds: from the
+    first request on; what is under way is finished. most: runs at most. Presets and known recipes
+    come first, then what Optuna's tree-structured Parzen estimator proposes for the two
+    objectives, log perplexity and cost.
+    Raises UserError if optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("the search needs optuna: pip install optuna.") from None
+    end = monotonic() + seconds
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    report("perplexity, dense")
+    dense, dense_report = measure(model, text), parameter_report(model)
+    mlps = read_mlps(model)
+    space = _Space(
+        budget=budget,
+        calibrated=calibration is not None,
+        d_ff=min(mlp.weights.d_ff for mlp in mlps),
+        gated=mlps[0].weights.gate is not None,
+    )
+    study = optuna.create_study(
+        directions=["minimize", "minimize"],
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS),
+    )
+    for start in space.starts():
+        study.enqueue_trial(start)
+    known: dict[ConversionSpec, Run] = {}
+
+    def run_for(spec: ConversionSpec) -> Run:
+        report(f"{len(known)} tried")
+        converted = convert_all(model, [spec], calibration)[0]
+        measured, counted = measure(converted, text), parameter_report(converted)
+        known[spec] = run_of(spec, dense, measured, dense_report, counted)
+        return known[spec]
+
+    for spec in space.presets():
+        yield run_for(spec)
+    tried = 0
+    while monotonic() < end and (most is None or tried < most):
+        trial = study.ask()
+        spec = space.spec(trial)
+        run = known.get(spec)
+        if run is None:
+            run = run_for(spec)
+            yield run
+        tried += 1
+        cost, loss = budget.cost_of(run), log(min(run.ratio, WORST_RATIO))
+        limit = cost - budget.share if budget.ratio is None else loss - log(budget.ratio)
+        trial.set_constraint("budget", limit)
+        study.tell(trial, [loss, cost])
+
+
+@dataclass(frozen=True)
+class _Space:
+    """The specs that are searched, as choices that fit the budget by construction."""
+
+    budget: Budget
+    calibrated: bool
+    d_ff: int
+    gated: bool
+
+    def presets(self) -> Iterator[ConversionSpec]:
+        """Those that may be within the budget and remove something."""
+        for spec in PRESETS.values():
+            allowed = self.calibrated or not spec.needs_calibration
+            left = self._left(spec)
+            if allowed and left < 1 and (self.budget.ratio or left <= self.budget.share + 0.01):
+                yield spec
+
+    def _left(self, spec: ConversionSpec) -> float:
+        """About what share of the dense cost a preset has."""
+        left = spec.kept / spec.branches
+        if self.budget.cost == "nonzero" and spec.fade:
+            matrices = 3 if self.gated else 2
+            faded = sum(name != "gate" or self.gated for name in spec.projections)
+            shares = branch_sparsities(spec.branches, spec.fade, spec.fade_schedule)[: spec.kept]
+            left *= 1 - faded / matrices * sum(shares) / len(shares)
+        return left
+
+    def starts(self) -> Iterator[dict[str, object]]:
+        """Good recipes at the budget itself; a trial takes of them what it asks for."""
+        shares = [self.budget.share] if self.budget.share else [0.9, 0.75, 0.6]
+        if self.calibrated:
+            recipe = {"order": "least-squares", "compensation": "refit", "score": "sparsegpt"}
+        else:
+            recipe = {"order": "norm", "compensation": "none", "score": "magnitude"}
+        recipe |= {"schedule": "uniform", "projections": "all", "progressive": False}
+        recipe |= {"branches": max(self._branches()), "allocation": "uniform"}
+        for share in shares:
+            for by in self._by():
+                yield recipe | {"by": by, "share": share, "part": 0.5}
+
+    def spec(self, trial: Trial) -> ConversionSpec:
+        """The spec of a trial's choices."""
+        low, high = LEAST_SHARE, 0.98
+        if self.budget.share:
+            low = max(low, self.budget.share - AROUND)
+            high = min(high, self.budget.share + AROUND)
+        by = trial.suggest_categorical("by", self._by())
+        share = trial.suggest_float("share", low, high)
+        fields: dict[str, object] = {"branches": min(BRANCHES[0], self.d_ff)}
+        if by == "keep and weights":
+            kept = share ** trial.suggest_float("part", 0.1, 0.9)
+        else:
+            kept = share if by == "keep" else 1.0
+        if by in ("keep", "keep and weights"):
+            branches = trial.suggest_categorical("branches", self._branches())
+            keep = max(1, min(int(branches * kept + 1e-9), branches - 1))
+            order = trial.suggest_categorical("order", self._orders())
+            fields |= {"branches": branches, "keep": keep, "order": order}
+            kept = keep / branches
+        if by in ("keep", "keep and weights") or self.calibrated:
+            fields["compensation"] = trial.suggest_categorical("compensation", self._fills())
+        if by != "keep":
+            fields |= self._fade(trial, by, min(1.0, share / kept))
+        if self.calibrated:
+            fields["allocation"] = trial.suggest_categorical(
+                "allocation", ["uniform", "sensitivity"]
+            )
+            if trial.suggest_categorical("progressive", [False, True]):
+                spec = ConversionSpec(**fields)
+                if spec.looks_at_activations:
+                    return ConversionSpec(**fields, progressive=True)
+        return ConversionSpec(**fields)
+
+    def _fade(self, trial: Trial, by: str, left: float) -> dict[str, object]:
+        """The fields of a fade that leaves this share of the MLPs' weights or neurons."""
+        schedule = trial.suggest_categorical("schedule", ["uniform", "linear"])
+        fields = {"fade_schedule": schedule}
+        fields["fade_score"] = trial.suggest_categorical("score", self._scores())
+        zeros = 1 - left
+        if by == "neurons":
+            fields["fade_unit"] = "neuron"
+        elif trial.suggest_categorical("projections", ["all", "gate and up"]) == "all":
+            fields["fade_projections"] = "gate-up-down"
+        else:
+            zeros *= 1.5 if self.gated else 2.0
+        return fields | {"fade": _strength(zeros, min(BRANCHES[0], self.d_ff), schedule)}
+
+    def _by(self) -> list[str]:
+        everything = ["keep", "neurons", "weights", "keep and weights"]
+        return everything[:2] if self.budget.cost == "compute" else everything
+
+    def _branches(self) -> list[int]:
+        return [b for b in BRANCHES if b <= self.d_ff] or [self.d_ff]
+
+    def _orders(self) -> list[str]:
+        more = ["activation", "fluctuation", "least-squares"] if self.calibrated else []
+        return ["contiguous", "norm", *more]
+
+    def _fills(self) -> list[str]:
+        return ["sqrt", "none", *(["mean", "refit", "alpha"] if self.calibrated else [])]
+
+    def _scores(self) -> list[str]:
+        return ["magnitude", *(["wanda", "sparsegpt"] if self.calibrated else [])]
+
+
+def _strength(zeros: float, branches: int, schedule: str) -> float:
+    """The fade that zeroes this share in the mean over the branches, as far as there is one; three
+    digits are enough for a person to read."""
+    low, high = 0.0, MAX_FADE
+    for _ in range(30):
+        middle = (low + high) / 2
+        shares = branch_sparsities(branches, middle, schedule)
+        if sum(shares) / branches < zeros:
+            low = middle
+        else:
+            high = middle
+    return min(MAX_FADE, round(high + 5e-4, 3))
