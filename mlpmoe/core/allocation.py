@@ -17,8 +17,9 @@ FADE_STEPS = 4  # strengths tried below and above the mean one, in equal steps
 
 
 def candidates(spec: ConversionSpec) -> list[ConversionSpec]:
-    """What a layer may get, from the least to the most: K where branches are dropped, else fade."""
-    uniform = replace(spec, allocation="uniform")
+    """What a layer may get, from the least to the most: K where branches are dropped, else fade.
+    Whether the model is converted progressively is no matter of a layer."""
+    uniform = replace(spec, allocation="uniform", progressive=False)
     if spec.kept < spec.branches:
         return [replace(uniform, keep=keep) for keep in range(1, spec.branches + 1)]
     if spec.fade:
@@ -53,9 +54,10 @@ def error_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
 
 
 def share_out(spec: ConversionSpec, curves: Sequence[Tensor]) -> list[ConversionSpec]:
-    """The candidate of each layer with the least sum of errors, at the same mean budget.
+    """The candidate of each layer with the least sum of squared errors, at the same mean budget.
 
-    curves: per layer, from `error_curve`. Exact, by dynamic programming over the layers.
+    curves: per layer, from `error_curve`. Squared, for a layer that is lost altogether costs more
+    than many that suffer a little. Exact, by dynamic programming over the layers.
     """
     choices = candidates(spec)
     if len(choices) == 1:
@@ -68,7 +70,7 @@ def share_out(spec: ConversionSpec, curves: Sequence[Tensor]) -> list[Conversion
     for curve in curves:
         options = torch.full((len(choices), total + 1), float("inf"), dtype=torch.float64)
         for level in range(min(len(choices), total + 1)):
-            options[level, level:] = best[: total + 1 - level] + curve[level]
+            options[level, level:] = best[: total + 1 - level] + curve[level] ** 2
         best, chosen = options.min(0)
         taken.append(chosen)
     result, left = [], total

@@ -72,7 +72,8 @@ class BranchedMLP(nn.Module):
         self.up_proj = _linear(weights.up, weights.up_bias)
         self.down_proj = _linear(weights.down, weights.down_bias)
         self.act_fn = weights.activation
-        factors = torch.as_tensor(alpha).to(weights.up.detach()).expand(len(sizes))
+        up = weights.up
+        factors = torch.as_tensor(alpha, dtype=up.dtype, device=up.device).expand(len(sizes))
         self.alpha = nn.Parameter(factors.clone())
         index = _branch_of_neuron(sizes, weights.up.device)
         self.register_buffer("branch_of_neuron", index, persistent=False)
@@ -98,7 +99,7 @@ class BranchedMLP(nn.Module):
         zeros, which say exactly 0 whatever the activation. So layers of different widths fit an
         architecture that has one.
         """
-        missing = (width or sum(self.sizes)) - sum(self.sizes)
+        missing = 0 if width is None else width - sum(self.sizes)
         if missing < 0:
             raise UserError(f"{sum(self.sizes)} neurons do not fit into a width of {width}.")
 

@@ -85,7 +85,11 @@ def convert_all(
             together.append(index)
     for group in (together, *([i] for i, spec in enumerate(specs) if spec.progressive)):
         if group:
-            made |= _calibrated(model, mlps, by_layer, group, calibration, report)
+            first = specs[group[0]]
+            corrected = first.progressive and not first.routed
+            made |= _calibrated(
+                model, mlps, by_layer, group, calibration, report, first.progressive, corrected
+            )
     return [_replaced(model, mlps, made[index]) for index in range(len(specs))]
 
 
@@ -96,10 +100,11 @@ def _calibrated(
     group: Sequence[int],
     calibration: Calibration | Observed,
     report: Progress,
+    progressive: bool,
+    corrected: bool,
 ) -> dict[int, list[nn.Module]]:
     """One pass over the calibration text for the specs of `group`; modules by spec and layer."""
     made: dict[int, list[nn.Module]] = {index: [] for index in group}
-    progressive = by_layer[group[0]][0].progressive
 
     def visit(layer: int, activations: LayerActivations) -> nn.Module | None:
         report("calibrating", layer / len(mlps))
@@ -108,7 +113,7 @@ def _calibrated(
             made[index].append(convert_mlp(activations.weights, spec, activations))
         return made[group[0]][-1] if progressive else None
 
-    visit_layers(model, mlps, calibration, visit, progressive)
+    visit_layers(model, mlps, calibration, visit, progressive, corrected)
     return made
 
 

@@ -16,6 +16,7 @@ from .calibration import LayerActivations
 from .mlps import MLPWeights
 
 COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken out of the matrices
+LEAST_VARIANCE = 1e-30  # added too: a layer may be dead
 DAMPING = 1e-2  # of the mean variance, added to all: few tokens leave the covariance singular
 
 
@@ -58,7 +59,12 @@ def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0
     """Drop one neuron after the other, each time the one whose loss the others make up for best
     (optimal brain surgeon on the rows of down; d_ff³ operations)."""
     down = weights.down.detach().cpu().T.double().clone()  # (d_ff, d_model)
-    inverse = torch.linalg.inv(damped(layer.covariance.double()))
+    if layer.target is None:
+        inverse = torch.linalg.inv(damped(layer.covariance.double()))
+    else:  # start from the best that all neurons can say
+        _, covariance, cross, _ = layer.regression(weights)
+        inverse = torch.linalg.inv(damped(covariance))
+        down += inverse @ (cross - covariance @ down)
     neurons = torch.arange(len(down))  # those that are left
     dropped: list[int] = []
     while len(neurons) > 1:
@@ -77,7 +83,7 @@ def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """A covariance matrix with enough on its diagonal to be inverted."""
-    extra = damping * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    extra = damping * covariance.diagonal().mean() + LEAST_VARIANCE
     return covariance + extra * torch.eye(len(covariance)).to(covariance)
 
 

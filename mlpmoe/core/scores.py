@@ -103,7 +103,7 @@ def _sparsegpt(weight: Tensor, cut: Cut, moment: Tensor) -> Tensor:
     (SparseGPT, arXiv 2301.00774)."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment.double())))
     upper = torch.linalg.cholesky(inverse, upper=True).float().to(weight.device)
-    result = weight.detach().float().clone()
+    result = weight.detach().float().clone(memory_format=torch.contiguous_format)
     whole = slice(0, weight.shape[1])
     if cut.pattern:
         _feed_errors(result, upper, [(block, 0.0) for block in _blocks(whole, cut)], cut.pattern)

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlpmoe.core.allocation import FADE_STEPS, candidates, error_curve, share_out
-from mlpmoe.core.calibration import Calibration, visit_layers
+from mlpmoe.core.calibration import DRIFT, Calibration, visit_layers
 from mlpmoe.core.conversion import convert, convert_all, convert_mlp, mlp_modules, observe
 from mlpmoe.core.mlps import read_mlps
 from mlpmoe.core.order import ORDERS, order_of
@@ -35,10 +35,10 @@ def no_grad():
 )
 def test_the_uniform_choice_is_a_candidate(spec):
     found = candidates(spec)
-    uniform = replace(spec, allocation="uniform")
+    uniform = replace(spec, allocation="uniform", progressive=False)
     assert uniform in found
     assert {spec.allocation for spec in found} == {"uniform"}
-    same = {"keep": spec.keep, "fade": spec.fade, "progressive": spec.progressive}
+    same = {"keep": spec.keep, "fade": spec.fade}
     assert {replace(c, **same) for c in found} == {uniform}
 
 
@@ -143,10 +143,10 @@ def curves_of(draw, levels):
 
 
 def least(curves, budget):
-    """The least sum of errors of all assignments of this budget."""
+    """The least sum of squared errors of all assignments of this budget."""
     levels = range(len(curves[0]))
     return min(
-        sum(float(curve[level]) for curve, level in zip(curves, chosen, strict=True))
+        sum(float(curve[level]) ** 2 for curve, level in zip(curves, chosen, strict=True))
         for chosen in product(levels, repeat=len(curves))
         if sum(chosen) == budget
     )
@@ -161,7 +161,7 @@ def test_kept_branches_are_shared_out_best(data, branches):
     assert len(found) == len(curves)
     assert sum(s.kept for s in found) == keep * len(curves)
     assert all(replace(s, keep=keep) == replace(spec, allocation="uniform") for s in found)
-    error = sum(float(curve[s.kept - 1]) for curve, s in zip(curves, found, strict=True))
+    error = sum(float(curve[s.kept - 1]) ** 2 for curve, s in zip(curves, found, strict=True))
     assert error == pytest.approx(least(curves, (keep - 1) * len(curves)), rel=1e-12, abs=1e-12)
 
 
@@ -172,7 +172,7 @@ def test_fade_is_shared_out_best(data, fade):
     choices = candidates(spec)
     levels = [choices.index(s) for s in share_out(spec, curves)]
     assert sum(choices[i].fade for i in levels) == pytest.approx(fade * len(curves))
-    error = sum(float(curve[i]) for curve, i in zip(curves, levels, strict=True))
+    error = sum(float(curve[i]) ** 2 for curve, i in zip(curves, levels, strict=True))
     expected = least(curves, FADE_STEPS * len(curves))
     assert error == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
@@ -323,21 +323,56 @@ def test_unchanged_tensors_stay_the_dense_model_s(model, observed):
         assert module.down_proj.weight is mlp.weights.down
 
 
-def test_progressive_layers_are_fitted_on_converted_ones(model):
-    """Layer 0 sees the same either way; later layers see what the converted ones give them."""
-    spec = ConversionSpec(branches=4, keep=2, compensation="refit")
-    plain, progressive = convert_all(model, [spec, replace(spec, progressive=True)], calibration())
-    first, *later = zip(mlp_modules(plain), mlp_modules(progressive), strict=True)
-    assert_same_weights(*first)
+def streams_of(model):
+    """What each decoder layer of a model gives for the calibration text: (tokens, d_model)."""
+    seen, hooks = [], []
+    for layer in model.model.layers:
+        hook = layer.register_forward_hook(
+            lambda _, __, out: seen.append(
+                (out[0] if isinstance(out, tuple) else out).flatten(0, 1)
+            )
+        )
+        hooks.append(hook)
+    model(calibration().samples)
+    for hook in hooks:
+        hook.remove()
+    return [stream.double() for stream in seen]
+
+
+def test_progressive_layers_make_up_for_what_was_lost_before(model):
+    """A fitted layer gives, in the mean, what the dense MLP would on the converted layers' output,
+    and DRIFT of how far the converted model has come from the dense one."""
+    spec = ConversionSpec(branches=4, keep=2, compensation="refit", progressive=True)
+    converted = convert(model, spec, calibration())
+    dense, found = streams_of(model), streams_of(converted)
+    for i, layer in enumerate(converted.model.layers):
+        fitted, layer.mlp = layer.mlp, model.model.layers[i].mlp
+        unfitted = streams_of(converted)[i]
+        layer.mlp = fitted
+        wanted = unfitted + DRIFT * (dense[i] - unfitted)
+        torch.testing.assert_close(found[i].mean(0), wanted.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_progressive_fade_is_shared_out_too(model, monkeypatch):
+    """Also if the first layer gets none of it: the others are still scored on converted inputs."""
+    spec = ConversionSpec(fade=0.5, fade_score="wanda", progressive=True, allocation="sensitivity")
+    levels = 2 * FADE_STEPS + 1
+    even = (torch.arange(levels).double() - 8 / 3).square()  # for what layer 0 leaves
+    curves = iter([100 * torch.arange(levels).flip(0).double(), even, even, even])
+    monkeypatch.setattr("mlpmoe.core.conversion.error_curve", lambda *_: next(curves))
+    converted = convert(model, spec, calibration())
     seen = []
-    for layer in progressive.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    progressive(calibration().samples)
-    for x, (one, other), mlp in zip(seen[1:], later, read_mlps(model)[1:], strict=True):
-        assert not torch.equal(one.down_proj.weight, other.down_proj.weight)
-        wanted = output(mlp.weights, x.flatten(0, 1).double()).mean(0)
-        mean = other(x).flatten(0, 1).double().mean(0)
-        torch.testing.assert_close(mean, wanted, rtol=1e-4, atol=1e-4)
+    for layer in converted.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    converted(calibration().samples)
+    first, *later = mlp_modules(converted)
+    assert torch.equal(first.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    for module, mlp, x in zip(later, read_mlps(model)[1:], seen[1:], strict=True):
+        size = mlp.weights.up.abs() * x.square().mean(0).sqrt()
+        gone = module.up_proj.weight == 0
+        assert gone.any()
+        highest = size.masked_fill(~gone, 0).amax(1)
+        assert (highest <= size.masked_fill(gone, torch.inf).amin(1) * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "bloom", "llama-bias"])
