@@ -94,6 +94,11 @@ def hidden(weights: MLPWeights, x: Tensor) -> tuple[Tensor, Tensor]:
     return gated.float(), (gated * up).float()
 
 
+def _with_ones(h: Tensor) -> Tensor:
+    """(tokens, d_ff + 1): h and a column of ones, whose products are sums."""
+    return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+
+
 class LayerActivations:
     """The activations of one MLP on the calibration text: what the stages may ask of it.
 
@@ -164,14 +169,21 @@ class LayerActivations:
         mean = self._sums[2] / self.tokens
         return (self._sums[4] / self.tokens - mean.square()).clamp(min=0).float()
 
-    @cached_property
+    @property
     def covariance(self) -> Tensor:
         """(d_ff, d_ff): covariance of h."""
-        total = self.x.new_zeros((self.weights.d_ff,) * 2, dtype=torch.float32)
-        for _, _, h in self.pieces():
-            centred = h.flatten(0, 1) - self.mean.to(h.device)
-            total += centred.T @ centred
-        return (total / self.tokens).cpu()
+        return self.moments[1]
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(d_ff,) and (d_ff, d_ff): mean and covariance of h, float64, from one pass."""
+        sums = self.x.new_zeros((self.weights.d_ff + 1,) * 2, dtype=torch.float64)
+        for _, h in self._flat_pieces():
+            h = _with_ones(h)
+            sums += h.T @ h
+        sums = (sums / self.tokens).cpu()
+        mean = sums[:-1, -1]
+        return mean, sums[:-1, :-1] - torch.outer(mean, mean)
 
     @cached_property
     def input_moment(self) -> Tensor:
@@ -186,8 +198,7 @@ class LayerActivations:
         # [h 1]ᵀ [h 1 y], summed over the tokens: one product holds all that is asked for
         sums = self.x.new_zeros((n + 1, n + 1 + d_model), dtype=torch.float64)
         for where, y in self.outputs():
-            h = hidden(kept, self.x[where])[1].flatten(0, 1)
-            left = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+            left = _with_ones(hidden(kept, self.x[where])[1].flatten(0, 1))
             sums += left.T @ torch.cat([left, y], dim=1)
         sums = (sums / self.tokens).cpu()
         mean, target = sums[:n, n], sums[n, n + 1 :]

@@ -59,11 +59,11 @@ class Moments:
         same as there; None if their weights were changed. layer: of the dense MLP."""
         if neurons is not None and layer.target is None:
             down = layer.weights.down.detach().cpu().double()
-            covariance = layer.covariance.double()
+            mean, covariance = layer.moments
             bias = layer.weights.down_bias
-            target = down @ layer.mean.double()
+            target = down @ mean
             return cls(
-                mean=layer.mean.double()[neurons],
+                mean=mean[neurons],
                 covariance=covariance[neurons][:, neurons],
                 cross=covariance[neurons] @ down.T,
                 target=target if bias is None else target + bias.detach().cpu().double(),

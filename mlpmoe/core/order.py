@@ -60,7 +60,7 @@ def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0
     (optimal brain surgeon on the rows of down; d_ff³ operations)."""
     down = weights.down.detach().cpu().T.double().clone()  # (d_ff, d_model)
     if layer.target is None:
-        inverse = torch.linalg.inv(damped(layer.covariance.double()))
+        inverse = torch.linalg.inv(damped(layer.covariance))
     else:  # start from the best that all neurons can say
         _, covariance, cross, _ = layer.regression(weights)
         inverse = torch.linalg.inv(damped(covariance))

@@ -98,7 +98,7 @@ def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
         "#### Size of the weights, branch by branch\n"
         "Each ridge is one branch: how many of its weights have which size. "
         "The dashed line is the fade threshold: weights to its left are set to zero. "
-        "Fade works on gate and up only."
+        "As published, fade works on gate and up only."
     )
     with gr.Row():
         layer = LimitedSlider(0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="layer")

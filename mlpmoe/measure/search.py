@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, log
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -98,14 +98,18 @@ def best(runs: Sequence[Run], budget: Budget) -> Run | None:
 
 
 def finalists(runs: Sequence[Run], budget: Budget) -> list[ConversionSpec]:
-    """The specs worth measuring on the evaluation text, with all of the calibration: the best, the
-    front nearest to it, and the presets that the budget allows, so that no suggestion is worse
-    than these."""
+    """The specs worth measuring on the evaluation text, with all of the calibration: the best,
+    also layer by layer, which the search leaves out for its time; the front nearest to the best;
+    and the presets that the budget allows, so that no suggestion is worse than these."""
     chosen = best(runs, budget)
     near = budget.share or (budget.cost_of(chosen) if chosen else 1.0)
     found = sorted(front(runs, budget), key=lambda run: abs(budget.cost_of(run) - near))
     presets = [run for run in runs if run.spec in PRESETS.values() and budget.allows(run)]
-    specs = [run.spec for run in [*([chosen] if chosen else []), *found[:FINALISTS], *presets]]
+    specs = [run.spec for run in (*found[:FINALISTS], *presets)]
+    if chosen:
+        specs.insert(0, chosen.spec)
+        if chosen.spec.looks_at_activations:
+            specs.append(replace(chosen.spec, progressive=True))
     return list(dict.fromkeys(specs))
 
 
@@ -220,7 +224,7 @@ class _Space:
             recipe = {"order": "least-squares", "compensation": "refit", "score": "sparsegpt"}
         else:
             recipe = {"order": "norm", "compensation": "none", "score": "magnitude"}
-        recipe |= {"schedule": "uniform", "projections": "all", "progressive": False}
+        recipe |= {"schedule": "uniform", "projections": "all"}
         recipe |= {"branches": max(self._branches()), "allocation": "uniform"}
         for share in shares:
             for by in self._by():
@@ -253,10 +257,6 @@ class _Space:
             fields["allocation"] = trial.suggest_categorical(
                 "allocation", ["uniform", "sensitivity"]
             )
-            if trial.suggest_categorical("progressive", [False, True]):
-                spec = ConversionSpec(**fields)
-                if spec.looks_at_activations:
-                    return ConversionSpec(**fields, progressive=True)
         return ConversionSpec(**fields)
 
     def _fade(self, trial: Trial, by: str, left: float) -> dict[str, object]:

@@ -139,7 +139,7 @@ def test_figures_per_neuron(layer):
     close(layer.mean, flat.mean(0))
     close(layer.mean_size, flat.abs().mean(0))
     close(layer.variance, flat.var(0, unbiased=False))
-    close(layer.covariance, torch.cov(flat.T, correction=0))
+    close(layer.covariance.float(), torch.cov(flat.T, correction=0))
     close(layer.down_norms, layer.weights.down.square().sum(0).sqrt())
 
 
