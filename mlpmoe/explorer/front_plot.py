@@ -68,6 +68,7 @@ def _points(
         y=[shown_increase(run.ratio) for run in runs],
         error_y=None if opacity < 1 else errors | {"color": colour},
         text=[_hover(run) for run in runs],
+        customdata=[run.spec.to_query() for run in runs],
         mode="markers",
         opacity=opacity,
         marker={"color": colour, "symbol": symbol, "size": size},

@@ -37,6 +37,19 @@ QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
 PRIVATE = {"api_visibility": "private"}
 QUIET = {**PRIVATE, "show_progress": "hidden"}
 RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50) }"
+# gr.Plot knows no clicks: the spec of a clicked point goes into a hidden text field
+CLICKS = """() => setTimeout(() => {
+    const plot = document.querySelector('#front .js-plotly-plot');
+    const field = document.querySelector('#front-clicked textarea, #front-clicked input');
+    if (!plot || !plot.on || !field || plot.heard) return;
+    plot.heard = true;
+    plot.on('plotly_click', event => {
+        const spec = event.points.map(point => point.customdata).find(Boolean);
+        if (!spec) return;
+        field.value = spec + ' ' + Date.now();  // a second click on the same counts too
+        field.dispatchEvent(new Event('input'));
+    });
+}, 300)"""
 HEADER = """# mlpmoe
 Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
 what it saves. Nothing is trained."""
@@ -302,10 +315,8 @@ def _wire_suggest(
         **QUIET,
     )
     panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
-    panel.table.select(
-        readable(handlers.take),
-        [state.model, panel.specs],
-        [*convert.settings, state.branches_before],
-        **QUIET,
-    )
+    taken = [*convert.settings, state.branches_before]
+    panel.table.select(readable(handlers.take), [state.model, panel.specs], taken, **QUIET)
+    panel.plot.change(None, js=CLICKS, **PRIVATE)
+    panel.clicked.change(readable(handlers.take_spec), [state.model, panel.clicked], taken, **QUIET)
     tab.select(None, js=RESIZE, **PRIVATE)

@@ -30,7 +30,7 @@ from ..measure.sweep import Run, run_of
 from ..measure.words import in_words
 from .front_plot import front_plot
 from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories, in_thread
-from .settings import CONTROLS, show_spec
+from .settings import CONTROLS, check_shown, show_spec
 from .suggest_panel import EMPTY
 from .workbench import Workbench
 
@@ -125,11 +125,19 @@ class SuggestHandlers:
         yield from in_thread(work)
 
     def take(self, model: str, specs: list[str], event: gr.SelectData) -> tuple:
-        """The settings of a clicked row."""
+        """The settings of a row."""
         row = event.index[0] if isinstance(event.index, list | tuple) else event.index
         if not isinstance(row, int) or not 0 <= row < len(specs):
             return (gr.skip(),) * (len(CONTROLS) + 1)
-        spec = ConversionSpec.from_query(specs[row])
+        return self.take_spec(model, specs[row])
+
+    def take_spec(self, model: str, query: str) -> tuple:
+        """The settings of a clicked point or row: a query string, with anything after a space."""
+        query = query.partition(" ")[0]
+        if not query:
+            return (gr.skip(),) * (len(CONTROLS) + 1)
+        spec = ConversionSpec.from_query(query)
+        check_shown(spec)
         gr.Info("The controls at the left now have these settings.", duration=4)
         return show_spec(spec, self.workbench.loaded(model))
 
@@ -177,7 +185,7 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
 
 
 def empty_plot() -> go.Figure:
-    return front_plot([], [], Budget())
+    return front_plot([], [], Budget(share=0.7))
 
 
 def _measure(loaded: LoadedModel, spec: ConversionSpec) -> Iterator[str]:

@@ -36,6 +36,7 @@ class SuggestPanel:
     plot: gr.Plot
     table: gr.Dataframe
     specs: gr.State  # of the rows, as query strings
+    clicked: gr.Textbox  # the spec of a clicked point, as a query string, set by the browser
 
     @property
     def settings(self) -> list:
@@ -47,7 +48,7 @@ def suggest_panel() -> SuggestPanel:
         "#### The best recipe for a budget\n"
         "The published recipe is one point; others cost less for the same. The search goes by some "
         "stories, then measures its best finds on the evaluation stories, beside the presets "
-        "that your budget allows. **Click a row to take its settings.**"
+        "that your budget allows. **Click a point or a row to take its settings.**"
     )
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -73,14 +74,15 @@ def suggest_panel() -> SuggestPanel:
         with gr.Column(scale=5, min_width=320):
             status = gr.HTML("", elem_id="suggest-status")
             sentence = gr.HTML(EMPTY, elem_id="suggestion")
-            plot = gr.Plot(front_plot([], [], Budget()), show_label=False, elem_id="front")
+            plot = gr.Plot(front_plot([], [], Budget(share=0.7)), show_label=False, elem_id="front")
     table = gr.Dataframe(
         headers=COLUMNS, value=[], interactive=False, wrap=True, elem_id="front-table",
-        label="Measured on the evaluation stories, cheapest first: click a row to take it",
+        label="Measured on the evaluation stories, cheapest first",
         column_widths=["20%", "14%", "14%", "52%"], max_height=420,
     )  # fmt: skip
     specs = gr.State([])
+    clicked = gr.Textbox(visible="hidden", elem_id="front-clicked")
     return SuggestPanel(
         goal, share, increase, calibrated, seconds, suggest, stop, status, sentence, plot, table,
-        specs,
+        specs, clicked,
     )  # fmt: skip
