@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .calibration import LayerActivations
+from .activations import LayerActivations
 from .spec import MAX_FADE, ConversionSpec
 from .static import build_static
 

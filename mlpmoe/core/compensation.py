@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .calibration import LayerActivations
+from .activations import LayerActivations
 from .mlps import MLPWeights
 from .order import damped
 

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .activations import LayerActivations
 from .allocation import error_curve, share_out
 from .branched import BranchedMLP, LoopedMLP
-from .calibration import Calibration, LayerActivations, Observed, visit_layers
+from .calibration import Calibration
 from .errors import SpecError, UnsupportedModelError
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .routed import ROUTED_TYPES, build_routed
 from .routed.expertweaver import AUTO, variation
 from .spec import MAX_TAU, ConversionSpec
 from .static import build_static
+from .visiting import Observed, visit_layers
 
 Progress = Callable[[str, float], None]
 

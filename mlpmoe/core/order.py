@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .calibration import LayerActivations
+from .activations import LayerActivations
 from .mlps import MLPWeights
 
 COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken out of the matrices

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .activations import LayerActivations
 from .branched import BranchedMLP, branch_sizes, keep_neurons
-from .calibration import LayerActivations
 from .compensation import COMPENSATIONS, Moments, fitted_alphas, mean_bias, refit
 from .errors import SpecError
 from .mlps import MLPWeights

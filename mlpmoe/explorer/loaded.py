@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.branched import branch_sizes
-from ..core.calibration import Calibration, Observed
+from ..core.calibration import Calibration
 from ..core.conversion import convert_all, observe
 from ..core.errors import UserError
 from ..core.mlps import DenseMLP, read_mlps
 from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
+from ..core.visiting import Observed
 from ..measure.magnitudes import branch_sums, branched_mlps
 from ..measure.parameters import ParameterReport, parameter_report
 from ..measure.perplexity import (

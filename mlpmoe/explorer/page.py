@@ -62,7 +62,13 @@ WORDS = """
 **gate** and **up** compute the neurons, **down** adds up what they say.
 * **d_model, d_ff**: numbers a token is made of between layers; neurons of one MLP.
 * **Branch**: a group of neurons. Each branch has a factor **α**, 1 at first.
-* **Compensation**: the factor √(B/K) on kept branches, to make up for the dropped ones.
+* **Compensation**: what makes up for the dropped branches; as published the factor √(B/K) on \
+those that are kept.
+* **Calibration text**: text that a recipe may look at before it cuts. It is never the text that \
+perplexity is measured on.
+* **Down refitted**: down is computed anew, by least squares, so that the neurons that stay say \
+as nearly as possible what all said.
+* **Wanda, SparseGPT, FLAP**: published ways to choose what to remove by looking at activations.
 * **Squared weights**: the share of the sum of w², in which large weights count more.
 * **Proxy mixture**: a short artificial text, as in the paper; it shows whether a model \
 broke, not which one is better."""

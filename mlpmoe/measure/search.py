@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.calibration import DOCUMENT_SEPARATOR, Calibration, Observed
+from ..core.calibration import DOCUMENT_SEPARATOR, Calibration
 from ..core.conversion import convert_all
 from ..core.errors import UserError
 from ..core.mlps import read_mlps
 from ..core.presets import PRESETS
 from ..core.schedule import branch_sparsities
 from ..core.spec import MAX_FADE, ConversionSpec
+from ..core.visiting import Observed
 from .parameters import parameter_report
 from .perplexity import EncodedText, encode_text, measure
 from .sweep import Run, run_of

@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..core.calibration import Calibration, Observed
+from ..core.calibration import Calibration
 from ..core.conversion import convert_all
 from ..core.spec import ConversionSpec
+from ..core.visiting import Observed
 from .parameters import ParameterReport, parameter_report
 from .perplexity import EncodedText, Perplexity, compare, measure
 
@@ -112,6 +113,9 @@ def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, Conver
         "Most active neurons": static(order="activation", compensation="none"),
         "FLAP: most varying, mean as bias": static(order="fluctuation", compensation="mean"),
         "Least squares, down refitted": static(order="least-squares", compensation="refit"),
+        "Least squares, layer by layer": static(
+            order="least-squares", compensation="refit", progressive=True
+        ),
         "Random split (LLaMA-MoE)": routed("random"),
         "MLPMoE's branches, routed": routed("contiguous"),
         "MoEfication": routed("moefication"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlpmoe.core.calibration import LayerActivations
+from mlpmoe.core.activations import LayerActivations
 from mlpmoe.core.mlps import MLPWeights
 
 D_MODEL, D_FF = 12, 24

@@ -10,11 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlpmoe.core.allocation import FADE_STEPS, candidates, error_curve, share_out
-from mlpmoe.core.calibration import DRIFT, Calibration, visit_layers
+from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, convert_mlp, mlp_modules, observe
 from mlpmoe.core.mlps import read_mlps
 from mlpmoe.core.order import ORDERS, order_of
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.visiting import DRIFT, visit_layers
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
 from tests.core.specs import static_specs
 from tests.families import VOCABULARY, build

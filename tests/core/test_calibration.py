@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
-from mlpmoe.core import calibration as module
-from mlpmoe.core.calibration import Calibration, check_disjoint, visit_layers
+from mlpmoe.core import activations as module
+from mlpmoe.core.calibration import Calibration, check_disjoint
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.mlps import read_mlps
+from mlpmoe.core.visiting import visit_layers
 from tests.core.layers import (
     D_FF,
     D_MODEL,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.core.calibration import Calibration, LayerActivations
+from mlpmoe.core.activations import LayerActivations
+from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, convert_mlp, mlp_modules
 from mlpmoe.core.errors import SpecError
 from mlpmoe.core.mlps import read_mlps

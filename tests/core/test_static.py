@@ -9,8 +9,8 @@ from math import sqrt
 import pytest
 import torch
 
+from mlpmoe.core.activations import LayerActivations
 from mlpmoe.core.branched import BranchedMLP, LoopedMLP
-from mlpmoe.core.calibration import LayerActivations
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.order import DAMPING, ORDERS, order_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..calibration import LayerActivations
+from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from ..order import permute
 from . import neurons

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calibration import LayerActivations
+from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from .partition import Partition
 

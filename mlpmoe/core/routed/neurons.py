@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibration import LayerActivations
+from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from .method import RoutedMethod
 from .routed_mlp import NeuronMLP, choose_neurons

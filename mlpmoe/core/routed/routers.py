@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration import LayerActivations
+from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from ..order import permute
 from .partition import Partition
