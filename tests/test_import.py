@@ -1,4 +1,4 @@
-"""What may import what, and that the library lives without the page's dependencies."""
+"""What may import what, and that the library lives without what the page or the search need."""
 
 import ast
 import os
@@ -11,19 +11,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mlpmoe").rglob("*.py"))
 PAGE_ONLY = {"gradio", "gradio_client", "plotly"}
+OPTIONAL = PAGE_ONLY | {"optuna"}
 # Each floor may import the floors named here, and itself.
 BELOW = {
     "core": set(),
     "measure": {"core"},
     "models": {"core"},
+    "commands": {"core", "measure", "models"},
     "explorer": {"core", "measure", "models"},
 }
 
 
-def imported_modules(file):
-    """Absolute names of everything a file imports, wherever in the file."""
+def imported_modules(file, nodes=ast.walk):
+    """Absolute names of everything a file imports, wherever in the file `nodes` looks."""
     package = file.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -31,6 +33,17 @@ def imported_modules(file):
             module = ".".join([*base, *([node.module] if node.module else [])])
             # `from . import hub` imports a module, `from .hub import download` a name of one
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def run_on_import(tree):
+    """The nodes that run when a module is imported: no functions, nothing for type checkers."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from run_on_import(node)
 
 
 def floor_of(file):
@@ -62,18 +75,35 @@ def test_only_the_page_needs_gradio_and_plotly(file):
     assert not {module.split(".")[0] for module in imported_modules(file)} & PAGE_ONLY
 
 
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_optuna_is_imported_where_it_is_used_only(file):
+    found = imported_modules(file, run_on_import)
+    assert "optuna" not in {module.split(".")[0] for module in found}
+
+
 def test_nothing_below_imports_the_command_line():
     for file in FILES:
-        assert not any(module.startswith("mlpmoe.__main__") for module in imported_modules(file))
+        modules = set(imported_modules(file))
+        assert not any(module.startswith("mlpmoe.__main__") for module in modules)
+        if floor_of(file) != "commands" and file.name != "__main__.py":
+            assert not any(module.startswith("mlpmoe.commands") for module in modules)
 
 
-def test_library_and_command_line_work_without_gradio_and_plotly():
+@pytest.mark.parametrize("name", ["__init__.py", "__main__.py"])
+def test_the_library_and_the_command_line_do_without_the_page(name):
+    modules = imported_modules(ROOT / "mlpmoe" / name)
+    assert not any(module.startswith("mlpmoe.explorer") for module in modules)
+
+
+def test_library_and_command_line_work_without_what_is_optional():
     program = f"""
 import runpy, sys
-sys.modules.update(dict.fromkeys({sorted(PAGE_ONLY)!r}))  # None: importing it fails
+sys.modules.update(dict.fromkeys({sorted(OPTIONAL)!r}))  # None: importing it fails
 import mlpmoe
 for name in mlpmoe.__all__:
     getattr(mlpmoe, name)
+assert "mlpmoe.commands" not in sys.modules
+import mlpmoe.measure.search
 sys.argv = ["mlpmoe", "models"]
 runpy.run_module("mlpmoe", run_name="__main__")
 """

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows += parameter_rows(*reports)
     rows += speed_rows(speed)
     print_table(rows, align="<>><")
-    if spec.fade:
+    if spec.fades and spec.fade_unit != "neuron":
         print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import LayerActivations
+from .errors import SpecError
 from .spec import MAX_FADE, ConversionSpec
 from .static import build_static
 
@@ -48,7 +49,11 @@ def error_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
     scale = wanted.flatten(0, -2).var(0).sum().clamp(min=1e-30)
     errors = []
     for candidate in candidates(spec):
-        made = build_static(layer.weights, candidate, layer)
+        try:
+            made = build_static(layer.weights, candidate, layer)
+        except SpecError:  # it would leave no neuron
+            errors.append(scale.new_tensor(float("inf")))
+            continue
         errors.append((made(x).float() - wanted).square().sum(-1).mean() / scale)
     return torch.stack(errors).cpu().double()
 

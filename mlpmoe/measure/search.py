@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.calibration import DOCUMENT_SEPARATOR, Calibration
 from ..core.conversion import convert_all
-from ..core.errors import UserError
+from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.presets import PRESETS
 from ..core.schedule import branch_sparsities
-from ..core.spec import MAX_FADE, ConversionSpec
+from ..core.spec import MAX_FADE, MAX_SEED, ConversionSpec
 from ..core.visiting import Observed
 from .parameters import parameter_report
 from .perplexity import EncodedText, encode_text, measure
@@ -30,7 +30,8 @@ COSTS = {
     "compute": "MLP multiply-adds per token",
 }
 BRANCHES = (16, 32, 64)  # what the search cuts into
-LEAST_SHARE = 0.2  # of the dense cost; the search looks no lower
+LEAST_SHARE, MOST_SHARE = 0.2, 0.98  # of the dense cost; the search looks no further
+ALLOWANCE = 0.0025  # of the dense cost above the budget: α and biases, in narrow MLPs
 AROUND = 0.15  # of the dense cost, below and above the budget
 RANDOM_TRIALS = 8  # before the optimiser learns from what it has seen
 SCORING_TOKENS = 2048  # at least, where the text has them
@@ -53,10 +54,10 @@ class Budget:
             raise UserError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r:.60}.")
         if (self.share is None) == (self.ratio is None):
             raise UserError("a budget is either a share of the cost or a ratio of perplexity.")
-        if self.share is not None and not LEAST_SHARE <= self.share < 1:
+        if self.share is not None and not LEAST_SHARE <= self.share <= MOST_SHARE:
             raise UserError(
-                f"the budget must lie between {LEAST_SHARE:.0%} and 99% of the {COSTS[self.cost]}, "
-                f"not {self.share:.0%}."
+                f"the budget must lie between {LEAST_SHARE:g} and {MOST_SHARE:g} of the "
+                f"{COSTS[self.cost]}, not {self.share:g}."
             )
         if self.ratio is not None and not (self.ratio > 1 and isfinite(self.ratio)):
             raise UserError("the ratio of perplexity must be more than 1: 1.05 allows 5 % more.")
@@ -77,7 +78,7 @@ class Budget:
 
     def allows(self, run: Run) -> bool:
         if self.share is not None:
-            return self.cost_of(run) <= self.share + 5e-4  # α and biases count too
+            return self.cost_of(run) <= self.share + ALLOWANCE
         return run.ratio <= self.ratio
 
 
@@ -121,8 +122,8 @@ def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     for count in range(1, len(documents) + 1):
         encoded = encode_text(tokenizer, DOCUMENT_SEPARATOR.join(documents[-count:]))
         if encoded.scored_tokens >= SCORING_TOKENS:
-            break
-    return encoded
+            return encoded
+    return encode_text(tokenizer, text)
 
 
 def search(
@@ -139,11 +140,13 @@ def search(
 
     text: what the search goes by; to know how good its finds are, measure them on another. Only
     with a calibration (SEARCH_TOKENS will do) are specs tried that need one. seconds: from the
-    first request on; what is under way is finished. most: runs at most. Presets and known recipes
-    come first, then what Optuna's tree-structured Parzen estimator proposes for the two
+    first request on; what is under way is finished. most: proposals at most. Presets and known
+    recipes come first, then what Optuna's tree-structured Parzen estimator proposes for the two
     objectives, log perplexity and cost.
-    Raises UserError if optuna is not installed.
+    Raises UserError if optuna is not installed, or for a seed below 0 or of more than 32 bits.
     """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed must lie between 0 and {MAX_SEED}, not {seed}.")
     try:
         import optuna
     except ImportError:
@@ -179,12 +182,16 @@ def search(
     tried = 0
     while monotonic() < end and (most is None or tried < most):
         trial = study.ask()
+        tried += 1
         spec = space.spec(trial)
         run = known.get(spec)
         if run is None:
-            run = run_for(spec)
+            try:
+                run = run_for(spec)
+            except SpecError:  # such as branches that would lose their last neuron
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                continue
             yield run
-        tried += 1
         cost, loss = budget.cost_of(run), log(min(run.ratio, WORST_RATIO))
         limit = cost - budget.share if budget.ratio is None else loss - log(budget.ratio)
         trial.set_constraint("budget", limit)
@@ -204,6 +211,8 @@ class _Space:
         """Those that may be within the budget and remove something."""
         for spec in PRESETS.values():
             allowed = self.calibrated or not spec.needs_calibration
+            allowed &= spec.branches <= self.d_ff
+            allowed &= not (spec.fades and self.budget.cost == "compute")  # zeros save nothing
             left = self._left(spec)
             if allowed and left < 1 and (self.budget.ratio or left <= self.budget.share + 0.01):
                 yield spec
@@ -233,7 +242,7 @@ class _Space:
 
     def spec(self, trial: Trial) -> ConversionSpec:
         """The spec of a trial's choices."""
-        low, high = LEAST_SHARE, 0.98
+        low, high = LEAST_SHARE, MOST_SHARE
         if self.budget.share:
             low = max(low, self.budget.share - AROUND)
             high = min(high, self.budget.share + AROUND)
@@ -253,15 +262,18 @@ class _Space:
         if by in ("keep", "keep and weights") or self.calibrated:
             fields["compensation"] = trial.suggest_categorical("compensation", self._fills())
         if by != "keep":
-            fields |= self._fade(trial, by, min(1.0, share / kept))
+            keep = fields.get("keep", fields["branches"])
+            fields |= self._fade(trial, by, min(1.0, share / kept), fields["branches"], keep)
         if self.calibrated:
             fields["allocation"] = trial.suggest_categorical(
                 "allocation", ["uniform", "sensitivity"]
             )
         return ConversionSpec(**fields)
 
-    def _fade(self, trial: Trial, by: str, left: float) -> dict[str, object]:
-        """The fields of a fade that leaves this share of the MLPs' weights or neurons."""
+    def _fade(
+        self, trial: Trial, by: str, left: float, branches: int, keep: int
+    ) -> dict[str, object]:
+        """The fields of a fade that leaves this share of the kept weights or neurons."""
         schedule = trial.suggest_categorical("schedule", ["uniform", "linear"])
         fields = {"fade_schedule": schedule}
         fields["fade_score"] = trial.suggest_categorical("score", self._scores())
@@ -272,7 +284,7 @@ class _Space:
             fields["fade_projections"] = "gate-up-down"
         else:
             zeros *= 1.5 if self.gated else 2.0
-        return fields | {"fade": _strength(zeros, min(BRANCHES[0], self.d_ff), schedule)}
+        return fields | {"fade": _strength(zeros, branches, keep, schedule)}
 
     def _by(self) -> list[str]:
         everything = ["keep", "neurons", "weights", "keep and weights"]
@@ -292,14 +304,14 @@ class _Space:
         return ["magnitude", *(["wanda", "sparsegpt"] if self.calibrated else [])]
 
 
-def _strength(zeros: float, branches: int, schedule: str) -> float:
-    """The fade that zeroes this share in the mean over the branches, as far as there is one; three
-    digits are enough for a person to read."""
+def _strength(zeros: float, branches: int, keep: int, schedule: str) -> float:
+    """The fade that zeroes this share in the mean over the kept branches, as far as there is one;
+    three digits are enough for a person to read."""
     low, high = 0.0, MAX_FADE
     for _ in range(30):
         middle = (low + high) / 2
-        shares = branch_sparsities(branches, middle, schedule)
-        if sum(shares) / branches < zeros:
+        shares = branch_sparsities(branches, middle, schedule)[:keep]
+        if sum(shares) / keep < zeros:
             low = middle
         else:
             high = middle

@@ -1,0 +1,56 @@
+"""`bench`: its table and its JSON, with lines made up."""
+
+import pytest
+import torch
+
+from mlpmoe.__main__ import main
+from mlpmoe.commands import bench as bench_command
+from mlpmoe.measure.bench import BenchLine
+from mlpmoe.measure.speed import Ratio
+from tests.commands.common import strictly
+
+
+@pytest.fixture
+def fake_bench(monkeypatch):
+    """Three lines instead of minutes of work; remembers what was asked for."""
+    asked = []
+
+    def bench(dtype, layers, rounds, report):
+        asked.append((dtype, layers, rounds))
+        name = str(dtype).removeprefix("torch.")
+        yield BenchLine(name, "fused, to dense", Ratio(1.0123, 0.99, 1.04), target=1.05)
+        yield BenchLine(name, "fade", Ratio(48.5, 47, 49), target=50, at_least=True, note="short")
+        yield BenchLine(name, "new memory", Ratio(2e-5, 2e-5, 2e-5), unit="%", target=0.001)
+        yield BenchLine(name, "convert", Ratio(0.0123, 0.01, 0.02), unit="s")
+
+    monkeypatch.setattr(bench_command, "bench", bench)
+    return asked
+
+
+def test_bench_table(fake_bench, capsys):
+    assert main(["bench"]) == 0
+    assert fake_bench == [(torch.float32, 24, 7), (torch.bfloat16, 24, 7)]
+    header, float32, bfloat16 = capsys.readouterr().out.split("\n\n")
+    assert f"torch {torch.__version__}" in header
+    assert "7 rounds" in header
+    title, fused, fade, memory, seconds = float32.splitlines()
+    assert title == "float32"
+    assert bfloat16.startswith("bfloat16\n")
+    assert "× 1.01 (0.990 to 1.04)" in fused
+    assert fused.endswith("target ≤ × 1.05: met")
+    assert "target ≥ × 50.0: not met" in fade
+    assert fade.endswith("short")
+    assert "0.002 %" in memory
+    assert memory.endswith("target ≤ 0.1 %: met")
+    assert "0.0123 s (0.0100 to 0.0200)" in seconds
+    assert "target" not in seconds
+
+
+def test_bench_as_json(fake_bench, capsys):
+    arguments = ["bench", "--dtype", "bfloat16", "--layers", "2", "--rounds", "3", "--json"]
+    assert main(arguments) == 0
+    assert fake_bench == [(torch.bfloat16, 2, 3)]
+    found = strictly(capsys.readouterr().out)
+    assert (found["rounds"], found["layers"]) == (3, 2)
+    assert [line["met"] for line in found["lines"]] == [True, False, True, None]
+    assert found["lines"][0]["measured"] == {"median": 1.0123, "low": 0.99, "high": 1.04}

@@ -1,0 +1,373 @@
+"""`evaluate` on a tiny saved model: figures, table, texts, refusals."""
+
+import io
+import sys
+
+import pytest
+
+from mlpmoe.__main__ import main
+from mlpmoe.commands import texts
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.conversion import convert
+from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.measure import speed
+from mlpmoe.measure.parameters import parameter_report
+from mlpmoe.measure.perplexity import compare, perplexity
+from tests.commands.common import STORIES, TEXT, refused, row, strictly
+from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
+
+
+def test_json_holds_what_the_library_says(evaluate):
+    status, out, err = evaluate("--branches", "6", "--fade", "0.9", "--keep", "4", "--json")
+    assert (status, err) == (0, "")
+    found = strictly(out)
+    dense, spec = tiny_model(), ConversionSpec(branches=6, fade=0.9, keep=4)
+    converted = convert(dense, spec)
+    assert found["spec"] == spec.to_dict()
+    measured = [perplexity(model, byte_tokenizer(), TEXT) for model in (dense, converted)]
+    for name, model, expected in zip(
+        ("dense", "converted"), (dense, converted), measured, strict=True
+    ):
+        report = parameter_report(model)
+        assert found[name]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+        assert found[name]["stderr"] == pytest.approx(expected.stderr, rel=1e-5)
+        assert found[name]["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        for field in ("total", "nonzero", "mlp_total", "mlp_nonzero", "macs_per_token"):
+            assert found[name][field] == getattr(report, field)
+    change = compare(*measured)
+    assert found["perplexity_change"]["ratio"] == pytest.approx(change.ratio, rel=1e-6)
+    assert found["perplexity_change"]["measurable"] == change.measurable
+    assert (
+        found["setting"]
+        | {
+            "dtype": "float32",
+            "device": "cpu",
+            "text": "mine.txt",
+            "documents": 2,
+            "bytes": measured[0].tokens,
+            "tokens": measured[0].tokens,
+            "window": CONTEXT,
+            "stride": CONTEXT // 2,
+            "layers": 2,
+        }
+        == found["setting"]
+    )
+    assert found["speed"] is None
+
+
+def test_table(evaluate):
+    status, out, err = evaluate("--branches", "4", "--fade", "0.9", "--dtype", "float32")
+    assert (status, err) == (0, "")
+    dense, converted = tiny_model(), convert(tiny_model(), ConversionSpec(branches=4, fade=0.9))
+    reports = [parameter_report(model) for model in (dense, converted)]
+    values = [perplexity(model, byte_tokenizer(), TEXT) for model in (dense, converted)]
+    assert "2 documents" in out
+    assert "--branches 4 --fade 0.9" in out
+    assert "±" in row(out, "perplexity")[1]
+    assert row(out, "perplexity")[1:3] == [f"{m.value:,.2f} ± {m.stderr:,.2f}" for m in values]
+    assert row(out, "bits per byte")[1:3] == [f"{m.bits_per_byte:.3f}" for m in values]
+    assert row(out, "parameters")[1:] == [
+        f"{reports[0].total:,}",
+        f"{reports[0].total + 2 * 4:,}",
+        "+8 (±0.0 %)",
+    ]
+    zeros = reports[0].nonzero - reports[1].nonzero
+    assert row(out, "not zero")[3].startswith(f"−{zeros:,} (−")
+    assert row(out, "in MLPs, not zero")[2] == f"{reports[1].mlp_nonzero:,}"
+    assert row(out, "multiply-adds per token")[3] == "0"
+    assert "save neither multiply-adds nor time" in out
+    assert "tokens written" not in out
+    header, *body = out.split("\n\n")[1].splitlines()
+    assert header.split() == ["dense", "converted", "difference"]
+    start = header.index("difference")
+    assert all(line[start - 1] == " " != line[start] for line in body)
+
+
+def test_without_fade_nothing_is_said_about_zeros(evaluate):
+    _, out, _ = evaluate("--keep", "12", "--compensation", "none")
+    assert "--keep 12 --compensation none" in out
+    assert "Fade" not in out
+
+
+def test_the_same_model_has_no_measurable_change(evaluate):
+    _, out, _ = evaluate("--branches", "1")
+    assert row(out, "perplexity")[3] == "no measurable change"
+    assert row(out, "bits per byte")[3] == "+0.000"
+
+
+def test_speed(evaluate, monkeypatch):
+    moments = iter(range(10**6))
+    monkeypatch.setattr(speed, "perf_counter", lambda: next(moments))  # each takes a second
+    _, out, _ = evaluate(speed=True)
+    assert row(out, "tokens written per second")[1:] == ["16.0", "16.0", "no measurable change"]
+    _, out, _ = evaluate("--json", speed=True)
+    assert strictly(out)["speed"]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_windows(evaluate):
+    _, out, _ = evaluate("--window", "16", "--stride", "3", "--json")
+    found = strictly(out)
+    assert (found["setting"]["window"], found["setting"]["stride"]) == (16, 3)
+    expected = perplexity(tiny_model(), byte_tokenizer(), TEXT, window=16, stride=3)
+    assert found["dense"]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+
+
+def test_infinite_numbers_become_null(evaluate, text):
+    """One scored token has no standard error."""
+    text.write_text("a", encoding="utf-8")
+    status, out, _ = evaluate("--json")
+    assert status == 0
+    assert strictly(out)["dense"]["stderr"] is None
+    status, out, _ = evaluate()
+    assert status == 0
+    assert "nan" not in out
+
+
+def test_the_shipped_text_is_the_default(folder, capsys, monkeypatch, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "evaluation.txt").write_text("Hello.", encoding="utf-8")
+    (tmp_path / "texts" / "calibration.txt").write_text(STORIES, encoding="utf-8")
+    monkeypatch.setattr(texts, "assets_folder", lambda: tmp_path)
+    assert main(["evaluate", str(folder), "--no-speed", "--json", "--method", "cmoe"]) == 0
+    setting = strictly(capsys.readouterr().out)["setting"]
+    assert (setting["text"], setting["tokens"]) == ("evaluation.txt", 6)
+    assert setting["calibration"] == "calibration.txt"
+
+
+def test_a_byte_order_mark_is_no_text(evaluate, text):
+    text.write_text(TEXT, encoding="utf-8-sig")
+    _, out, _ = evaluate("--json")
+    assert strictly(out)["setting"]["bytes"] == len(TEXT.replace("\n<|endoftext|>\n", "").encode())
+
+
+def test_progress_is_shown_to_people_only(evaluate, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    status, out, _ = evaluate()
+    assert status == 0
+    assert "perplexity, converted 100%" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\033[K")  # nothing is left of it
+    assert "100%" not in out
+
+
+# Calibration -------------------------------------------------------------------------------
+
+
+def test_a_routed_conversion(evaluate, stories):
+    flags = ["--method", "cmoe", "--active", "0.5", "--calibration", str(stories)]
+    status, out, err = evaluate(*flags, "--json")
+    assert (status, err) == (0, "")
+    found = strictly(out)
+    spec = ConversionSpec(method="cmoe", active=0.5)
+    calibration = Calibration.from_text(byte_tokenizer(), STORIES)
+    converted = convert(tiny_model(), spec, calibration)
+    expected, report = perplexity(converted, byte_tokenizer(), TEXT), parameter_report(converted)
+    assert found["spec"] == spec.to_dict()
+    assert found["converted"]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+    for field in ("total", "active_per_token", "mlp_macs_per_token"):
+        assert found["converted"][field] == getattr(report, field)
+    assert found["converted"]["active_per_token"] < found["dense"]["active_per_token"]
+    assert found["setting"]["calibration"] == "stories.txt"
+    assert found["setting"]["calibration_tokens"] == calibration.samples.numel()
+    status, out, err = evaluate(*flags)
+    assert (status, err) == (0, "")
+    assert f"calibrated on stories.txt, {calibration.samples.numel():,} tokens" in out
+    assert "converted with --method cmoe --active 0.5" in out
+    assert row(out, "in MLPs")[2] == f"{report.mlp_total:,}"
+
+
+def test_what_looks_at_nothing_names_no_calibration_text(evaluate, stories):
+    _, out, _ = evaluate("--method", "random", "--calibration", str(stories), "--json")
+    assert strictly(out)["setting"]["calibration"] is None
+    _, out, _ = evaluate("--method", "random", "--calibration", str(stories))
+    assert "calibrated" not in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_calibrating_on_what_is_measured_is_refused(folder, stories, tmp_path, capsys, command):
+    """The same file, and another one that shares a line with it, spaced otherwise."""
+    other = tmp_path / "other.txt"
+    shared = STORIES.splitlines()[4]
+    other.write_text(f"{TEXT}\n  {shared.upper().replace(' ', '  ')}\n", encoding="utf-8")
+    for measured in (stories, other):
+        flags = ["--method", "cmoe", "--text", str(measured), "--calibration", str(stories)]
+        assert main([command, str(folder), *flags]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "share a passage" in err
+        assert err.count("\n") == 1
+
+
+def test_a_short_calibration_text_is_refused(evaluate, stories):
+    stories.write_text(STORIES[:500], encoding="utf-8")
+    status, out, err = evaluate("--method", "cmoe", "--calibration", str(stories))
+    assert (status, out) == (2, "")
+    assert "at least 1,024 are needed" in err
+    assert err.count("\n") == 1
+    status, *_ = evaluate("--method", "random", "--calibration", str(stories))
+    assert status == 0  # nothing looks at it
+
+
+def test_a_calibration_text_that_is_not_there(evaluate, tmp_path):
+    status, out, err = evaluate("--method", "cmoe", "--calibration", str(tmp_path / "none.txt"))
+    assert (status, out) == (1, "")
+    assert "none.txt cannot be read: No such file" in err
+
+
+# The stages of a static conversion ---------------------------------------------------------
+
+STATIC = {
+    "order": (["--order", "norm", "--keep", "12"], {"order": "norm", "keep": 12}),
+    "random": (
+        ["--order", "random", "--keep", "8", "--seed", "3"],
+        {"order": "random", "keep": 8, "seed": 3},
+    ),
+    "pattern": (
+        ["--order", "norm", "--fade-unit", "2:4", "--fade-score", "wanda"],
+        {"order": "norm", "fade_unit": "2:4", "fade_score": "wanda"},
+    ),
+    "neurons": (
+        ["--fade", "1", "--fade-unit", "neuron", "--fade-schedule", "reverse"],
+        {"fade": 1.0, "fade_unit": "neuron", "fade_schedule": "reverse"},
+    ),
+    "power": (
+        ["--fade", "0.9", "--fade-schedule", "power", "--fade-exponent", "3"],
+        {"fade": 0.9, "fade_schedule": "power", "fade_exponent": 3.0},
+    ),
+    "all matrices": (
+        ["--fade", "0.6", "--fade-schedule", "uniform", "--fade-projections", "down-gate-up"],
+        {"fade": 0.6, "fade_schedule": "uniform", "fade_projections": "gate-up-down"},
+    ),
+    "fitted": (
+        ["--fade", "0.6", "--fade-score", "sparsegpt", "--compensation", "refit"],
+        {"fade": 0.6, "fade_score": "sparsegpt", "compensation": "refit"},
+    ),
+    "allocated": (
+        ["--keep", "10", "--order", "least-squares", "--compensation", "mean",
+         "--allocation", "sensitivity", "--progressive", "true"],
+        {"keep": 10, "order": "least-squares", "compensation": "mean",
+         "allocation": "sensitivity", "progressive": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "fields"), STATIC.values(), ids=STATIC)
+def test_flags_of_the_static_stages_do_what_the_library_does(evaluate, stories, flags, fields):
+    status, out, err = evaluate(*flags, "--calibration", str(stories), "--json")
+    assert (status, err) == (0, "")
+    found, spec = strictly(out), ConversionSpec(**fields)
+    assert found["spec"] == spec.to_dict()
+    calibration = Calibration.from_text(byte_tokenizer(), STORIES)
+    converted = convert(tiny_model(), spec, calibration if spec.needs_calibration else None)
+    expected, report = perplexity(converted, byte_tokenizer(), TEXT), parameter_report(converted)
+    assert found["converted"]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+    assert found["converted"]["perplexity"] != pytest.approx(found["dense"]["perplexity"])
+    for field in ("total", "mlp_total", "mlp_nonzero", "macs_per_token", "mlp_macs_per_token"):
+        assert found["converted"][field] == getattr(report, field)
+    name = "stories.txt" if spec.needs_calibration else None
+    assert found["setting"]["calibration"] == name
+
+
+def test_the_shown_flags_give_the_same_again(evaluate, stories):
+    flags, _ = STATIC["allocated"]
+    texts = ["--calibration", str(stories)]
+    _, out, _ = evaluate(*flags, *texts)
+    (line,) = (line for line in out.splitlines() if line.startswith("converted with "))
+    _, again, _ = evaluate(*line.removeprefix("converted with ").split(), *texts)
+    assert again == out
+
+
+def test_evaluation_is_another_name_of_text(folder, text, capsys):
+    assert main(["evaluate", str(folder), "--evaluation", str(text), "--no-speed", "--json"]) == 0
+    assert strictly(capsys.readouterr().out)["setting"]["text"] == "mine.txt"
+
+
+def test_dropped_neurons_are_no_zeros_in_place(evaluate):
+    _, out, _ = evaluate("--fade", "1", "--fade-unit", "neuron")
+    assert "−" in row(out, "multiply-adds per token")[3]
+    assert "save neither" not in out
+
+
+def test_a_pattern_leaves_its_zeros_in_place(evaluate):
+    _, out, _ = evaluate("--fade-unit", "2:4")
+    assert row(out, "multiply-adds per token")[3] == "0"
+    assert "save neither multiply-adds nor time" in out
+
+
+# Refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--fade", "7"], "between 0 and 2"),
+        (["--fade", "much"], "must be a number"),
+        (["--fade", "-1"], "between 0 and 2"),
+        (["--keep", "17"], "branches (B) = 16"),
+        (["--keep", "all"], "must be a number"),
+        (["--branches", "0"], "at least 1"),
+        (["--branches", "500"], "between 1 and 48"),
+        (["--method", "magic"], "must be one of"),
+        (["--compensation", "magic"], "sqrt, ratio, none"),
+        (["--window", "999"], f"context of {CONTEXT} tokens"),
+        (["--stride", "0"], "stride must lie"),
+        (["--order", "magic"], "order must be one of"),
+        (["--order", ""], "order must be one of"),
+        (["--allocation", "magic"], "allocation must be one of"),
+        (["--fade-schedule", "magic"], "linear, uniform, reverse, power"),
+        (["--fade-exponent", "3"], "belongs to the schedule power"),
+        (["--fade-schedule", "power", "--fade-exponent", "0"], "more than 0"),
+        (["--fade-schedule", "power", "--fade-exponent", "x"], "must be a number"),
+        (["--fade-projections", "side"], "gate, up or down"),
+        (["--fade-projections", "gate,up"], "joined by hyphens"),
+        (["--fade-score", "magic"], "magnitude, wanda, sparsegpt"),
+        (["--fade-unit", "block"], "weight, neuron, or n:m"),
+        (["--fade-unit", "4:2"], "n must be at least 1"),
+        (["--fade-unit", "2:4", "--fade", "0.5"], "leave fade at 0"),
+        (["--fade-unit", "5:7"], "7"),  # 32 inputs and 48 neurons: no multiples of 7
+        (["--fade-unit", "neuron", "--fade-projections", "up"], "leave fade_projections alone"),
+        (
+            ["--fade-unit", "neuron", "--fade", "2", "--keep", "1", "--fade-schedule", "reverse"],
+            "leaves no neuron",
+        ),
+        (["--progressive", "maybe"], "true or false"),
+        (["--progressive", "true"], "no stage of this spec looks at activations"),
+        (["--method", "cmoe", "--order", "norm"], "order does not belong to the method cmoe"),
+        (["--seed", "-1"], "seed must lie"),
+        (["--dtype", "int4"], "bfloat16"),
+        (["--device", "abacus"], "cpu"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(evaluate, flags, words):
+    assert refused(evaluate(*flags), words)
+
+
+def test_a_text_of_nothing_is_refused(evaluate, text):
+    text.write_text(" \n", encoding="utf-8")
+    status, out, err = evaluate()
+    assert (status, out) == (2, "")
+    assert "too short" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "cannot be read: No such file"), (b"caf\xe9", "is not UTF-8 text (byte 3)")],
+)
+def test_texts_that_cannot_be_read_fail_in_one_line(evaluate, text, content, words):
+    text.unlink()
+    if content is not None:
+        text.write_bytes(content)
+    status, out, err = evaluate()
+    assert (status, out) == (1, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_is_no_text(evaluate, text):
+    text.unlink()
+    text.mkdir()
+    assert evaluate()[0] == 1

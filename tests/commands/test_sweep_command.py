@@ -1,0 +1,264 @@
+"""`sweep` on a tiny saved model: what it measures, and the file that it goes on from."""
+
+import json
+import math
+
+import pytest
+
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.conversion import convert
+from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.measure.parameters import parameter_report
+from mlpmoe.measure.perplexity import perplexity
+from mlpmoe.measure.recipes import recipes
+from mlpmoe.measure.sweep import comparison
+from tests.commands.common import STORIES, TEXT, refused, strictly
+from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return tmp_path / "runs.jsonl"
+
+
+def written(file):
+    """The runs in a file, one of strict JSON a line."""
+    return [strictly(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+PRODUCT = ["--branches", "4,8", "--fade", "0,0.9", "--compensation", "none"]
+PRODUCT_SPECS = [
+    ConversionSpec(branches=branches, fade=fade, compensation="none")
+    for branches in (4, 8)
+    for fade in (0, 0.9)
+]
+
+
+def test_a_sweep_of_all_combinations(sweep, runs):
+    status, out, err = sweep(*PRODUCT, "--out", str(runs), "--json")
+    assert (status, err) == (0, "")
+    found = strictly(out)
+    assert [run["spec"] for run in found["runs"]] == [spec.to_dict() for spec in PRODUCT_SPECS]
+    for run, spec in zip(found["runs"], PRODUCT_SPECS, strict=True):
+        expected = perplexity(convert(tiny_model(), spec), byte_tokenizer(), TEXT)
+        assert run["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+        assert run["mlp_macs_share"] == 1
+    setting = found["setting"]
+    assert (setting["window"], setting["stride"]) == (CONTEXT, CONTEXT // 2)
+    assert setting["text"].startswith("mine.txt ")
+    lines = written(runs)
+    assert len(lines) == 4
+    for line, run in zip(lines, found["runs"], strict=True):
+        assert line.items() >= setting.items()
+        assert line["perplexity"] == run["perplexity"]
+        assert line["tokens"] == 62
+
+
+def test_the_table_of_a_sweep(sweep):
+    status, out, err = sweep(*PRODUCT, "--keep", "4")
+    assert (status, err) == (0, "")
+    header, columns, *body = out.splitlines()
+    assert "on mine.txt, 62 tokens" in header
+    assert header.endswith("4 measured now, 0 before")
+    assert columns.split("  ")[-1] == "conversion"
+    assert len(body) == 4
+    assert "--branches 4 --fade 0.9 --keep 4 --compensation none" in body[1]
+    assert "±0.0 %" in body[1]
+    assert "−50.0 %" in body[2]
+
+
+def test_a_sweep_goes_on_from_its_file(sweep, runs):
+    _, first, _ = sweep(*PRODUCT, "--out", str(runs))
+    content = runs.read_bytes()
+    assert "4 measured now, 0 before" in first
+    _, second, _ = sweep(*PRODUCT, "--out", str(runs))
+    assert "0 measured now, 4 before" in second
+    assert second.splitlines()[1:] == first.splitlines()[1:]
+    assert runs.read_bytes() == content
+    _, more, _ = sweep("--branches", "4,8,2", *PRODUCT[2:], "--out", str(runs))
+    assert "2 measured now, 4 before" in more
+    assert runs.read_bytes().startswith(content)
+
+
+def test_what_was_measured_before_is_in_the_json(sweep, runs):
+    _, first, _ = sweep(*PRODUCT, "--out", str(runs), "--json")
+    _, second, _ = sweep(*PRODUCT, "--out", str(runs), "--json")
+    for old, new in zip(strictly(first)["runs"], strictly(second)["runs"], strict=True):
+        assert new.items() >= old.items()
+
+
+@pytest.mark.parametrize("left", [0.5, 1])
+def test_a_line_cut_short_is_measured_again(sweep, runs, left):
+    """A sweep was killed while it wrote: half of its last line, or all but its end."""
+    sweep(*PRODUCT, "--out", str(runs))
+    lines = runs.read_text(encoding="utf-8").splitlines()
+    cut = lines[-1][: int(left * len(lines[-1]))]
+    runs.write_text("\n".join([*lines[:-1], cut]), encoding="utf-8")
+    _, out, _ = sweep(*PRODUCT, "--out", str(runs))
+    assert ("0 measured now, 4" if left == 1 else "1 measured now, 3") in out
+    again = runs.read_text(encoding="utf-8").splitlines()
+    assert again == [*lines[:-1], cut, *([] if left == 1 else [lines[-1]])]
+    _, out, _ = sweep(*PRODUCT, "--out", str(runs))
+    assert "0 measured now, 4 before" in out
+
+
+def test_lines_that_are_no_runs_are_passed_over(sweep, runs):
+    runs.write_text('5\n\n[]\n{"model": 1}\nnull\nnotes\n', encoding="utf-8")
+    content = runs.read_text(encoding="utf-8")
+    status, out, _ = sweep("--out", str(runs))
+    assert status == 0
+    assert "1 measured now, 0 before" in out
+    assert runs.read_text(encoding="utf-8").startswith(content)
+
+
+def test_other_settings_are_not_mixed_up(sweep, runs, text, stories):
+    """One file may hold them all: another text, calibration text, window or stride."""
+    flags = ["--method", "cmoe", "--out", str(runs), "--json"]
+    seen = set()
+
+    def changed(*more):
+        status, out, _ = sweep(*flags, *more)
+        assert status == 0
+        (run,) = strictly(out)["runs"]
+        assert run["perplexity"] not in seen
+        seen.add(run["perplexity"])
+        assert len(written(runs)) == len(seen)
+
+    changed()
+    changed("--window", "16", "--stride", "8")
+    changed("--window", "16", "--stride", "4")
+    text.write_text(TEXT.replace("fox", "dog"), encoding="utf-8")
+    changed()
+    stories.write_text(STORIES[300:].replace("dots", "rings"), encoding="utf-8")
+    changed()
+    text.write_text(TEXT, encoding="utf-8")
+    stories.write_text(STORIES, encoding="utf-8")
+    _, out, _ = sweep(*flags)  # the first one again
+    assert strictly(out)["runs"][0]["perplexity"] == written(runs)[0]["perplexity"]
+    assert len(written(runs)) == len(seen) == 5
+
+
+def test_values_go_to_the_methods_that_use_them(sweep):
+    flags = ["--method", "mlpmoe,contiguous,neurons", "--keep", "8,8", "--active", "0.5,0.25"]
+    status, out, err = sweep(*flags, "--experts", "16", "--json")
+    assert (status, err) == (0, "")
+    assert [run["spec"] for run in strictly(out)["runs"]] == [
+        ConversionSpec(keep=8).to_dict(),
+        ConversionSpec(method="contiguous", active=0.5).to_dict(),
+        ConversionSpec(method="contiguous", active=0.25).to_dict(),
+        ConversionSpec(method="neurons", active=0.5).to_dict(),
+        ConversionSpec(method="neurons", active=0.25).to_dict(),
+    ]
+
+
+def test_a_sweep_of_every_method(sweep):
+    status, out, err = sweep("--compare", "--active", "0.75,0.5", "--json")
+    assert (status, err) == (0, "")
+    found = [(run["name"], run["spec"]) for run in strictly(out)["runs"]]
+    assert found == [
+        (name, spec.to_dict())
+        for active in (0.75, 0.5)
+        for name, (_, spec) in comparison(active).items()
+    ]
+    assert all(math.isfinite(run["perplexity"]) for run in strictly(out)["runs"])
+
+
+def test_a_sweep_of_the_recipes(sweep, runs):
+    status, out, err = sweep("--recipes", "--out", str(runs), "--json")
+    assert (status, err) == (0, "")
+    found = strictly(out)["runs"]
+    assert [(run["name"], run["spec"]) for run in found] == [
+        (name, spec.to_dict()) for name, spec in recipes().items()
+    ]
+    assert all(math.isfinite(run["perplexity"]) for run in found)
+    by_name = {run["name"]: run for run in found}
+    calibration = Calibration.from_text(byte_tokenizer(), STORIES)
+    for name in ("50 % kept: … both", "28.1 % zeroed: … by SparseGPT"):
+        converted = convert(tiny_model(), recipes()[name], calibration)
+        expected = perplexity(converted, byte_tokenizer(), TEXT)
+        assert by_name[name]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+    _, table, _ = sweep("--recipes", "--out", str(runs))
+    assert "0 measured now, 32 before" in table
+    for name, spec in recipes().items():
+        assert f"  {name}: {spec.to_flags()}\n" in table
+
+
+def test_the_shares_of_what_is_left(sweep):
+    flags = ["--branches", "16", "--keep", "16,8", "--fade", "0,0.9", "--compensation", "none"]
+    _, out, _ = sweep(*flags, "--json")
+    dense = parameter_report(tiny_model())
+    found = strictly(out)["runs"]
+    for run in found:
+        report = parameter_report(convert(tiny_model(), ConversionSpec.from_dict(run["spec"])))
+        left = report.mlp_nonzero / dense.mlp_nonzero
+        assert run["mlp_nonzero_share"] == pytest.approx(left)
+        assert run["mlp_macs_share"] == pytest.approx(run["spec"]["keep"] / 16)
+    _, out, _ = sweep(*flags)
+    header, *body = out.splitlines()[1:]
+    assert header.index("MLP non-zero") < header.index("MLP compute")
+    for line, run in zip(body, found, strict=True):
+        *_, nonzero, compute, _ = (cell.strip() for cell in line.split("  ") if cell.strip())
+        assert nonzero == f"{100 * run['mlp_nonzero_share'] - 100:+.1f} %".replace(
+            "-", "−"
+        ).replace("+0.0", "±0.0")
+        assert compute == ("±0.0 %" if run["spec"]["keep"] == 16 else "−50.0 %")
+
+
+def test_lines_of_an_older_version_are_measured_again(sweep, runs):
+    """They lack the share of what is not zero."""
+    _, first, _ = sweep(*PRODUCT, "--out", str(runs))
+    lines = written(runs)
+    for line in lines[:2]:
+        assert 0 < line.pop("mlp_nonzero_share") < 1.01
+    old = "".join(json.dumps(line) + "\n" for line in lines)
+    runs.write_text(old, encoding="utf-8")
+    _, out, _ = sweep(*PRODUCT, "--out", str(runs))
+    assert "2 measured now, 2 before" in out
+    assert out.splitlines()[1:] == first.splitlines()[1:]
+    assert runs.read_text(encoding="utf-8").startswith(old)
+    assert len(written(runs)) == 6
+    assert all("mlp_nonzero_share" in line for line in written(runs)[2:])
+    _, out, _ = sweep(*PRODUCT, "--out", str(runs))
+    assert "0 measured now, 4 before" in out
+
+
+def test_a_sweep_of_the_static_stages(sweep):
+    flags = ["--fade", "0.5", "--fade-schedule", "linear,power", "--fade-unit", "weight,neuron"]
+    status, out, err = sweep(*flags, "--json")
+    assert (status, err) == (0, "")
+    found = [run["spec"] for run in strictly(out)["runs"]]
+    assert found == [
+        ConversionSpec(fade=0.5, fade_schedule=schedule, fade_unit=unit).to_dict()
+        for schedule in ("linear", "power")
+        for unit in ("weight", "neuron")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--experts", "8"], "experts does not belong to mlpmoe"),
+        (["--method", "cmoe,neurons", "--keep", "8"], "keep does not belong to cmoe, neurons"),
+        (["--method", "cmoe", "--seed", "1,2"], "seed does not belong to cmoe"),
+        (["--method", "magic"], "must be one of"),
+        (["--branches", "4,x"], "must be a number, not 'x'"),
+        (["--branches", "4,"], "must be a number, not ''"),
+        (["--fade", "0,7"], "between 0 and 2"),
+        (["--branches", "4,500"], "between 1 and 48"),
+        (["--method", "cmoe", "--active", "0.2", "--shared", "0.5"], "at most"),
+        (["--compare", "--fade", "0.5"], "--compare takes no other spec flag than --active"),
+        (["--compare", "--active", "1.5"], "between"),
+        (["--compare", "--active", "0.5", "--method", "cmoe"], "--compare takes no other"),
+        (["--fade-schedule", "linear,magic"], "linear, uniform, reverse, power"),
+        (["--fade-unit", "weight,2:4", "--fade", "0.5"], "leave fade at 0"),
+        (["--method", "cmoe", "--fade-score", "wanda"], "fade_score does not belong to cmoe"),
+        (["--recipes", "--keep", "12"], "--recipes takes no spec flags and no --compare"),
+        (["--recipes", "--method", "cmoe"], "--recipes takes no spec flags and no --compare"),
+        (["--recipes", "--fade-unit", "2:4"], "--recipes takes no spec flags"),
+        (["--recipes", "--compare"], "--recipes takes no spec flags and no --compare"),
+        (["--recipes", "--compare", "--active", "0.5"], "--recipes takes no spec flags"),
+    ],
+)
+def test_wrong_values_of_a_sweep_are_refused(sweep, runs, flags, words):
+    assert refused(sweep(*flags, "--out", str(runs)), words)
+    assert not runs.exists()
