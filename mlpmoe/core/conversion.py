@@ -156,11 +156,19 @@ def _needs_tau(spec: ConversionSpec) -> bool:
     return spec.shared == AUTO and spec.tau is None
 
 
-def observe(model: PreTrainedModel, calibration: Calibration) -> Observed:
+def observe(
+    model: PreTrainedModel, calibration: Calibration, on_progress: Progress | None = None
+) -> Observed:
     """The activations of all MLPs of `model`, to convert many times without another pass. Holds
     the inputs of all layers: layers · tokens · d_model numbers."""
     mlps, layers = read_mlps(model), []
-    visit_layers(model, mlps, calibration, lambda _, activations: layers.append(activations))
+
+    def visit(layer: int, activations: LayerActivations) -> None:
+        if on_progress:
+            on_progress("calibrating", layer / len(mlps))
+        layers.append(activations)
+
+    visit_layers(model, mlps, calibration, visit)
     return Observed(calibration, layers)
 
 

@@ -94,10 +94,9 @@ def nonzero_card(
     if zeros:
         where = " in what is kept" if spec.kept < spec.branches else ""
         verb = "drops" if spec.fade_unit == "neuron" else "zeroes"
-        note = (
-            f"fade {verb} {100 * zeros.realised:.2f} % of {zeros.what}{where}, "
-            f"asked for {100 * zeros.requested:.2f} %"
-        )
+        note = f"fade {verb} {100 * zeros.realised:.2f} % of {zeros.what}{where}"
+        if zeros.requested is not None:
+            note += f", asked for {100 * zeros.requested:.2f} %"
     elif spec.kept < spec.branches:
         note = f"{spec.branches - spec.kept} of {spec.branches} branches are neither kept nor run"
     else:
@@ -128,12 +127,10 @@ def compute_card(dense: ParameterReport, converted: ParameterReport, spec: Conve
 
 def pending_structure_cards(loaded: LoadedModel, message: str) -> tuple[Card, Card]:
     """Non-zero parameters and compute, before a calibrated conversion is made."""
-    report = loaded.report
+    dense, note = loaded.report, "a choice with a * looks at a calibration text first"
     return (
-        Card("Non-zero parameters", count(report.nonzero), "…", message, "needs a calibration"),
-        Card(
-            "Compute per token", count(report.macs_per_token), "…", message, "needs a calibration"
-        ),
+        Card("Non-zero parameters", count(dense.nonzero), "…", message, note),
+        Card("Compute per token", count(dense.macs_per_token), "…", message, note),
     )
 
 

@@ -14,7 +14,7 @@ from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import MAX_FADE, PROJECTIONS
 from .cards import TEXT_NAMES
-from .settings import CONTROLS, MAX_BRANCHES
+from .settings import CONTROLS, EXPONENTS, MAX_BRANCHES
 from .sliders import KeepSlider, LimitedSlider
 
 CUSTOM = "custom"
@@ -98,7 +98,7 @@ def convert_panel() -> ConvertPanel:
             filterable=False, elem_id="fade-schedule",
         )  # fmt: skip
         fade_exponent = LimitedSlider(
-            0.25, 8, DEFAULT_EXPONENT, step=0.25, label="Fade: power", visible=False,
+            *EXPONENTS, DEFAULT_EXPONENT, step=0.25, label="Fade: power", visible=False,
             info="1 is equal steps; more: the last branches lose most", elem_id="fade-exponent",
         )  # fmt: skip
         fade_score = gr.Dropdown(

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import UserError
+from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE
@@ -46,12 +47,12 @@ def add_endpoints(workbench: Workbench) -> None:
     ) -> tuple[LoadedModel, Conversion]:  # fmt: skip
         if not isinstance(more, dict | None):
             raise UserError("more must be an object: further fields of ConversionSpec by name.")
+        if (more or {}).get("method") in ROUTED_METHODS:
+            raise UserError("routed methods have no endpoint so far; leave method at mlpmoe.")
         common = {
             "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
         }  # fmt: skip
         spec = ConversionSpec.from_dict(common | (more or {}))
-        if spec.routed:
-            raise UserError("routed methods have no endpoint so far; leave method at mlpmoe.")
         loaded = workbench.loaded(model)
         spec.check_fits(loaded.d_ff)
         return loaded, loaded.asked(spec)

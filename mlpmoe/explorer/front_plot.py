@@ -17,8 +17,8 @@ from .style import CONVERTED, DENSE, GREY
 
 FRONT_HEIGHT = 420  # pixels
 AXES = {
-    "nonzero": "non-zero MLP parameters, % of dense",
-    "compute": "MLP multiply-adds per token, % of dense",
+    "nonzero": "non-zero MLP parameters, %",
+    "compute": "MLP multiply-adds, %",
 }
 LINE = 60  # characters of a hover text
 

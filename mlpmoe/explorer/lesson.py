@@ -5,7 +5,6 @@ from __future__ import annotations
 from html import escape
 
 from ..core.branched import branch_sizes
-from ..core.compensation import COMPENSATIONS
 from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
 from ..measure.contributions import Contributions, contributions
@@ -35,12 +34,12 @@ def lesson(loaded: LoadedModel, spec: ConversionSpec, layer: int) -> tuple[str, 
 
 def published(spec: ConversionSpec) -> ConversionSpec:
     """The spec with the paper's stages only."""
-    fitted = COMPENSATIONS[spec.compensation].calibrated
+    compensation = spec.compensation if spec.compensation == "sqrt" else "none"
     return ConversionSpec(
         branches=spec.branches,
         fade=spec.fade,
         keep=spec.keep,
-        compensation="none" if fitted else spec.compensation,
+        compensation=compensation,
     )
 
 

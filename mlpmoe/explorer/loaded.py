@@ -45,7 +45,9 @@ from ..models import Preflight, assets_folder
 T = TypeVar("T")
 
 TEXTS = {"stories": "evaluation.txt", "proxy": "proxy.txt"}  # key -> file in assets/texts
-CONVERSIONS_HELD = 2  # per model; each may hold a faded copy of gate and up
+CONVERSIONS_HELD = 2  # per model; each may hold a copy of the MLPs
+SMALL_CONVERSIONS_HELD = 6  # of a model of at most SMALL_BYTES
+SMALL_BYTES = 2**27
 RESULTS_HELD = 512  # per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
@@ -80,7 +82,7 @@ class Zeros:
     """Sparsity that fade was asked for and what it did, over the kept branches."""
 
     what: str  # is zeroed: "gate and up", "neurons", ...
-    requested: float  # the mean of s_i over the neurons, or n/m
+    requested: float | None  # the mean of s_i over the neurons, or n/m; None if layers differ
     realised: float  # more where several weights equal the threshold
 
 
@@ -129,6 +131,10 @@ class LoadedModel:
     _observed: _Recent = field(default_factory=lambda: _Recent(1))
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        if self.checked.bytes_on_disk <= SMALL_BYTES:
+            self._conversions.size = SMALL_CONVERSIONS_HELD
 
     @cached_property
     def mlps(self) -> list[DenseMLP]:
@@ -188,10 +194,12 @@ class LoadedModel:
     ) -> PreTrainedModel:
         spec, calibration = spec_of(asked), None
         if spec.needs_calibration:
-            calibration = self.calibration(asked.text)
+            calibration = self.calibration(asked.text, report)
         return convert_all(self.model, [spec], calibration, report)[0]
 
-    def calibration(self, text: str) -> Calibration | Observed:
+    def calibration(
+        self, text: str, report: Callable[[str, float], None] | None = None
+    ) -> Calibration | Observed:
         """A calibration text as tokens; with what the MLPs do on it, unless that is too large."""
         calibration = Calibration.from_text(self.tokenizer, text)
         weights = self.mlps[0].weights
@@ -199,7 +207,9 @@ class LoadedModel:
         if numbers * weights.up.element_size() > OBSERVED_BYTES:
             return calibration
         with self._calibrating:
-            return self._observed.get_or_make(text, lambda: observe(self.model, calibration))
+            return self._observed.get_or_make(
+                text, lambda: observe(self.model, calibration, report)
+            )
 
     def converted_report(self, asked: Conversion) -> ParameterReport:
         """The parameters after conversion. Nothing is counted that was counted before: tensors of
@@ -331,8 +341,11 @@ def calibration_stories() -> str:
     return (assets_folder() / "texts" / "calibration.txt").read_text(encoding="utf-8")
 
 
-def _requested(spec: ConversionSpec, d_ff: int) -> float:
-    """The share that fade is asked to remove, in the mean over the kept neurons."""
+def _requested(spec: ConversionSpec, d_ff: int) -> float | None:
+    """The share that fade is asked to remove, in the mean over the kept neurons; None if layers
+    share it out."""
+    if spec.allocation != "uniform":
+        return None
     if spec.pattern:
         return spec.pattern[0] / spec.pattern[1]
     sizes = branch_sizes(d_ff, spec.branches)[: spec.kept]

@@ -19,13 +19,14 @@ Point = tuple[float | None, float | None, str]
 
 
 def branch_histograms(
-    dense: Magnitudes, converted: Magnitudes, layer: int, projection: str
+    dense: Magnitudes, converted: Magnitudes, layer: int, projection: str, fades: bool = True
 ) -> go.Figure:
     """One ridge per branch over |w|: what stays, what fade removes, what K drops.
 
     dense: histograms of all B branches before conversion, in the same order of the neurons;
     converted: of those kept. Both on the same edges. Where one magnitude decides, the ridge is cut
-    there; else what stays is drawn in front of what was.
+    there; else what stays is drawn in front of what was, if it fades. (Without fade, down may be
+    fitted anew, and layers that follow may sort otherwise.)
     """
     branches, kept = len(dense.counts), len(converted.counts)
     centres = ((dense.edges[:-1] + dense.edges[1:]) / 2).tolist()
@@ -42,8 +43,9 @@ def branch_histograms(
         if b >= kept:
             dropped += _area(points, b)
             continue
-        if threshold == 0 and not torch.equal(dense.counts[b], converted.counts[b]):
-            zeroed += _area(points, b)
+        if not _cut_at(threshold, dense, converted, b):
+            if fades:
+                zeroed += _area(points, b)
             after = (converted.counts[b] * scale).tolist()
             notes = [f"branch {b}<br>{n:,} weights stay" for n in converted.counts[b].tolist()]
             stays += _area(zip(centres, after, notes, strict=True), b)
@@ -111,6 +113,12 @@ def branches_left(left: Tensor, what: str) -> go.Figure:
         yaxis={"title": "layer", **ticks(layers, 8), "autorange": "reversed", "showgrid": False},
     )
     return figure
+
+
+def _cut_at(threshold: float, dense: Magnitudes, converted: Magnitudes, branch: int) -> bool:
+    """Whether what stays of a branch is what was there above the threshold."""
+    above = dense.edges[:-1] > threshold if threshold else torch.ones_like(dense.edges[:-1]).bool()
+    return torch.equal(dense.counts[branch][above], converted.counts[branch][above])
 
 
 def _area(points: Iterable[Point], row: int) -> list[Point]:

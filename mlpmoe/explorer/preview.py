@@ -57,7 +57,7 @@ def histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: s
         magnitudes(model, layer, projection, HISTOGRAM_BINS, upper)
         for model in (whole, loaded.converted(asked))
     )
-    return branch_histograms(dense, converted, layer, projection)
+    return branch_histograms(dense, converted, layer, projection, spec_of(asked).fades)
 
 
 def summary(loaded: LoadedModel, asked: Conversion) -> dict[str, Any]:

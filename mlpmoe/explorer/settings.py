@@ -13,6 +13,7 @@ from ..core.schedule import DEFAULT_EXPONENT
 from ..core.spec import PROJECTIONS, UNITS, ConversionSpec
 from .loaded import LoadedModel
 
+EXPONENTS = (0.25, 8.0)  # of the schedule power, on the page
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
 # fields of the spec, in the order in which their controls send their values
 CONTROLS = (
@@ -86,3 +87,8 @@ def check_shown(spec: ConversionSpec) -> None:
         )
     if spec.branches > MAX_BRANCHES:
         raise UserError(f"this page offers at most {MAX_BRANCHES} branches (B).")
+    low, high = EXPONENTS
+    if spec.fade_exponent is not None and not low <= spec.fade_exponent <= high:
+        raise UserError(f"this page offers fade_exponent from {low:g} to {high:g}.")
+    if spec.seed:
+        raise UserError("this page has no other seed than 0; the library and the shell do.")

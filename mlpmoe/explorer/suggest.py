@@ -52,7 +52,8 @@ class SuggestHandlers:
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
-        self._stopping: set[str] = set()  # sessions that pressed Stop
+        self._running: set[str] = set()  # sessions that search
+        self._stopping: set[str] = set()  # of these, those that pressed Stop
 
     def choose_goal(self, goal: str) -> tuple:
         """Which slider counts."""
@@ -61,6 +62,8 @@ class SuggestHandlers:
     def stop(self, request: gr.Request) -> str:
         """End what is under way: a search goes on with measuring what it found, and measuring
         ends with what it has."""
+        if request.session_hash not in self._running:
+            return ""
         self._stopping.add(request.session_hash)
         return _status("stopping")
 
@@ -70,7 +73,17 @@ class SuggestHandlers:
     ) -> Iterator[tuple]:  # fmt: skip
         """Status, sentence, plot, table and the specs of its rows, as the search goes on."""
         session = request.session_hash
-        self._stopping.discard(session)
+        self._running.add(session)
+        try:
+            yield from self._suggest(session, model, goal, share, increase, calibrated, seconds)
+        finally:
+            self._running.discard(session)
+            self._stopping.discard(session)
+
+    def _suggest(
+        self, session: str, model: str, goal: str, share: float, increase: float,
+        calibrated: bool, seconds: float,
+    ) -> Iterator[tuple]:  # fmt: skip
         loaded = self.workbench.loaded(model)
         budget = read_budget(goal, share, increase)
         found = _Found(budget, [], [])
@@ -149,7 +162,7 @@ class SuggestHandlers:
 def read_budget(goal: str, share: float, increase: float) -> Budget:
     if goal == "perplexity":
         return Budget("nonzero", None, 1 + increase / 100)
-    if goal not in COSTS:
+    if not isinstance(goal, str) or goal not in COSTS:
         raise UserError(f"{goal!r:.60} is no budget; allowed: {', '.join(COSTS)}, perplexity.")
     return Budget(goal, share / 100)
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from gradio_client import Client
 
+from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.page import build_demo, launch_kwargs
-from mlpmoe.explorer.workbench import LoadedModel, Workbench
+from mlpmoe.explorer.workbench import Workbench
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,18 @@ from itertools import pairwise
 import pytest
 from gradio_client.exceptions import AppError
 
-from mlpmoe import CATALOGUE, ConversionSpec, convert, perplexity, write_side_by_side
-from mlpmoe.explorer import endpoints
+from mlpmoe import (
+    CATALOGUE,
+    ConversionSpec,
+    convert,
+    parameter_report,
+    perplexity,
+    write_side_by_side,
+)
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.explorer import endpoints, loaded
+from mlpmoe.explorer.loaded import TEXTS
 from mlpmoe.explorer.preview import summary
-from mlpmoe.explorer.workbench import TEXTS
 from mlpmoe.models import assets_folder
 
 SPEC = {"branches": 8, "fade": 0.5, "keep": 6}
@@ -48,9 +56,9 @@ def test_endpoints_describe_themselves(client):
         for name, endpoint in api.items()
     }
     assert names["/models"] == []
-    assert names["/preview"] == spec
-    assert names["/evaluate"] == [*spec, "text"]
-    assert names["/generate"] == ["prompt", *spec, "tokens", "temperature"]
+    assert names["/preview"] == [*spec, "more"]
+    assert names["/evaluate"] == [*spec, "text", "more"]
+    assert names["/generate"] == ["prompt", *spec, "tokens", "temperature", "more"]
     for parameter in api["/preview"]["parameters"]:
         assert parameter["parameter_has_default"]
 
@@ -71,6 +79,77 @@ def test_preview(app, client, values):
     expected = summary(app.demo, ConversionSpec(**values))
     assert client.predict(**values, api_name="/preview") == expected
     assert expected["parameters"]["dense"] == sum(p.numel() for p in app.demo.model.parameters())
+
+
+MORE = {
+    "order": {"keep": 12, "more": {"order": "norm"}},
+    "schedule": {
+        "fade": 0.5, "more": {"fade_schedule": "uniform", "fade_projections": "gate-up-down"}
+    },
+    "nothing": {"keep": 12, "more": {}},
+    "not at all": {"keep": 12, "more": None},
+    "neurons": {"fade": 0.9, "more": {"fade_unit": "neuron", "order": "random", "seed": 7}},
+    "calibrated": {
+        "branches": 8, "fade": 0.9, "keep": 6, "compensation": "mean",
+        "more": {"fade_score": "wanda", "allocation": "sensitivity"},
+    },
+    "calibrated by a common field": {"branches": 8, "keep": 6, "compensation": "refit"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def short_calibration(monkeypatch) -> str:
+    """The server calibrates on as few stories as that takes."""
+    text = loaded.calibration_stories()[:8000]
+    monkeypatch.setattr(loaded, "calibration_stories", lambda: text)
+    return text
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("values", MORE.values(), ids=MORE)
+def test_more_fields(app, client, short_calibration, values):
+    spec = ConversionSpec(
+        **{k: v for k, v in values.items() if k != "more"}, **(values.get("more") or {})
+    )
+    shown = client.predict(**values, api_name="/preview")
+    assert shown["spec"] == spec.to_dict()
+    assert shown == summary(app.demo, app.demo.asked(spec))
+    result = client.predict(**values, text="proxy", api_name="/evaluate")
+    assert result["spec"] == spec.to_dict()
+    calibration = Calibration.from_text(app.demo.tokenizer, short_calibration)
+    model = convert(app.demo.model, spec, calibration if spec.needs_calibration else None)
+    assert shown["nonzero"]["converted"] == parameter_report(model).nonzero
+    content = (assets_folder() / "texts" / TEXTS["proxy"]).read_text(encoding="utf-8")
+    alone = perplexity(model, app.demo.tokenizer, content).value
+    assert result["converted"] == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.usefixtures("unharmed", "short_calibration")
+def test_a_calibrated_model_writes(app, client):
+    values = MORE["calibrated"]
+    result = client.predict("Once", **values, tokens=8, api_name="/generate")
+    common = {k: v for k, v in values.items() if k != "more"}
+    model = app.demo.converted(app.demo.asked(ConversionSpec(**common, **values["more"])))
+    *_, (dense, converted) = write_side_by_side(
+        (app.demo.model, model), app.demo.tokenizer, "Once", 8
+    )
+    assert (result["dense"], result["converted"]) == (dense.text, converted.text)
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"colour": "red"}, "Unknown field 'colour'; allowed: method, branches"),
+        ({"x" * 10**6: 1}, "Unknown field"),
+        ({"order": "x" * 10**6}, "Order must be one of contiguous"),
+        ([1], "More must be an object: further fields of ConversionSpec by name"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("api_name", ["/preview", "/evaluate"])
+def test_odd_further_fields_are_refused_with_a_sentence(client, api_name, more, reason):
+    assert reason in refused(client, api_name, more=more)
 
 
 @pytest.mark.parametrize("text", list(TEXTS))
@@ -134,9 +213,31 @@ BAD_SPECS = [
     ({"fade": None}, "number between 0 and 2"),
     ({"fade": False}, "number between 0 and 2"),
     ({"fade": []}, "number between 0 and 2"),
-    ({"compensation": "double"}, "must be one of sqrt, none"),
-    ({"compensation": "mean"}, "needs a calibration text"),
-    ({"compensation": ["sqrt"]}, "must be one of sqrt, none"),
+    ({"compensation": "double"}, "must be one of sqrt, ratio, none, alpha, mean, refit"),
+    ({"compensation": ["sqrt"]}, "must be one of sqrt, ratio, none, alpha, mean, refit"),
+    ({"more": {"colour": "red"}}, "unknown field 'colour'; allowed: method, branches, order"),
+    ({"more": {"": 1}}, "unknown field ''"),
+    ({"more": {"order": "alphabetical"}}, "order must be one of contiguous, "),
+    ({"more": {"order": ["norm"]}}, "order must be one of contiguous, "),
+    ({"more": {"fade_unit": "2:4"}, "fade": 0.5}, "leave fade at 0"),
+    ({"more": {"fade_unit": "1:7"}}, "need a multiple of 7 inputs"),
+    ({"more": {"fade_unit": 24}}, "must be weight, neuron, or n:m"),
+    ({"more": {"fade_projections": ["gate"]}}, "must name gate, up or down"),
+    ({"more": {"progressive": "true"}}, "progressive must be True or False"),
+    ({"more": {"progressive": True}}, "no stage of this spec looks at activations"),
+    ({"more": {"fade_exponent": 2}}, "belongs to the schedule power"),
+    ({"more": {"seed": -1}}, "seed must lie between 0 and"),
+    ({"more": {"experts": 8}}, "does not belong to the method mlpmoe"),
+    ({"more": {"branches": 100_000}}, "neurons: choose B between 1 and"),
+    ({"more": {"method": "other"}}, "method must be one of"),
+    ({"more": {"method": "cmoe"}, "compensation": "none"}, "routed methods have no endpoint"),
+    ({"more": {"method": "cmoe"}}, "routed methods have no endpoint"),
+    ({"more": []}, "more must be an object"),
+    ({"more": ["order", "norm"]}, "more must be an object"),
+    ({"more": "order=norm"}, "more must be an object"),
+    ({"more": ""}, "more must be an object"),
+    ({"more": 3}, "more must be an object"),
+    ({"more": False}, "more must be an object"),
     ({"model": "qwen2.5-0.5b"}, "is not loaded"),
     ({"model": "owner/absent"}, "is not loaded"),
     ({"model": "../demo"}, "is not loaded"),

@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 from mlpmoe.explorer import handlers
+from tests.explorer.controls import controls, preview_values
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
 LEAKS = ("Traceback", "site-packages", ".py", 'File \\"', "mlpmoe/")
-SPEC = ["demo", 16, 0.0, 16, "sqrt"]
+SPEC = list(controls(keep=16))
 
 
 def call(app, name: str, data: str) -> tuple[str, str]:
@@ -91,6 +92,9 @@ def listen(app, fn: str, data: list, session: str = "odd") -> dict[str, Any]:
         '["demo", 16, 0, null, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]',
         '[{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 16, 0, null, "sqrt"]',
         '["\\ud800", 16, 0, null, "sqrt"]',
+        '["demo", 16, 0, null, "sqrt", "stories", {"\\ud800": 1}]',
+        '["demo", 16, 0, null, "sqrt", {"fade": NaN}, {"fade": NaN}]',
+        '["demo", 16, 0, null, "sqrt", {"seed": 1e999}, {"seed": 1e999}]',
         '["demo\\u0000", 16, 0, null, "sqrt"]',
         "{}",
         "null",
@@ -125,11 +129,7 @@ def test_odd_writing_orders(app, data):
 
 
 def preview_data(**change: Any) -> list:
-    values = {
-        "model": None, "branches": 16, "fade": 0.0, "keep": 16, "compensation": "sqrt",
-        "text": "stories", "layer": 0, "projection": "gate", "quantity": "nonzero", "before": 16,
-    }  # fmt: skip
-    return list({**values, **change}.values())
+    return list(preview_values(**{"model": None, "text": "stories", **change}))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,26 @@ def preview_data(**change: Any) -> list:
         {"keep": 17},
         {"keep": None},
         {"compensation": "other"},
+        {"order": "other"},
+        {"order": None},
+        {"fade_schedule": ["linear"]},
+        {"fade_exponent": None},
+        {"fade_exponent": 10**30},
+        {"fade_exponent": "NaN"},
+        {"fade_projections": []},
+        {"fade_projections": None},
+        {"fade_projections": "gate"},
+        {"fade_projections": ["left"]},
+        {"fade_projections": [["gate"]]},
+        {"fade_score": 3},
+        {"fade_unit": "9:4"},
+        {"fade_unit": "1" * 5000 + ":4"},
+        {"fade_unit": None},
+        {"fade_unit": {"value": "2:4"}},
+        {"allocation": "other"},
+        {"allocation": None},
+        {"progressive": None},
+        {"progressive": "yes"},
         {"text": "../evaluation.txt"},
         {"text": None},
         {"layer": -1},
@@ -204,7 +224,7 @@ def test_loading_odd_names_through_the_page(app, name):
     ids=lambda value: str(value)[:10],
 )
 def test_odd_writing_orders_through_the_page(app, prompt, tokens, temperature):
-    message = listen(app, "write", [None, *SPEC[1:], prompt, tokens, temperature])
+    message = listen(app, "write", [None, *SPEC, prompt, tokens, temperature])
     assert not message["success"]
     text = json.dumps(message["output"])
     assert not any(leak in text for leak in LEAKS), text
@@ -212,7 +232,7 @@ def test_odd_writing_orders_through_the_page(app, prompt, tokens, temperature):
 
 @pytest.mark.parametrize(("tokens", "taken"), [(0, 16), (10**9, 256)])
 def test_a_slider_takes_a_number_beyond_its_end_as_the_end(app, tokens, taken):
-    message = listen(app, "write", [None, *SPEC[1:], "Once", tokens, 99], session=f"end{tokens}")
+    message = listen(app, "write", [None, *SPEC, "Once", tokens, 99], session=f"end{tokens}")
     assert message["success"]
     counts = re.findall(r"(\d+) tokens<", json.dumps(message["output"]["data"]))
     assert counts and all(int(count) <= taken for count in counts)

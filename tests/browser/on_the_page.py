@@ -3,7 +3,7 @@ never for time."""
 
 from __future__ import annotations
 
-TRACES = ("dropped by K", "zeroed by fade", "stays", "fade threshold")
+TRACES = ("dropped by K", "removed by fade", "stays", "fade threshold")
 # outlines per trace: plotly leaves out traces without points
 COUNT_OUTLINES = """() => {
     const plot = document.querySelector('#histograms .js-plotly-plot');
@@ -100,6 +100,19 @@ def load_model(page, name: str) -> None:
     box.fill(name)
     box.press("Enter")
     page.click("#load")
+
+
+def choose(page, dropdown: str, label: str) -> None:
+    """An entry of a dropdown, as a mouse chooses it."""
+    page.click(f"#{dropdown} input")
+    page.get_by_role("option", name=label, exact=True).click()
+
+
+def wait_for_choice(page, dropdown: str, label: str) -> None:
+    page.wait_for_function(
+        "([id, label]) => document.querySelector(`#${id} input`).value === label",
+        arg=[dropdown, label],
+    )
 
 
 def wait_until_measured(page) -> None:

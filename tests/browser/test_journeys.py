@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from mlpmoe.core.compensation import COMPENSATIONS
+from mlpmoe.core.order import ORDERS
 from tests.browser.on_the_page import (
+    choose,
     figure,
     load_model,
     notice,
     open_tab,
     slider,
     value,
+    wait_for_choice,
     wait_for_new_figure,
     wait_for_outlines,
     wait_for_spec,
@@ -295,3 +299,56 @@ def test_experts_are_converted_and_measured(open_page, take_picture):
     page.locator("#own-calibration textarea").fill("Much too short.")
     page.click("#measure-experts")
     assert "at least 1,024 are needed" in notice(page)
+
+
+def test_a_better_recipe_is_found_and_taken(open_page, take_picture):
+    """Somebody looks into every stage, takes a preset that calibrates and waits for its figures;
+    then asks for the best recipe that looks at nothing but the weights, and takes the first."""
+    page = open_page()
+    untouched = {card: figure(page, card) for card in ("nonzero", "compute")}
+    page.get_by_role("button", name="More: every stage").click()
+    page.locator("#order input").wait_for()
+    choose(page, "preset", "Keep 12 of 16, least squares *")
+    wait_for_spec(page, branches=16, fade=0, keep=12)
+    wait_for_choice(page, "order", f"{ORDERS['least-squares'].about} *")
+    wait_for_choice(page, "compensation", f"{COMPENSATIONS['refit'].about} *")
+    for card, old in untouched.items():
+        wait_for_new_figure(page, card, old)
+    wait_until_measured(page)
+    wait_for_choice(page, "preset", "Keep 12 of 16, least squares *")
+    assert "−" in figure(page, "compute", "difference")
+    take_picture(page, "least-squares")
+
+    open_tab(page, "Suggest")
+    page.locator("#seconds input[type=number]").fill("10")
+    page.get_by_label("May look at a calibration text").uncheck()
+    page.click("#suggest")
+    page.wait_for_function(
+        "document.querySelector('#suggestion').innerText.includes('recipes tried')"
+    )
+    first = page.locator("#front-table [role=gridcell][data-row='0']")
+    first.nth(3).wait_for()
+    perplexity, nonzero, compute, recipe = first.all_inner_texts()
+    assert "*" not in page.inner_text("#front-table")
+    assert re.search(r"\d+ recipes tried, \d+ measured", page.inner_text("#suggestion"))
+    assert page.locator("#front .points path.point").count() > 3
+    take_picture(page, "suggested")
+
+    first.nth(3).click()
+    assert "now have these settings" in notice(page)
+    page.wait_for_function(
+        """([perplexity, nonzero, compute]) => {
+            const said = card => document.querySelector(`#card-${card} .difference`)?.innerText;
+            return said('perplexity') === perplexity && said('nonzero').includes(nonzero)
+                && said('compute').includes(compute);
+        }""",
+        arg=[perplexity, nonzero, compute],
+    )
+    wait_until_measured(page)
+    fades = "zeroes weights" in recipe or "drops whole neurons" in recipe
+    assert (value(page, "fade") > 0) == fades
+    kept = re.search(r"keeps (\d+) of (\d+) branches", recipe)
+    branches, keep = value(page, "branches"), value(page, "keep")
+    assert (keep, branches) == (int(kept[1]), int(kept[2])) if kept else keep == branches
+    assert page.input_value("#compensation input").endswith("*") is False
+    take_picture(page, "taken")

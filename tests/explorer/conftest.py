@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.workbench import LoadedModel, Workbench
+from mlpmoe.explorer.loaded import LoadedModel
+from mlpmoe.explorer.workbench import Workbench
 from mlpmoe.models import catalogue
-from tests.tiny import BOS, CONTEXT, VOCABULARY, byte_tokenizer, save_tiny_model
+from tests.tiny import BOS, CONTEXT, D_FF, VOCABULARY, byte_tokenizer, save_tiny_model
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -101,6 +103,18 @@ def gateless(gateless_folder: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def one_layer(one_layer_folder: Path) -> LoadedModel:
     return load(Workbench(), one_layer_folder)
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A tiny model that says nothing with half of the neurons of its last layer: an allocation
+    by output error takes more from there."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "uneven")
+    weights = load_file(folder / "model.safetensors")
+    down = weights["model.layers.1.mlp.down_proj.weight"]
+    down[:, D_FF // 2 :] *= 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return load(Workbench(), folder)
 
 
 def load(workbench: Workbench, folder: Path) -> LoadedModel:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec
+from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.explorer.cards import (
+    COMPENSATION_NAMES,
     TEXT_NAMES,
     Card,
     compute_card,
@@ -19,17 +21,19 @@ from mlpmoe.explorer.cards import (
     nonzero_card,
     pending_perplexity_card,
     pending_speed_card,
+    pending_structure_cards,
     perplexity_card,
     speed_card,
     status_line,
 )
-from mlpmoe.explorer.workbench import TEXTS, Evaluation, Zeros
-from mlpmoe.measure.notation import NBSP, NO_CHANGE
+from mlpmoe.explorer.loaded import TEXTS, Evaluation, Zeros
+from mlpmoe.measure.notation import NBSP, NO_CHANGE, count
 from mlpmoe.measure.parameters import ParameterReport
 from mlpmoe.measure.perplexity import compare, summarise
 from mlpmoe.measure.speed import Ratio, SpeedReport
 
 HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>&amp;"
+ZEROS = Zeros("gate and up", 0.421875, 0.4307)
 DENSE = ParameterReport(
     total=1000, nonzero=1000, mlp_total=500, mlp_nonzero=500,
     active_per_token=1000, macs_per_token=800, mlp_macs_per_token=480,
@@ -106,6 +110,21 @@ def test_status_line_says_what_is_loaded(tiny, tiny_folder):
             ConversionSpec(branches=4, keep=1, compensation="none"),
             "B 4 · fade 0.00 · K 1, not compensated",
         ),
+        (ConversionSpec(fade=0.6, compensation="alpha"), "B 16 · fade 0.60 · K 16 · fitted α"),
+        (ConversionSpec(compensation="alpha"), "B 16 · fade 0.00 · K 16"),  # nothing to make up for
+        (ConversionSpec(fade_unit="2:4", compensation="none"), "B 16 · 2:4 zeros · K 16"),
+        (
+            ConversionSpec(fade=0.9, fade_unit="neuron", keep=12, compensation="mean"),
+            "B 16 · fade 0.90 by neurons · K 12, mean as a bias",
+        ),
+        (
+            ConversionSpec(order="least-squares", keep=12, compensation="refit"),
+            "B 16 · fade 0.00 · K 12, down refitted · least-squares order",
+        ),
+        (
+            ConversionSpec(branches=8, keep=2, compensation="ratio"),
+            "B 8 · fade 0.00 · K 2, × B/K",
+        ),
     ],
 )
 def test_describe(spec, text):
@@ -155,21 +174,25 @@ def test_pending_cards():
 
 def test_nonzero_card_has_both_denominators():
     converted = replace(DENSE, total=1006, nonzero=856, mlp_total=506, mlp_nonzero=356)
-    card = nonzero_card(DENSE, converted, ConversionSpec(fade=0.9), Zeros(0.421875, 0.43))
+    card = nonzero_card(DENSE, converted, ConversionSpec(fade=0.9), ZEROS)
     assert plain(card.difference) == "−14.4 % of all\n−28.8 % of MLPs"
 
 
 def test_nonzero_card_tells_requested_from_realised():
-    card = nonzero_card(DENSE, DENSE, ConversionSpec(fade=0.9), Zeros(0.421875, 0.4307))
-    assert "43.07 %" in card.note
-    assert "asked for 42.19 %" in card.note
+    card = nonzero_card(DENSE, DENSE, ConversionSpec(fade=0.9), ZEROS)
+    assert card.note == "fade zeroes 43.07 % of gate and up, asked for 42.19 %"
+    kept = nonzero_card(DENSE, DENSE, ConversionSpec(fade=0.9, keep=12), ZEROS)
+    assert "of gate and up in what is kept, asked for 42.19 %" in kept.note
+    neurons = replace(ZEROS, what="neurons")
+    dropped = nonzero_card(DENSE, DENSE, ConversionSpec(fade=0.9, fade_unit="neuron"), neurons)
+    assert dropped.note.startswith("fade drops 43.07 % of neurons, ")
 
 
 def test_nonzero_card_without_fade():
-    kept = nonzero_card(DENSE, DENSE, ConversionSpec(keep=12), Zeros(0, 0))
+    kept = nonzero_card(DENSE, DENSE, ConversionSpec(keep=12), None)
     assert kept.note.startswith("4 of 16 branches")
     added = replace(DENSE, total=DENSE.total + 1234)
-    assert "1,234" in nonzero_card(DENSE, added, ConversionSpec(), Zeros(0, 0)).note
+    assert "1,234" in nonzero_card(DENSE, added, ConversionSpec(), None).note
 
 
 def test_compute_card():
@@ -177,7 +200,24 @@ def test_compute_card():
     card = compute_card(DENSE, converted, ConversionSpec(keep=12))
     assert plain(card.difference) == "−15.0 % in all\n−25.0 % in MLPs"
     assert "zeros" not in card.note
-    assert "saves no" in compute_card(DENSE, DENSE, ConversionSpec(fade=0.9)).note
+    for spec in (ConversionSpec(fade=0.9), ConversionSpec(fade_unit="2:4")):
+        assert "saves no" in compute_card(DENSE, DENSE, spec).note
+    neurons = ConversionSpec(fade=0.9, fade_unit="neuron")
+    assert "zeros" not in compute_card(DENSE, DENSE, neurons).note
+
+
+def test_every_compensation_has_a_name():
+    assert set(COMPENSATION_NAMES) == set(COMPENSATIONS)
+
+
+def test_cards_of_a_conversion_to_come(tiny):
+    cards = pending_structure_cards(tiny, "calibrating (50%)")
+    assert [card.title for card in cards] == ["Non-zero parameters", "Compute per token"]
+    assert [card.dense for card in cards] == [
+        count(tiny.report.nonzero), count(tiny.report.macs_per_token)
+    ]  # fmt: skip
+    for card in cards:
+        assert (card.converted, card.difference) == ("…", "calibrating (50%)")
 
 
 @pytest.mark.parametrize(

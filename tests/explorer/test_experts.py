@@ -136,8 +136,8 @@ def test_another_layer_is_coloured_anew_and_a_changed_setting_is_not_shown_as_me
 def test_static_recipes_join_the_plot(tab, demo):
     _, figure = last(tab.measure_static("demo", 0.5))
     static = [p for p in demo.points.values() if p.kind == "static"]
-    assert len(static) == 3
-    assert [p.compute for p in static] == pytest.approx([0.5] * 3)
+    assert len(static) == 4
+    assert [p.compute for p in static] == pytest.approx([0.5] * 4)
     assert figure.data[0].name == "static"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.explorer.lesson import TOKENS, lesson
+from mlpmoe.explorer.lesson import OTHERS, TOKENS, lesson, published
 
 SPECS = [
     ConversionSpec(),
@@ -124,3 +124,50 @@ def test_keep_says_when_all_are_kept(tiny):
 def test_the_lesson_leaves_no_hook_behind(tiny):
     lesson(tiny, ConversionSpec(branches=4, keep=2), 0)
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+
+
+OTHER = {
+    "order": {"order": "least-squares"},
+    "schedule": {"fade_schedule": "uniform"},
+    "power": {"fade_schedule": "power", "fade_exponent": 3.0},
+    "matrices": {"fade_projections": "down"},
+    "score": {"fade_score": "sparsegpt"},
+    "unit": {"fade_unit": "neuron"},
+    "allocation": {"allocation": "sensitivity"},
+    "seed": {"order": "random", "seed": 3},
+    "progressive": {"fade_score": "wanda", "progressive": True},
+}
+
+
+@pytest.mark.parametrize("choices", OTHER.values(), ids=OTHER)
+def test_the_lesson_shows_the_published_stages_and_says_so(demo, choices, monkeypatch):
+    """Without a calibration, whatever the other choices are."""
+    monkeypatch.setattr(demo, "calibration", None)
+    basis = {"branches": 6, "fade": 0.9, "keep": 4}
+    spec, plain = ConversionSpec(**basis, **choices), ConversionSpec(**basis)
+    strip, *steps = lesson(demo, spec, 1)
+    expected, *same = lesson(demo, plain, 1)
+    assert steps == same
+    assert published(spec) == published(plain) == plain
+    assert strip != expected == strip.replace(OTHERS, "")
+    assert "other choices under More are left out" in strip
+
+
+@pytest.mark.parametrize("compensation", ["alpha", "mean", "refit"])
+def test_a_fitted_compensation_is_not_in_the_lesson(tiny, compensation):
+    spec = ConversionSpec(branches=6, keep=4, compensation=compensation)
+    strip, *_, keep = lesson(tiny, spec, 0)
+    assert OTHERS in strip
+    assert "compensation is off" in keep
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
+def test_a_published_recipe_leaves_nothing_out(tiny, spec):
+    assert published(spec) == spec
+    assert OTHERS not in lesson(tiny, spec, 0)[0]
+
+
+def test_a_pattern_is_no_fade_of_the_lesson(tiny):
+    strip, _, fade, _ = lesson(tiny, ConversionSpec(fade_unit="2:4", keep=12), 0)
+    assert OTHERS in strip
+    assert "Fade is 0 now" in fade

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlpmoe import ConversionSpec
 from mlpmoe.explorer import style
 from mlpmoe.explorer.plots import HEAT_HEIGHT, RIDGES_HEIGHT, branch_histograms, branches_left
+from mlpmoe.explorer.preview import histograms
 from mlpmoe.measure.magnitudes import Magnitudes, magnitudes
 
 BINS = 10
@@ -81,19 +82,19 @@ def test_one_ridge_per_branch_each_in_its_row(pair):
     assert [row(p) for p in polygons(figure, "stays")] == list(range(keep))
     assert [row(p) for p in polygons(figure, "dropped by K")] == list(range(keep, branches))
     faded = [b for b in range(keep) if converted.thresholds[b]]
-    assert [row(p) for p in polygons(figure, "zeroed by fade")] == faded
+    assert [row(p) for p in polygons(figure, "removed by fade")] == faded
 
 
 @few
 @given(ridges())
-def test_what_stays_and_what_is_zeroed_make_up_the_whole_ridge(pair):
+def test_what_stays_and_what_is_removed_make_up_the_whole_ridge(pair):
     dense, converted = pair
     figure = branch_histograms(dense, converted, 0, "gate")
     whole = branch_histograms(dense, dense, 0, "gate")
     full = {row(p): area(p) for p in polygons(whole, "stays")}
     for b, threshold in enumerate(converted.thresholds):
         if threshold <= CENTRES[-1]:
-            pieces = polygons(figure, "stays") + polygons(figure, "zeroed by fade")
+            pieces = polygons(figure, "stays") + polygons(figure, "removed by fade")
             drawn = sum(area(p) for p in pieces if row(p) == b)
             assert drawn == pytest.approx(full[b], abs=1e-9)
     for polygon in polygons(figure, "dropped by K"):
@@ -105,7 +106,7 @@ def test_what_stays_and_what_is_zeroed_make_up_the_whole_ridge(pair):
 def test_thresholds_part_what_stays_from_what_is_zeroed(pair):
     dense, converted = pair
     figure = branch_histograms(dense, converted, 0, "gate")
-    for polygon in polygons(figure, "zeroed by fade"):
+    for polygon in polygons(figure, "removed by fade"):
         threshold = converted.thresholds[int(row(polygon))]
         assert max(x for x, _ in polygon) == threshold
     for polygon in polygons(figure, "stays"):
@@ -136,7 +137,7 @@ def test_ridges_stay_in_the_picture(pair):
     dense, converted = pair
     figure = branch_histograms(dense, converted, 0, "gate")
     low, high = figure.layout.yaxis.range  # branch 0 on top
-    for name in ("stays", "zeroed by fade", "dropped by K", "fade threshold"):
+    for name in ("stays", "removed by fade", "dropped by K", "fade threshold"):
         for polygon in polygons(figure, name):
             assert all(high <= y <= low for _, y in polygon)
     assert list(figure.layout.xaxis.range) == [0, UPPER]
@@ -151,6 +152,47 @@ def test_ridges_are_plain_numbers_of_a_fixed_height(pair):
     text = figure.to_json()
     assert len(json.loads(text)["data"]) == 4
     assert len(text) < 64 * BINS * 200
+
+
+@few
+@given(ridges(), st.floats(0, 1))
+def test_without_a_threshold_what_stays_lies_in_front_of_what_was(pair, left):
+    """Other scores, and whole neurons: no one magnitude parts the two."""
+    dense, converted = pair
+    keep = len(converted.counts)
+    after = (left * dense.counts[:keep]).long()
+    figure = branch_histograms(dense, histogram(after.tolist(), [0.0] * keep), 0, "up")
+    names = [trace.name for trace in figure.data]
+    assert names.index("removed by fade") < names.index("stays")  # drawn later, so in front
+    whole = branch_histograms(dense, dense, 0, "up")
+    full = {row(p): area(p) for p in polygons(whole, "stays")}
+    behind = {row(p): area(p) for p in polygons(figure, "removed by fade")}
+    changed = [b for b in range(keep) if not torch.equal(after[b], dense.counts[b])]
+    assert list(behind) == changed
+    assert all(behind[b] == pytest.approx(full[b], abs=1e-9) for b in changed)
+    front = {row(p): area(p) for p in polygons(figure, "stays")}
+    assert list(front) == list(range(keep))
+    scale = 0.95 / max(1, int(dense.counts.max()))
+    for b in range(keep):
+        counts = after[b].double()
+        width = CENTRES[1] - CENTRES[0]
+        expected = scale * width * float((counts[1:] + counts[:-1]).sum()) / 2
+        assert front[b] == pytest.approx(expected, abs=1e-6)
+    assert polygons(figure, "fade threshold") == []
+
+
+def test_hover_texts_tell_what_was_and_what_stays():
+    dense, after = [[1234] * BINS], [[1000] * BINS]
+    figure = branch_histograms(histogram(dense, [0.0]), histogram(after, [0.0]), 0, "up")
+    assert "branch 0<br>1,234 weights" in figure.data[1].text
+    assert "branch 0<br>1,000 weights stay" in figure.data[2].text
+
+
+def test_an_emptied_branch_keeps_its_row():
+    dense, after = [[5] * BINS] * 2, [[5] * BINS, [0] * BINS]
+    figure = branch_histograms(histogram(dense, [0.0] * 2), histogram(after, [0.0] * 2), 0, "up")
+    assert [row(p) for p in polygons(figure, "removed by fade")] == [1]
+    assert area(polygons(figure, "stays")[1]) == 0
 
 
 def test_the_legend_names_only_what_is_there():
@@ -179,7 +221,7 @@ def test_ridges_of_a_real_model(tiny, spec):
     figure = branch_histograms(dense, converted, 1, "up")
     assert len(polygons(figure, "stays")) == spec.kept
     assert len(polygons(figure, "dropped by K")) == spec.branches - spec.kept
-    assert len(polygons(figure, "zeroed by fade")) == (spec.kept - 1 if spec.fade else 0)
+    assert len(polygons(figure, "removed by fade")) == (spec.kept - 1 if spec.fade else 0)
 
 
 @few
@@ -227,3 +269,11 @@ def test_only_colours_of_the_page():
             parts = tuple(float(part) for part in numbers.split(","))
             assert parts[:3] in allowed or parts == transparent or f"rgba({numbers})" == style.GRID
         assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
+
+
+def test_nothing_is_shown_as_faded_where_nothing_fades(tiny):
+    """down is fitted anew, so its weights change; none is removed by fade."""
+    spec = ConversionSpec(branches=16, keep=8, order="activation", compensation="refit")
+    figure = histograms(tiny, tiny.asked(spec), 0, "down")
+    assert polygons(figure, "removed by fade") == []
+    assert len(polygons(figure, "stays")) == 8

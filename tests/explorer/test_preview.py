@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import shlex
 from dataclasses import replace
+from functools import cache
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -12,6 +15,9 @@ import pytest
 import torch
 
 from mlpmoe import PRESETS, ConversionSpec, UserError, convert, load, parameter_report
+from mlpmoe.commands.arguments import add_spec, read_spec
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.explorer.loaded import LoadedModel, calibration_stories
 from mlpmoe.explorer.preview import (
     HISTOGRAM_BINS,
     QUANTITY_NAMES,
@@ -21,7 +27,6 @@ from mlpmoe.explorer.preview import (
     snippet,
     summary,
 )
-from mlpmoe.explorer.workbench import LoadedModel
 from mlpmoe.measure.notation import count
 
 SPECS = [
@@ -42,7 +47,7 @@ def test_preview(tiny, spec, quantity):
     assert shown.nonzero.converted == count(converted.nonzero)
     assert shown.compute.converted == count(converted.macs_per_token)
     assert np.shape(shown.heat.data[0].z) == (2, spec.branches)
-    assert spec.to_python() in shown.snippet
+    assert spec.to_python() in snippet("demo", spec)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
@@ -145,8 +150,13 @@ def test_summary(tiny, spec):
         "converted": converted.mlp_nonzero,
     }
     assert values["macs_per_token"]["converted"] == converted.macs_per_token
-    zeroed = values["gate_and_up_zeroed"]
-    assert 0 <= zeroed["requested"] <= zeroed["realised"] + 0.01 <= 1.01
+    if spec.fade:
+        faded = values["faded"]
+        assert faded["what"] == "gate and up"
+        assert 0 <= faded["requested"] <= faded["realised"] + 0.01 <= 1.01
+    else:
+        assert values["faded"] is None
+    json.dumps(values)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -156,11 +166,13 @@ def test_presets_are_recognised(name):
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_a_preset_is_recognised_by_what_it_does(name):
-    """K = B is the same as all, and compensation says nothing then."""
+    """K = B is the same as all, and compensation says nothing then, unless it makes up for fade."""
     spec = replace(PRESETS[name], keep=PRESETS[name].kept)
     assert preset_name(spec) == name
     if spec.kept == spec.branches:
-        assert preset_name(replace(spec, compensation="none")) == name
+        fitted = spec.compensation == "refit"
+        assert preset_name(replace(spec, compensation="none")) == (None if fitted else name)
+        assert preset_name(replace(spec, compensation="ratio")) == (None if fitted else name)
 
 
 def test_other_specs_are_no_preset():
@@ -189,3 +201,144 @@ def test_the_shell_line_survives_the_shell(model, spec):
     query = "&".join(f"{flag.removeprefix('--')}={value}" for flag, value in flags.items())
     assert ConversionSpec.from_query(query) == spec
     assert dict(parse_qsl(spec.to_query())) == dict(parse_qsl(query))
+
+
+# layers that keep different branches, and branches that keep fewer neurons
+
+SHARED_OUT = ConversionSpec(branches=8, keep=5, allocation="sensitivity")
+BY_NEURONS = ConversionSpec(branches=8, fade=1.2, fade_unit="neuron")
+EMPTIED = ConversionSpec(branches=8, fade=2.0, fade_unit="neuron")  # the last four are
+BOTH = ConversionSpec(
+    branches=8, keep=5, fade=0.8, fade_unit="neuron", fade_score="wanda", allocation="sensitivity"
+)
+DIFFERING = [SHARED_OUT, BY_NEURONS, EMPTIED, BOTH]
+
+
+@cache
+def direct_mlps(loaded: LoadedModel, spec: ConversionSpec) -> list:
+    calibration = Calibration.from_text(loaded.tokenizer, calibration_stories())
+    model = convert(loaded.model, spec, calibration if spec.needs_calibration else None)
+    return [layer.mlp for layer in model.model.layers]
+
+
+def neurons_left(loaded: LoadedModel, spec: ConversionSpec) -> list[list[int]]:
+    """Neurons of all branches, layer by layer, from the shapes of a direct conversion."""
+    mlps = direct_mlps(loaded, spec)
+    for mlp in mlps:
+        assert sum(mlp.sizes) == mlp.state_dict()["up_proj.weight"].shape[0]
+    return [[*mlp.sizes, *[0] * (spec.branches - len(mlp.sizes))] for mlp in mlps]
+
+
+def counts_in(trace, branch: int) -> list[int]:
+    """The numbers of weights that the hover texts of a branch tell, bin by bin."""
+    notes = [note for note in trace.text if note.startswith(f"branch {branch}<br>")]
+    return [int(note.split("<br>")[1].split()[0].replace(",", "")) for note in notes]
+
+
+@pytest.mark.parametrize("spec", DIFFERING, ids=ConversionSpec.to_query)
+@pytest.mark.parametrize("quantity", list(QUANTITY_NAMES))
+def test_heat_map_of_layers_and_branches_that_differ(uneven, spec, quantity):
+    asked = uneven.asked(spec)
+    heat = np.array(preview(uneven, asked, 0, "gate", quantity).heat.data[0].z)
+    left = np.array(neurons_left(uneven, spec))
+    assert heat.shape == (2, 8)
+    if quantity == "nonzero":
+        assert heat == pytest.approx(100 * (1 - left / 6))
+    else:
+        assert ((heat == 0) == (left == 6)).all()
+        assert ((heat == 100) == (left == 0)).all()
+    if spec.allocation == "sensitivity":
+        kept = (left > 0).sum(1)
+        assert kept[0] > kept[1]  # which loses least where it says least
+        assert sum(len(mlp.sizes) for mlp in direct_mlps(uneven, spec)) == 2 * spec.kept
+    if spec is EMPTIED:
+        assert (left[:, 4:] == 0).all() and (left[:, :4] > 0).all()
+
+
+@pytest.mark.parametrize("spec", DIFFERING, ids=ConversionSpec.to_query)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("projection", ["gate", "down"])
+def test_histograms_of_layers_and_branches_that_differ(uneven, spec, layer, projection):
+    figure = histograms(uneven, uneven.asked(spec), layer, projection)
+    dropped, removed, stays, thresholds = figure.data
+    mlp = direct_mlps(uneven, spec)[layer]
+    kept, upper = len(mlp.sizes), figure.layout.xaxis.range[1]
+    weight = mlp.state_dict()[f"{projection}_proj.weight"].abs()
+    pieces = weight.split(mlp.sizes, dim=1 if projection == "down" else 0)
+    for b in range(8):
+        if b >= kept:
+            assert counts_in(stays, b) == counts_in(removed, b) == []
+            assert sum(counts_in(dropped, b)) > 0
+            continue
+        assert counts_in(dropped, b) == []
+        found = counts_in(stays, b)
+        assert len(found) == HISTOGRAM_BINS
+        assert sum(found) == int((pieces[b] <= upper).sum())
+        assert (counts_in(removed, b) == []) == (mlp.sizes[b] == 6)  # whole branches lose nothing
+        if counts_in(removed, b):  # it lies behind what stays
+            pairs = zip(counts_in(removed, b), found, strict=True)
+            assert all(before >= after for before, after in pairs)
+    assert not thresholds.x  # no magnitude decides
+    json.loads(figure.to_json())
+
+
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
+def test_histograms_of_scores_without_a_threshold(tiny, score, projection):
+    spec = ConversionSpec(
+        branches=8, fade=0.9, fade_score=score, fade_projections="gate-up-down", keep=6
+    )
+    _, removed, stays, thresholds = histograms(tiny, tiny.asked(spec), 1, projection).data
+    (_, mlp), whole = direct_mlps(tiny, spec), tiny.model.model.layers[1].mlp
+    axis = 1 if projection == "down" else 0
+    after = mlp.state_dict()[f"{projection}_proj.weight"].split(mlp.sizes, dim=axis)
+    weight = getattr(whole, f"{projection}_proj").weight.detach()
+    before = weight.split(6, dim=axis)
+    upper = 4 * float(weight.square().mean().sqrt())
+    for b in range(6):
+        inside = (after[b] != 0) & (after[b].abs() <= upper)
+        assert sum(counts_in(stays, b)) == int(inside.sum())
+        if b:
+            assert sum(counts_in(removed, b)) == int((before[b].abs() <= upper).sum())
+    assert counts_in(removed, 0) == []  # fade leaves branch 0 alone
+    assert not thresholds.x
+
+
+CALIBRATED = [
+    ConversionSpec(keep=12, order="least-squares", compensation="refit"),
+    ConversionSpec(fade=0.6, fade_score="sparsegpt", fade_projections="gate-up-down"),
+    SHARED_OUT,
+    BOTH,
+]
+
+
+@pytest.mark.parametrize("spec", CALIBRATED, ids=ConversionSpec.to_query)
+def test_summary_of_a_calibrated_conversion(uneven, spec):
+    values = summary(uneven, uneven.asked(spec))
+    calibration = Calibration.from_text(uneven.tokenizer, calibration_stories())
+    report = parameter_report(convert(uneven.model, spec, calibration))
+    assert values["spec"] == spec.to_dict()
+    assert values["parameters"]["converted"] == report.total
+    assert values["nonzero"]["converted"] == report.nonzero
+    assert values["macs_per_token"]["converted"] == report.macs_per_token
+    assert (values["faded"] is None) == (not spec.fades)
+    assert "text" not in json.dumps(values)  # the calibration's would be long
+
+
+@pytest.mark.parametrize("spec", CALIBRATED, ids=ConversionSpec.to_query)
+def test_the_snippet_of_a_calibrated_conversion_makes_the_same_model(tiny, tiny_folder, spec):
+    names: dict = {}
+    exec(snippet(str(tiny_folder), spec), names)
+    expected = tiny.converted(tiny.asked(spec)).state_dict()
+    made = names["converted"].state_dict()
+    assert made.keys() == expected.keys()
+    assert all(torch.allclose(made[key], expected[key], atol=1e-5) for key in made)
+
+
+@pytest.mark.parametrize("spec", CALIBRATED, ids=ConversionSpec.to_query)
+def test_the_shell_line_of_a_calibrated_conversion_is_whole(spec):
+    (line,) = (line for line in snippet("demo", spec).splitlines() if " -m mlpmoe " in line)
+    assert line.endswith(spec.to_flags())
+    parser = argparse.ArgumentParser()
+    add_spec(parser)
+    assert read_spec(parser.parse_args(shlex.split(line[line.index("python") :])[5:])) == spec

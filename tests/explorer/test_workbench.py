@@ -12,16 +12,11 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, parameter_report, perplexity
+from mlpmoe.explorer import loaded as loaded_module
 from mlpmoe.explorer import workbench as module
+from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD, TEXTS, Evaluation, Progress
 from mlpmoe.explorer.preview import preview
-from mlpmoe.explorer.workbench import (
-    CONVERSIONS_HELD,
-    TEXTS,
-    Evaluation,
-    Progress,
-    Workbench,
-    model_key,
-)
+from mlpmoe.explorer.workbench import Workbench, model_key
 from mlpmoe.models import CATALOGUE, assets_folder
 
 SPEC = ConversionSpec(branches=6, fade=0.9, keep=4)
@@ -36,8 +31,8 @@ def counted(monkeypatch):
         calls.append(model)
         yield from original(model, text)
 
-    original = module.window_losses
-    monkeypatch.setattr(module, "window_losses", window_losses)
+    original = loaded_module.window_losses
+    monkeypatch.setattr(loaded_module, "window_losses", window_losses)
     return calls
 
 
@@ -85,7 +80,7 @@ def test_an_unfinished_measurement_is_not_kept(demo, counted):
 
 def test_full_caches_still_measure(workbench, monkeypatch, counted):
     """The dense result, the oldest of all, must not make room for what is compared with it."""
-    monkeypatch.setattr(module, "RESULTS_HELD", 3)
+    monkeypatch.setattr(loaded_module, "RESULTS_HELD", 3)
     demo = workbench.loaded("demo")
     for branches in range(1, 9):
         found = list(demo.evaluate(ConversionSpec(branches=branches), "proxy"))[-1]
@@ -97,13 +92,13 @@ def test_full_caches_still_measure(workbench, monkeypatch, counted):
 def test_conversions_are_shared_and_few(demo):
     assert demo.converted(SPEC) is demo.converted(ConversionSpec(**SPEC.to_dict()))
     kept = demo.converted(SPEC)
-    for branches in range(1, CONVERSIONS_HELD + 1):
+    for branches in range(1, SMALL_CONVERSIONS_HELD + 1):
         demo.converted(ConversionSpec(branches=branches))
     assert demo.converted(SPEC) is not kept
 
 
 def test_recently_used_results_stay():
-    recent = module._Recent(2)
+    recent = loaded_module._Recent(2)
     made = []
 
     def get(key):
@@ -139,7 +134,8 @@ def test_zeros_are_counted_over_the_kept_branches(tiny):
     ]
     zero = sum(int((weight == 0).sum()) for weight in gates)
     assert zeros.realised == pytest.approx(zero / sum(weight.numel() for weight in gates))
-    assert tiny.zeros(ConversionSpec(keep=3)).requested == 0
+    assert zeros.what == "gate and up"
+    assert tiny.zeros(ConversionSpec(keep=3)) is None
 
 
 def test_zeros_count_neurons_where_branches_differ_in_size(one_layer):

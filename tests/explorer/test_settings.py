@@ -1,0 +1,307 @@
+"""The controls and the spec they make: what is shown of a spec makes it again, and settings that
+do the same make the same spec."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlpmoe import PRESETS, ConversionSpec, UserError, convert
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.compensation import COMPENSATIONS
+from mlpmoe.core.order import ORDERS
+from mlpmoe.core.schedule import SCHEDULES
+from mlpmoe.core.scores import SCORES
+from mlpmoe.core.spec import ALLOCATIONS, MAX_FADE, PROJECTIONS
+from mlpmoe.explorer.convert_panel import ALLOCATION_CHOICES, UNIT_CHOICES
+from mlpmoe.explorer.preview import preset_name
+from mlpmoe.explorer.settings import (
+    CONTROLS,
+    FADE_FIELDS,
+    MAX_BRANCHES,
+    check_shown,
+    most_branches,
+    read_spec,
+    settle_keep,
+    show_spec,
+)
+from tests.explorer.controls import UNTOUCHED, chosen, controls
+from tests.tiny import VOCABULARY, tiny_model
+
+branch_counts = st.integers(1, 48)  # of the tiny model's 48 neurons
+UNITS = [unit for _, unit in UNIT_CHOICES]
+
+
+@st.composite
+def settings_of_the_page(draw):
+    """Anything that a visitor can set, as the page sends it."""
+    branches = draw(branch_counts)
+    return {
+        "branches": branches,
+        "fade": draw(st.one_of(st.just(0.0), st.just(0), st.floats(0, MAX_FADE))),
+        "keep": draw(st.integers(1, MAX_BRANCHES)),
+        "compensation": draw(st.sampled_from(list(COMPENSATIONS))),
+        "order": draw(st.sampled_from(list(ORDERS))),
+        "fade_schedule": draw(st.sampled_from(list(SCHEDULES))),
+        "fade_exponent": draw(st.floats(0.25, 8)),
+        "fade_projections": draw(st.permutations(PROJECTIONS))[: draw(st.integers(1, 3))],
+        "fade_score": draw(st.sampled_from(list(SCORES))),
+        "fade_unit": draw(st.sampled_from([*UNITS, "3:7"])),
+        "allocation": draw(st.sampled_from(ALLOCATIONS)),
+        "progressive": draw(st.booleans()),
+    }
+
+
+specs = settings_of_the_page().map(lambda values: read_spec(controls(**values)))
+
+
+def test_every_control_is_a_field_once():
+    assert len(set(CONTROLS)) == len(CONTROLS) == len(UNTOUCHED)
+    assert set(CONTROLS) <= set(ConversionSpec().to_dict())
+    assert set(FADE_FIELDS) <= set(CONTROLS)
+    assert [choice for _, choice in ALLOCATION_CHOICES] == list(ALLOCATIONS)
+
+
+def test_untouched_controls_are_the_defaults(tiny):
+    assert read_spec(controls()) == ConversionSpec()
+    assert chosen(show_spec(ConversionSpec(), tiny)) == controls()
+
+
+@given(spec=specs)
+def test_what_is_shown_of_a_spec_makes_it_again(tiny, spec):
+    shown = show_spec(spec, tiny)
+    assert read_spec(chosen(shown)) == spec
+    assert shown[-1] == spec.branches
+    branches, keep = shown[CONTROLS.index("branches")], shown[CONTROLS.index("keep")]
+    assert 1 <= keep["value"] <= branches["value"] <= branches["maximum"] == 48
+    assert keep["maximum"] == max(2, branches["value"])
+
+
+@given(settings_of_the_page())
+def test_the_spec_is_what_was_chosen_where_it_counts(values):
+    spec = read_spec(controls(**values))
+    assert (spec.branches, spec.order) == (values["branches"], values["order"])
+    assert spec.kept == min(values["keep"], values["branches"])
+    if spec.fades:
+        assert spec.fade_score == values["fade_score"]
+        assert spec.fade_unit == values["fade_unit"]
+        if spec.fade:
+            assert spec.fade == values["fade"]
+            assert spec.fade_schedule == values["fade_schedule"]
+        if spec.fade_schedule == "power":
+            assert spec.fade_exponent == values["fade_exponent"]
+        if spec.fade_unit != "neuron":
+            assert set(spec.projections) == set(values["fade_projections"])
+    if spec.keep is not None:
+        assert spec.compensation == values["compensation"]
+    if spec.keep is not None or spec.fade:
+        assert spec.allocation == values["allocation"]
+    if spec.looks_at_activations:
+        assert spec.progressive == values["progressive"]
+
+
+@given(settings_of_the_page())
+def test_what_is_left_out_does_nothing(one_mlp, values):
+    """All that was chosen, said as it is, converts to the same weights. (Calibrated stages have
+    their own examples below, and beside n:m the strength cannot be said.)"""
+    values |= {"order": "norm", "fade_score": "magnitude", "allocation": "uniform"}
+    values |= {"fade_unit": "neuron" if values["fade_unit"] == "neuron" else "weight"}
+    if COMPENSATIONS[values["compensation"]].calibrated:
+        values["compensation"] = "ratio"
+    literal = {name: v for name, v in values.items() if name != "progressive"}
+    literal["keep"] = min(values["keep"], values["branches"])
+    literal["fade_projections"] = "-".join(values["fade_projections"])
+    if values["fade_unit"] == "neuron":
+        literal["fade_projections"] = "gate-up"
+    if values["fade_schedule"] != "power":
+        del literal["fade_exponent"]
+    made, expected = (
+        weights_of(one_mlp, spec)
+        for spec in (read_spec(controls(**values)), ConversionSpec(**literal))
+    )
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+
+
+@pytest.mark.parametrize("some", [{}, {"order": "fluctuation"}, {"branches": 1, "fade": 1.0}])
+@pytest.mark.parametrize("compensation", ["alpha", "mean", "refit"])
+def test_nothing_is_fitted_where_nothing_is_lost(one_mlp, some, compensation):
+    said = ConversionSpec(**some, compensation=compensation)
+    expected = weights_of(one_mlp, replace(said, compensation="sqrt"))
+    found = weights_of(one_mlp, said)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.allclose(found[name], expected[name], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_mlp():
+    return tiny_model(hidden_size=16, num_hidden_layers=1)
+
+
+def weights_of(model, spec: ConversionSpec) -> dict[str, torch.Tensor]:
+    calibration = None
+    if spec.needs_calibration:
+        ids = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
+        calibration = Calibration(ids)
+    try:
+        return convert(model, spec, calibration).state_dict()
+    except UserError as error:
+        assert "leaves no neuron" in str(error)
+        return {}
+
+
+FADE_ONLY = {
+    "fade_schedule": "power", "fade_exponent": 3.0, "fade_projections": ["down"],
+    "fade_score": "sparsegpt", "fade_unit": "neuron",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FADE_ONLY)
+def test_without_fade_its_settings_say_nothing(name):
+    same = read_spec(controls(keep=12))
+    assert read_spec(controls(keep=12, **{name: FADE_ONLY[name]})) == same
+    assert read_spec(controls(keep=12, **FADE_ONLY)) == same
+
+
+@pytest.mark.parametrize(
+    ("some", "change"),
+    [
+        ({}, {"compensation": "none"}),
+        ({}, {"compensation": "refit"}),
+        ({}, {"compensation": "mean", "progressive": True}),
+        ({}, {"allocation": "sensitivity"}),
+        ({}, {"progressive": True}),
+        ({"fade": 0.9}, {"compensation": "none"}),
+        ({"fade": 0.9}, {"compensation": "ratio"}),
+        ({"fade": 0.9}, {"progressive": True}),
+        ({"fade": 0.9}, {"fade_exponent": 5.0}),
+        ({"fade": 0.9, "fade_unit": "neuron"}, {"fade_projections": ["down"]}),
+        ({"fade": 0.9}, {"fade_projections": ["up", "gate"]}),
+        ({"keep": 12}, {"progressive": True}),
+        ({"fade_unit": "2:4"}, {"allocation": "sensitivity"}),
+        ({"fade_unit": "2:4"}, {"fade": 0.7}),
+        ({"fade_unit": "2:4"}, {"fade": 2.0, "fade_schedule": "power", "fade_exponent": 7.0}),
+        ({"fade_unit": "2:4", "keep": 12}, {"fade": 0.7, "fade_schedule": "reverse"}),
+    ],
+    ids=str,
+)
+def test_choices_without_effect_give_equal_specs(some, change):
+    assert read_spec(controls(**some, **change)) == read_spec(controls(**some))
+
+
+@pytest.mark.parametrize(
+    ("some", "change"),
+    [
+        ({"fade": 0.9}, {"compensation": "refit"}),
+        ({"fade": 0.9}, {"compensation": "alpha"}),
+        ({"fade_unit": "2:4"}, {"compensation": "mean"}),
+        ({"fade": 0.9}, {"allocation": "sensitivity"}),
+        ({"keep": 12}, {"allocation": "sensitivity"}),
+        ({"keep": 12}, {"compensation": "ratio"}),
+        ({"keep": 12, "compensation": "mean"}, {"progressive": True}),
+        ({"fade": 0.9, "fade_score": "wanda"}, {"progressive": True}),
+        ({"fade": 0.9, "fade_schedule": "power"}, {"fade_exponent": 5.0}),
+        ({"fade": 0.9}, {"fade_projections": ["gate"]}),
+        ({"fade_unit": "2:4"}, {"fade_projections": ["gate", "up", "down"]}),
+        ({"fade_unit": "2:4"}, {"fade_unit": "4:8"}),
+        ({"keep": 12}, {"order": "norm"}),
+        ({}, {"order": "norm"}),
+    ],
+    ids=str,
+)
+def test_choices_with_an_effect_give_other_specs(some, change):
+    assert read_spec(controls(**some | change)) != read_spec(controls(**some))
+
+
+@given(branch_counts, st.integers(1, 64))
+def test_keep_above_branches_keeps_all(branches, more):
+    spec = read_spec(controls(branches=branches, keep=branches + more))
+    assert spec == read_spec(controls(branches=branches, keep=branches))
+    assert spec.keep is None
+
+
+@pytest.mark.parametrize("fade", [0.0, 0.9])
+@pytest.mark.parametrize("nothing", [[], (), None, ""])
+def test_no_matrix_at_all_is_said(fade, nothing):
+    with pytest.raises(UserError, match="at least one matrix that fade works on"):
+        read_spec(controls(fade=fade, fade_projections=nothing))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_the_controls(tiny, name):
+    spec = read_spec(chosen(show_spec(PRESETS[name], tiny)))
+    assert spec == PRESETS[name]
+    assert preset_name(spec) == name
+
+
+def test_a_star_marks_the_presets_that_calibrate():
+    for name, spec in PRESETS.items():
+        assert name.endswith(" *") == spec.needs_calibration
+
+
+@given(settings_of_the_page())
+def test_the_spec_of_any_settings_has_a_link_that_opens(values):
+    spec = read_spec(controls(**values))
+    check_shown(spec)
+    assert ConversionSpec.from_query(spec.to_query()) == spec
+
+
+# K follows B
+
+
+@pytest.mark.parametrize(
+    ("branches", "keep", "before", "settled"),
+    [
+        (32, 16, 16, 32),  # all stay all
+        (8, 16, 16, 8),
+        (8, 12, 16, 8),  # never more than B
+        (32, 12, 16, 12),  # a chosen K stays
+        (16, 12, 16, 12),
+        (1, 1, 1, 1),
+    ],
+)
+def test_settle_keep(branches, keep, before, settled):
+    assert settle_keep(branches, keep, before) == settled
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
+def test_settled_keep_fits_and_settles_once(branches, keep, before):
+    settled = settle_keep(branches, keep, before)
+    assert 1 <= settled <= branches
+    assert settle_keep(branches, settled, branches) == settled
+
+
+# what the controls cannot show
+
+
+def test_no_more_branches_than_the_slider_or_the_model_has(tiny, monkeypatch):
+    assert most_branches(tiny) == 48
+    monkeypatch.setattr("mlpmoe.explorer.settings.MAX_BRANCHES", 20)
+    assert most_branches(tiny) == 20
+    check_shown(ConversionSpec(branches=20))
+    with pytest.raises(UserError, match="at most 20 branches"):
+        check_shown(ConversionSpec(branches=21))
+
+
+def test_routed_specs_are_refused():
+    with pytest.raises(UserError, match="tab Experts"):
+        check_shown(ConversionSpec(method="cmoe"))
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1, "0.5", True])
+def test_an_odd_fade_is_refused(value):
+    with pytest.raises(UserError, match="between 0 and 2"):
+        read_spec(controls(fade=value))
+
+
+def test_the_spec_does_not_depend_on_how_a_matrix_was_ticked():
+    spec = ConversionSpec(fade=0.5, fade_projections="gate-down")
+    for ticked in (["down", "gate"], ["gate", "down"], ("down", "gate", "gate")):
+        assert read_spec(controls(fade=0.5, fade_projections=ticked)) == spec
+    assert replace(spec, fade_projections="gate-up") == read_spec(controls(fade=0.5))

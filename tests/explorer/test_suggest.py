@@ -1,0 +1,527 @@
+"""The tab Suggest: what is suggested was measured, fits the budget, and can be taken."""
+
+from __future__ import annotations
+
+import re
+import threading
+from html import unescape
+from types import SimpleNamespace
+
+import gradio as gr
+import plotly.graph_objects as go
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.explorer import suggest as module
+from mlpmoe.explorer.expert_plots import LEAST_INCREASE
+from mlpmoe.explorer.front_plot import AXES, front_plot
+from mlpmoe.explorer.handlers import readable
+from mlpmoe.explorer.loaded import TEXTS, calibration_stories
+from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
+from mlpmoe.explorer.suggest import SuggestHandlers, _Found, read_budget, sentence
+from mlpmoe.explorer.suggest_panel import COLUMNS, GOALS
+from mlpmoe.measure.notation import change, signed_percent
+from mlpmoe.measure.perplexity import compare, encode_text, measure
+from mlpmoe.measure.search import ALLOWANCE, Budget, best
+from mlpmoe.measure.sweep import Run
+from mlpmoe.measure.words import in_words
+from mlpmoe.models import assets_folder
+from tests.explorer.controls import chosen
+
+SKIPPED = gr.skip()
+
+
+@pytest.fixture
+def tab(workbench, monkeypatch):
+    """The tab, with a text to measure on that takes a moment only."""
+    monkeypatch.setattr(module, "TEXT", "proxy")
+    return SuggestHandlers(workbench)
+
+
+def order(goal="nonzero", share=80, increase=5.0, calibrated=True, seconds=0.5):
+    """The model and the values of the controls."""
+    return "demo", goal, share, increase, calibrated, seconds
+
+
+def finished(steps) -> SimpleNamespace:
+    """What the page shows in the end."""
+    shown = [SKIPPED] * 5
+    for step in steps:
+        assert len(step) == 5
+        shown = [old if new == SKIPPED else new for old, new in zip(shown, step, strict=True)]
+    status, said, plot, table, specs = shown
+    specs = [ConversionSpec.from_query(query) for query in specs]
+    return SimpleNamespace(status=status, said=said, plot=plot, table=table, specs=specs)
+
+
+def runs_of(demo, specs, text="proxy") -> list[Run]:
+    """What the library measures of specs, with all of our calibration text."""
+    calibration = Calibration.from_text(demo.tokenizer, calibration_stories())
+    content = (assets_folder() / "texts" / TEXTS[text]).read_text(encoding="utf-8")
+    encoded = encode_text(demo.tokenizer, content)
+    dense, before = measure(demo.model, encoded), parameter_report(demo.model)
+    found = []
+    for spec in specs:
+        model = convert(demo.model, spec, calibration if spec.needs_calibration else None)
+        measured, after = measure(model, encoded), parameter_report(model)
+        changed = compare(dense, measured)
+        found.append(
+            Run(
+                spec, measured.value, changed.ratio, changed.stderr, measured.bits_per_byte,
+                after.nonzero, after.mlp_nonzero / before.mlp_nonzero, after.macs_per_token,
+                after.mlp_macs_per_token / before.mlp_macs_per_token,
+            )
+        )  # fmt: skip
+    return found
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n.replace(",", "").replace("−", "-")) for n in re.findall(r"[−-]?[\d,.]+", text)]
+
+
+def beaten(run: Run, others, cost) -> bool:
+    """Whether another one is at least as good in both and better in one."""
+    mine = cost(run), run.ratio
+    return any(
+        cost(o) <= mine[0] and o.ratio <= mine[1] and (cost(o), o.ratio) != mine for o in others
+    )
+
+
+def nonzero(run: Run) -> float:
+    return run.mlp_nonzero_share
+
+
+def compute(run: Run) -> float:
+    return run.mlp_macs_share
+
+
+def trace(figure: go.Figure, name: str):
+    (found,) = figure.select_traces({"name": name})
+    return found
+
+
+# a search
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (order(), "stories"),
+        (order(calibrated=False), "proxy"),
+        (order("compute", share=60), "proxy"),
+        (order("perplexity", increase=20.0), "proxy"),
+    ],
+    ids=["nonzero", "nothing but the weights", "compute", "perplexity"],
+)
+def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, text):
+    monkeypatch.setattr(module, "TEXT", text)
+    found = finished(tab.suggest(visitor(), *values))
+    assert found.status == ""
+    assert len(found.table) == len(found.specs) == len(set(found.specs)) >= 2
+    runs = runs_of(demo, found.specs, text)
+    cost = compute if values[1] == "compute" else nonzero
+    for row, run in zip(found.table, runs, strict=True):
+        assert len(row) == len(COLUMNS)
+        figures = [
+            change(run.ratio, run.stderr),
+            signed_percent(run.mlp_nonzero_share - 1),
+            signed_percent(run.mlp_macs_share - 1),
+        ]
+        for shown, expected in zip(row, figures, strict=False):
+            assert numbers(shown) == pytest.approx(numbers(expected), rel=0.01, abs=0.11)
+        assert row[3].endswith(in_words(run.spec))
+        assert ("(beaten)" in row[3]) == beaten(run, runs, cost)
+        name = next((n for n, spec in PRESETS.items() if spec == run.spec), None)
+        assert ("Preset" in row[3]) == (name is not None)
+        assert name is None or name.rstrip(" *") in row[3]
+        check_shown(run.spec)
+    costs = [cost(run) for run in runs]
+    assert costs == sorted(costs)
+
+    budget = read_budget(*values[1:4])
+    allowed = [
+        run
+        for run in runs
+        if (cost(run) <= budget.share + ALLOWANCE if budget.share else run.ratio <= budget.ratio)
+    ]
+    stars = [run for run, row in zip(runs, found.table, strict=True) if "★" in row[3]]
+    assert len(stars) == bool(allowed)
+    plain = unescape(re.sub(r"<[^>]*>", "", found.said))
+    if not stars:
+        assert "Nothing within this budget" in plain
+        return
+    (star,) = stars
+    assert star in allowed
+    if budget.share:
+        assert star.ratio == min(run.ratio for run in allowed)
+    else:
+        assert cost(star) == min(map(cost, allowed))
+    assert in_words(star.spec)[1:] in plain
+    assert change(star.ratio, star.stderr)[:4] in plain
+    assert f"{len(runs)} measured" in plain
+    assert f"{demo.text(text).scored_tokens:,} tokens" in plain
+    mark = trace(found.plot, "suggested")
+    assert list(mark.x) == pytest.approx([100 * cost(star)])
+    assert list(mark.customdata) == [star.spec.to_query()]
+
+
+@pytest.mark.parametrize(("goal", "cost"), [("nonzero", nonzero), ("compute", compute)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_best_is_never_worse_than_a_preset_within_the_budget(
+    tab, demo, visitor, goal, cost, calibrated
+):
+    found = finished(tab.suggest(visitor(), *order(goal, calibrated=calibrated, seconds=0)))
+    presets = [s for s in PRESETS.values() if calibrated or not s.needs_calibration]
+    if goal == "compute":  # of which zeros save nothing
+        presets = [spec for spec in presets if not spec.fades]
+    allowed = [run for run in runs_of(demo, presets) if cost(run) <= 0.8 + ALLOWANCE]
+    assert {run.spec for run in allowed} <= set(found.specs)
+    runs = runs_of(demo, found.specs)
+    (star,) = (run for run, row in zip(runs, found.table, strict=True) if "★" in row[3])
+    assert allowed
+    assert star.ratio <= min(run.ratio for run in allowed) * (1 + 1e-6)
+
+
+def test_without_a_calibration_text_nothing_is_calibrated(tab, visitor, monkeypatch):
+    monkeypatch.setattr(module, "observe", None)
+    monkeypatch.setattr(Calibration, "from_text", None)
+    found = finished(tab.suggest(visitor(), *order(calibrated=False, seconds=1)))
+    assert found.specs
+    assert not any(spec.needs_calibration for spec in found.specs)
+    for query in trace(found.plot, "tried in the search").customdata:
+        assert not ConversionSpec.from_query(query).needs_calibration
+
+
+def test_progress_is_told_and_points_appear(tab, visitor):
+    steps = list(tab.suggest(visitor(), *order()))
+    statuses = [re.sub(r"<[^>]*>", "", step[0]) for step in steps]
+    assert statuses[0].startswith("calibrating")
+    tried = [int(n) for s in statuses for n in re.findall(r"searching, (\d+) tried", s)]
+    assert tried == sorted(tried) and tried[-1] >= 3
+    finds = [tuple(map(int, m)) for s in statuses for m in re.findall(r"find (\d+) of (\d+)", s)]
+    assert finds == sorted(finds)
+    assert finds[-1][0] == finds[-1][1] == len(finished(steps).specs)
+    points = [
+        sum(len(t.x) for t in step[2].data if t.name in ("tried in the search", "measured finds"))
+        for step in steps
+        if step[2] != SKIPPED
+    ]
+    assert points[0] > 0
+    assert all(step[1] == SKIPPED for step in steps[:-1])  # nothing is suggested half way
+
+
+def test_the_search_does_not_see_what_it_is_judged_by(tab, visitor, monkeypatch):
+    """It goes by the calibration text, and may read no built-in text before its time is up."""
+    texts = []
+    original = tab.workbench.loaded("demo").text
+    monkeypatch.setattr(
+        tab.workbench.loaded("demo"), "text", lambda key: texts.append(key) or original(key)
+    )
+    for status, *_ in tab.suggest(visitor(), *order()):
+        if "searching" in status:
+            assert texts == []
+    assert set(texts) == {"proxy"}
+
+
+def test_nothing_is_changed(tab, demo, visitor, weights_hash):
+    before, modules = weights_hash(demo.model), [type(m) for m in demo.model.modules()]
+    threads = threading.active_count()
+    list(tab.suggest(visitor(), *order()))
+    running = tab.suggest(visitor(), *order(seconds=300))
+    for _ in range(3):
+        next(running)
+    running.close()  # as when the page is closed
+    assert threading.active_count() <= threads
+    assert weights_hash(demo.model) == before
+    assert [type(m) for m in demo.model.modules()] == modules
+
+
+# stopping
+
+
+def until(steps, words: str) -> list:
+    seen = []
+    for step in steps:
+        seen.append(step)
+        if words in step[0]:
+            return seen
+    raise AssertionError(f"nothing said {words}")
+
+
+def test_stop_ends_the_search_and_still_measures(tab, visitor):
+    running = tab.suggest(visitor(), *order(seconds=300))
+    seen = until(running, "4 tried")
+    assert "stopping" in tab.stop(visitor())
+    rest = list(running)
+    assert any("measuring find 1" in step[0] for step in rest)
+    found = finished([*seen, *rest])
+    assert found.status == ""
+    assert "★" in "".join(row[3] for row in found.table)
+    assert len(trace(found.plot, "tried in the search").x) <= 6
+    assert f"{len(found.specs)} measured" in found.said
+
+
+def test_a_second_stop_ends_the_measuring(tab, visitor):
+    running = tab.suggest(visitor(), *order(seconds=300))
+    until(running, "6 tried")
+    tab.stop(visitor())
+    until(running, "measuring find 2")
+    tab.stop(visitor())
+    found = finished(running)
+    assert found.status == ""
+    assert len(found.specs) == 2
+    assert "2 measured" in found.said
+
+
+def test_stop_without_a_search_says_nothing(tab, visitor):
+    assert tab.stop(visitor("idle")) == ""
+    shown = finished(tab.suggest(visitor("idle"), *order(calibrated=False)))
+    assert shown.specs  # and the next search is not stopped by it
+
+
+def test_stop_is_for_one_visitor_and_one_search(tab, visitor):
+    tab.stop(visitor())  # with nothing under way
+    tab.stop(visitor("other"))
+    running = tab.suggest(visitor(), *order(seconds=1))
+    until(running, "2 tried")
+    tab.stop(visitor("other"))
+    found = finished(running)
+    assert len(trace(found.plot, "tried in the search").x) > 3
+    assert len(found.specs) > 2
+
+
+# budgets
+
+
+def test_goals_make_budgets():
+    assert read_budget("nonzero", 70, 5) == Budget("nonzero", 0.7)
+    assert read_budget("compute", 20, 5) == Budget("compute", 0.2)
+    assert read_budget("perplexity", 70, 5) == Budget("nonzero", None, 1.05)
+    for _, goal in GOALS:
+        read_budget(goal, 95, 0.5)
+
+
+@pytest.mark.parametrize("goal", ["", "speed", None, 3, "<img src=x>", "x" * 10**5])
+def test_a_bad_goal_is_said(tab, visitor, goal):
+    with pytest.raises(UserError, match="is no budget; allowed: nonzero, compute, perplexity"):
+        next(tab.suggest(visitor(), *order(goal)))
+    with pytest.raises(gr.Error) as caught:
+        next(readable(tab.suggest)(visitor(), *order(goal)))
+    assert "<" not in caught.value.message
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"share": 19}, {"share": 100}, {"share": -5}, {"goal": "perplexity", "increase": 0}],
+    ids=str,
+)
+def test_a_budget_out_of_reach_is_said(tab, visitor, change):
+    with pytest.raises(UserError, match=r"budget must lie between|must be more than 1"):
+        next(tab.suggest(visitor(), *order(**change)))
+
+
+def test_a_goal_shows_the_slider_that_counts(tab):
+    for goal, shown in (("nonzero", 0), ("compute", 0), ("perplexity", 1)):
+        updates = tab.choose_goal(goal)
+        assert [update["visible"] for update in updates] == [i == shown for i in (0, 1)]
+
+
+def test_a_model_that_is_not_loaded_is_said(tab, visitor):
+    with pytest.raises(UserError, match="not loaded"):
+        next(tab.suggest(visitor(), "owner/absent", *order()[1:]))
+
+
+def test_time_is_limited_whatever_is_sent(tab, visitor, monkeypatch):
+    asked = []
+
+    def search(model, text, budget, observed, seconds, report):
+        asked.append(seconds)
+        yield from original(model, text, budget, observed, 0, report=report)
+
+    original = module.search
+    monkeypatch.setattr(module, "search", search)
+    list(tab.suggest(visitor(), *order(seconds=10**9, calibrated=False)))
+    assert asked == [module.MAX_SECONDS]
+
+
+# taking a row or a point
+
+
+def event(index):
+    return SimpleNamespace(index=index)
+
+
+def test_taking_a_row_restores_its_spec(tab, demo, visitor, monkeypatch):
+    monkeypatch.setattr(gr, "Info", lambda *_, **__: None)
+    *_, (_, _, _, table, specs) = tab.suggest(visitor(), *order(seconds=2))
+    calibration = Calibration.from_text(demo.tokenizer, calibration_stories())
+    for row, query in enumerate(specs):
+        spec = ConversionSpec.from_query(query)
+        shown = tab.take("demo", specs, event([row, 3]))
+        restored = read_spec(chosen(shown))
+        assert shown[-1] == spec.branches
+        assert in_words(restored) == in_words(spec)
+        if restored != spec:  # what says nothing is left out, and the same is made
+            made, expected = (
+                convert(demo.model, s, calibration).state_dict() for s in (restored, spec)
+            )
+            assert made.keys() == expected.keys()
+            assert all(torch.allclose(made[name], expected[name], atol=1e-5) for name in made)
+        assert tab.take_spec("demo", f"{query} 1764100000000") == shown
+    assert len(table) == len(specs)
+
+
+@pytest.mark.parametrize("index", [None, 2, -1, [2, 0], [-1, 0], "0", [None, 0], [1.0, 0]])
+def test_a_click_on_no_row_changes_nothing(tab, index):
+    specs = ["branches=8", "branches=4"]
+    assert tab.take("demo", specs, event(index)) == (SKIPPED,) * (len(CONTROLS) + 1)
+    assert tab.take("demo", [], event([0, 0])) == (SKIPPED,) * (len(CONTROLS) + 1)
+
+
+@pytest.mark.parametrize("query", ["", " ", " 123"])
+def test_a_click_on_no_point_changes_nothing(tab, query):
+    assert tab.take_spec("demo", query) == (SKIPPED,) * (len(CONTROLS) + 1)
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["order=<img/src=x>", "branches=x", "method=cmoe", "branches=65", "unknown=1", "x" * 10**5],
+    ids=lambda query: query[:20],
+)
+def test_an_odd_point_is_refused(tab, query):
+    with pytest.raises(gr.Error) as caught:
+        readable(tab.take_spec)("demo", query)
+    assert "<" not in caught.value.message
+    assert "server" not in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+def test_another_model_clears_everything(tab):
+    status, said, plot, table, specs = tab.another_model()[:5]
+    assert status == ""
+    assert "press" in said
+    assert (table, specs) == ([], [])
+    assert not any(len(t.x) for t in plot.data if t.name not in ("dense", "budget"))
+
+
+# words
+
+
+def run(cost=0.5, ratio=1.1, spec=None, stderr=0.01, macs=None) -> Run:
+    spec = spec or ConversionSpec(branches=32, keep=20)
+    return Run(spec, 5.0 * ratio, ratio, stderr, 1.0, 100, cost, 100, macs or cost)
+
+
+def test_words_of_others_are_escaped(demo, monkeypatch):
+    hostile = "<img src=x onerror=alert(1)>&"
+    monkeypatch.setattr(module, "in_words", lambda spec: hostile)
+    monkeypatch.setattr(module, "PRESETS", {hostile: ConversionSpec(keep=8)})
+    rival = run(ratio=1.5, spec=ConversionSpec(keep=8))
+    said = sentence(demo, _Found(Budget("nonzero", 0.7), [], [run(), rival]))
+    assert "<img" not in said
+    assert said.count("&lt;img") == 2
+    assert "&amp;" in said
+    assert module._status(hostile).startswith("<p>&lt;img")
+
+
+def test_the_sentence_is_plain(demo):
+    spec = ConversionSpec(branches=32, keep=20, order="norm", compensation="none")
+    found = _Found(Budget("nonzero", 0.7), [run()] * 7, [run(0.625, 1.042, spec)])
+    plain = unescape(re.sub(r"<[^>]*>", "", sentence(demo, found))).replace("\N{NBSP}", " ")
+    assert plain.startswith("Keeps 20 of 32 branches of neurons, those with the longest weights")
+    assert "Perplexity +4.2 % ± 1.0 %, non-zero MLP parameters −37.5 %" in plain
+    assert "MLP multiply-adds −37.5 %" in plain
+    assert "7 recipes tried, 1 measured" in plain
+    assert "preset" not in plain
+
+
+def test_the_sentence_names_the_preset_it_beats(demo):
+    name = "Keep 12 of 16 (paper)"
+    found = _Found(Budget("nonzero", 0.8), [], [run(), run(0.75, 1.9, PRESETS[name])])
+    said = sentence(demo, found)
+    assert name in said
+    assert "best preset within the budget" in said
+    found.measured = [run(0.75, 1.01, PRESETS[name]), run(0.7, 1.2)]
+    assert "best preset" not in sentence(demo, found)  # it is the suggestion itself
+
+
+def test_nothing_found_is_said(demo):
+    for measured in ([], [run(0.9)]):
+        said = sentence(demo, _Found(Budget("nonzero", 0.7), [], measured))
+        assert "Nothing within this budget was found" in said
+
+
+# the plot
+
+some_specs = st.sampled_from(
+    [*PRESETS.values(), *(ConversionSpec(branches=32, keep=k) for k in range(1, 32))]
+)
+shares = st.one_of(st.sampled_from([0.3, 0.5, 0.7]), st.floats(0.2, 1.1))
+ratios = st.one_of(
+    st.sampled_from([1.0, 1.1, 1.3]), st.floats(0.9, 3), st.sampled_from([1e5, 1e300])
+)
+some_runs = st.lists(
+    st.builds(run, cost=shares, ratio=ratios, spec=some_specs, stderr=st.floats(0, 0.1),
+              macs=shares),
+    max_size=12, unique_by=lambda r: r.spec,
+)  # fmt: skip
+budgets = st.sampled_from(
+    [Budget("nonzero", 0.5), Budget("compute", 0.7), Budget("nonzero", None, 1.2)]
+)
+
+
+def height(ratio: float) -> float:
+    return min(max(LEAST_INCREASE, 100 * (ratio - 1)), 1e8)
+
+
+@settings(max_examples=60)
+@given(some_runs, some_runs, budgets)
+def test_the_front_is_what_no_other_beats(tried, measured, budget):
+    figure = front_plot(tried, measured, budget)
+    cost = compute if budget.cost == "compute" else nonzero
+    line = trace(figure, "not beaten")
+    front = {(cost(r), r.ratio) for r in measured if not beaten(r, measured, cost)}
+    assert list(line.x) == pytest.approx([100 * x for x, _ in sorted(front)])
+    assert list(line.y) == pytest.approx([height(y) for _, y in sorted(front)])
+    assert line.line.shape == "hv"  # between two points nothing was measured
+
+
+@settings(max_examples=60)
+@given(some_runs, some_runs, budgets)
+def test_every_point_is_drawn_where_it_was_measured(tried, measured, budget):
+    figure = front_plot(tried, measured, budget)
+    cost = compute if budget.cost == "compute" else nonzero
+    presets = [r for r in measured if r.spec in PRESETS.values()]
+    others = [r for r in measured if r not in presets]
+    drawn = {"tried in the search": tried, "presets": presets, "measured finds": others}
+    for name, runs in drawn.items():
+        points = trace(figure, name)
+        assert list(points.x) == pytest.approx([100 * cost(r) for r in runs])
+        assert list(points.y) == pytest.approx([height(r.ratio) for r in runs])
+        assert list(points.customdata) == [r.spec.to_query() for r in runs]
+        assert points.showlegend is bool(runs)
+        for note, r in zip(points.text, runs, strict=True):
+            assert in_words(r.spec) in note.replace("<br>", " ")
+            assert change(r.ratio, r.stderr) in note
+            assert set(re.findall(r"<[^>]*>", note)) <= {"<br>"}
+            assert max(map(len, note.split("<br>"))) < 80
+    star, found = trace(figure, "suggested"), best(measured, budget)
+    assert list(star.customdata) == ([found.spec.to_query()] if found else [])
+    assert len(trace(figure, "dense").x) == 1
+    assert figure.layout.xaxis.title.text == AXES[budget.cost]
+    assert figure.layout.yaxis.type == "log"
+    figure.to_json()
+
+
+def test_the_budget_is_dashed():
+    upright = trace(front_plot([], [run()], Budget("nonzero", 0.6)), "budget")
+    assert list(upright.x) == [60, 60]
+    assert upright.y[0] < upright.y[1]
+    level = trace(front_plot([], [run()], Budget("nonzero", None, 1.05)), "budget")
+    assert list(level.y) == pytest.approx([5, 5])
+    assert level.line.dash == upright.line.dash == "dash"
