@@ -139,6 +139,11 @@ class LayerActivations:
         covariance = sums[:n, :n] - torch.outer(mean, mean)
         return mean, covariance, sums[:n, n + 1 :] - torch.outer(mean, target), target
 
+    @cached_property
+    def own_regression(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`regression` of this MLP itself."""
+        return self.regression(self.weights)
+
     def outputs(self) -> Iterator[tuple[slice, Tensor]]:
         """Which samples, and the output that an MLP in this place should give for their tokens:
         (tokens, d_model) float32."""

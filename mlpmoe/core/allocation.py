@@ -14,6 +14,7 @@ from .spec import MAX_FADE, ConversionSpec
 from .static import build_static
 
 ERROR_TOKENS = 4096  # on which a layer's output error is measured
+KEEP_LEVELS = 16  # values of K tried, about, where there are more branches
 FADE_STEPS = 4  # strengths tried below and above the mean one, in equal steps
 
 
@@ -22,7 +23,9 @@ def candidates(spec: ConversionSpec) -> list[ConversionSpec]:
     Whether the model is converted progressively is no matter of a layer."""
     uniform = replace(spec, allocation="uniform", progressive=False)
     if spec.kept < spec.branches:
-        return [replace(uniform, keep=keep) for keep in range(1, spec.branches + 1)]
+        step = max(1, spec.branches // KEEP_LEVELS)
+        first = (spec.kept - 1) % step + 1
+        return [replace(uniform, keep=keep) for keep in range(first, spec.branches + 1, step)]
     if spec.fade:
         step = min(spec.fade, MAX_FADE - spec.fade) / FADE_STEPS
         steps = range(FADE_STEPS, -FADE_STEPS - 1, -1)
@@ -67,7 +70,7 @@ def share_out(spec: ConversionSpec, curves: Sequence[Tensor]) -> list[Conversion
     choices = candidates(spec)
     if len(choices) == 1:
         return choices * len(curves)
-    middle = spec.kept - 1 if spec.kept < spec.branches else FADE_STEPS
+    middle = next(i for i, c in enumerate(choices) if (c.kept, c.fade) == (spec.kept, spec.fade))
     total = middle * len(curves)
     best = torch.full((total + 1,), float("inf"), dtype=torch.float64)
     best[0] = 0.0

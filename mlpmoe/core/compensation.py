@@ -57,18 +57,16 @@ class Moments:
     def of(cls, kept: MLPWeights, neurons: Tensor | None, layer: LayerActivations) -> Moments:
         """kept: the MLP that stays. neurons: which of the dense MLP's these are, if they say the
         same as there; None if their weights were changed. layer: of the dense MLP."""
-        if neurons is not None and layer.target is None:
-            down = layer.weights.down.detach().cpu().double()
+        if neurons is None:
+            return cls(*layer.regression(kept))
+        if layer.target is not None:
+            mean, covariance, cross, target = layer.own_regression
+        else:
+            down, bias = layer.weights.down.detach().cpu().double(), layer.weights.down_bias
             mean, covariance = layer.moments
-            bias = layer.weights.down_bias
-            target = down @ mean
-            return cls(
-                mean=mean[neurons],
-                covariance=covariance[neurons][:, neurons],
-                cross=covariance[neurons] @ down.T,
-                target=target if bias is None else target + bias.detach().cpu().double(),
-            )
-        return cls(*layer.regression(kept))
+            cross, target = covariance @ down.T, down @ mean
+            target = target if bias is None else target + bias.detach().cpu().double()
+        return cls(mean[neurons], covariance[neurons][:, neurons], cross[neurons], target)
 
 
 def refit(weights: MLPWeights, moments: Moments) -> Tensor:

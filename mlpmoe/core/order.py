@@ -62,7 +62,7 @@ def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0
     if layer.target is None:
         inverse = torch.linalg.inv(damped(layer.covariance))
     else:  # start from the best that all neurons can say
-        _, covariance, cross, _ = layer.regression(weights)
+        _, covariance, cross, _ = layer.own_regression
         inverse = torch.linalg.inv(damped(covariance))
         down += inverse @ (cross - covariance @ down)
     neurons = torch.arange(len(down))  # those that are left

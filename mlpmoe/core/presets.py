@@ -22,6 +22,6 @@ PRESETS = {
         branches=16, keep=12, order="least-squares", compensation="refit"
     ),
     "Keep 8 of 16, least squares *": ConversionSpec(
-        branches=16, keep=8, order="least-squares", compensation="refit", progressive=True
+        branches=16, keep=8, order="least-squares", compensation="refit"
     ),
 }  # fmt: skip

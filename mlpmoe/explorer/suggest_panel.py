@@ -47,8 +47,8 @@ def suggest_panel() -> SuggestPanel:
     gr.Markdown(
         "#### The best recipe for a budget\n"
         "The published recipe is one point; others cost less for the same. The search goes by some "
-        "stories, then measures its best finds on the evaluation stories, beside the presets "
-        "that your budget allows. **Click a point or a row to take its settings.**"
+        "stories, then measures its best finds on the evaluation stories, beside the best "
+        "presets. **Click a point or a row to take its settings.**"
     )
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -65,7 +65,7 @@ def suggest_panel() -> SuggestPanel:
                 info="other stories of ours; without, recipes see nothing but the weights",
             )  # fmt: skip
             seconds = LimitedSlider(
-                10, 300, 30, step=10, precision=0, label="Seconds to search", elem_id="seconds",
+                10, 300, 20, step=10, precision=0, label="Seconds to search", elem_id="seconds",
                 info="the best finds are measured after that",
             )  # fmt: skip
             with gr.Row():

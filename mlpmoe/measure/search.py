@@ -35,8 +35,9 @@ ALLOWANCE = 0.0025  # of the dense cost above the budget: α and biases, in narr
 AROUND = 0.15  # of the dense cost, below and above the budget
 RANDOM_TRIALS = 8  # before the optimiser learns from what it has seen
 SCORING_TOKENS = 2048  # at least, where the text has them
-FINALISTS = 4  # of the front, to be measured again
-SEARCH_TOKENS = 8192  # of the calibration text; enough to tell recipes apart, four times as fast
+RIVAL = 3.0  # standard errors within which another text could turn two runs round
+FINALISTS = 3  # of the front, to be measured again
+SEARCH_TOKENS = 4096  # of the calibration text: enough to tell recipes apart, and fast
 WORST_RATIO = 1e6  # of perplexity; what is broken is all the same
 
 
@@ -100,19 +101,30 @@ def best(runs: Sequence[Run], budget: Budget) -> Run | None:
 
 
 def finalists(runs: Sequence[Run], budget: Budget) -> list[ConversionSpec]:
-    """The specs worth measuring on the evaluation text, with all of the calibration: the best,
-    also layer by layer, which the search leaves out for its time; the front nearest to the best;
-    and the presets that the budget allows, so that no suggestion is worse than these."""
+    """The specs worth measuring on the evaluation text, with all of the calibration: the best, the
+    front nearest to it, and the presets that the budget allows and that are near the best, so that
+    no suggestion is worse than a preset. The search leaves out layer by layer for its time; the
+    best is also measured so, last, if it drops neurons."""
     chosen = best(runs, budget)
     near = budget.share or (budget.cost_of(chosen) if chosen else 1.0)
     found = sorted(front(runs, budget), key=lambda run: abs(budget.cost_of(run) - near))
-    presets = [run for run in runs if run.spec in PRESETS.values() and budget.allows(run)]
+    presets = [run for run in runs if run.spec in PRESETS.values() and _rivals(run, chosen, budget)]
     specs = [run.spec for run in (*found[:FINALISTS], *presets)]
     if chosen:
         specs.insert(0, chosen.spec)
-        if chosen.spec.looks_at_activations:
+        whole = chosen.spec.kept == chosen.spec.branches and chosen.spec.fade_unit != "neuron"
+        if chosen.spec.looks_at_activations and not whole:
             specs.append(replace(chosen.spec, progressive=True))
     return list(dict.fromkeys(specs))
+
+
+def _rivals(run: Run, chosen: Run | None, budget: Budget) -> bool:
+    """Whether another text could make this run better than the chosen one."""
+    if not budget.allows(run) or chosen is None:
+        return False
+    if budget.share is None:
+        return budget.cost_of(run) < budget.cost_of(chosen) + ALLOWANCE
+    return run.ratio - RIVAL * run.stderr <= chosen.ratio + RIVAL * chosen.stderr
 
 
 def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:

@@ -22,6 +22,7 @@ from mlpmoe.measure import search as search_module
 from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import EncodedText, compare, encode_text, measure
 from mlpmoe.measure.search import (
+    ALLOWANCE,
     AROUND,
     COSTS,
     FINALISTS,
@@ -494,18 +495,31 @@ def test_the_best_is_allowed_and_nothing_allowed_is_better(runs, budget):
             assert (cost, ratio) <= (other_cost, other_ratio)
 
 
+def could_win(run, chosen, budget):
+    """Three standard errors on both sides could turn the two round, or the run is as cheap."""
+    if budget.share is None:
+        return point(run, budget)[0] < point(chosen, budget)[0] + ALLOWANCE
+    return run.ratio - 3 * run.stderr <= chosen.ratio + 3 * chosen.stderr
+
+
 @given(some_runs(), ANY_BUDGET)
-def test_finalists_hold_the_best_and_the_presets_allowed(runs, budget):
+def test_finalists_hold_the_best_and_the_presets_near_it(runs, budget):
     specs = finalists(runs, budget)
     assert len(set(specs)) == len(specs)
     by_spec = {run.spec: run for run in runs}
-    presets = {s for s in by_spec if s in PRESETS.values() and allowed(by_spec[s], budget)}
+    winner = best(runs, budget)
+    presets = {
+        spec
+        for spec, run in by_spec.items()
+        if spec in PRESETS.values() and allowed(run, budget) and could_win(run, winner, budget)
+    }
     assert presets <= set(specs)
     known, chosen = set(presets), best(runs, budget)
     if chosen:
         assert specs[0] == chosen.spec
         known.add(chosen.spec)
-        if chosen.spec.looks_at_activations:  # the best layer by layer, which is not searched
+        drops = chosen.spec.kept < chosen.spec.branches or chosen.spec.fade_unit == "neuron"
+        if chosen.spec.looks_at_activations and drops:  # layer by layer, which is not searched
             known.add(replace(chosen.spec, progressive=True))
     assert known <= set(specs)
     on_front = front(runs, budget)
@@ -523,8 +537,7 @@ def test_finalists_of_a_search(model, text, observed):
     runs = tried(model, text, budget, observed, most=10)
     specs = finalists(runs, budget)
     assert specs[0] == best(runs, budget).spec
-    for name in ("Keep 12 of 16 (paper)", "Fade by SparseGPT *", "Keep 8 of 16, least squares *"):
-        assert PRESETS[name] in specs
+    assert PRESETS["Fade by SparseGPT *"] in specs
 
 
 # The text of the search --------------------------------------------------------------------
