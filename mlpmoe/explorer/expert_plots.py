@@ -68,11 +68,7 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
             name=legend,
             showlegend=bool(some),
         )  # fmt: skip
-    figure.add_scatter(
-        x=[100], y=[LEAST_INCREASE], mode="markers", name="dense",
-        marker={"color": DENSE, "size": 12, "symbol": "diamond"},
-        hovertemplate="dense<extra></extra>",
-    )  # fmt: skip
+    add_dense(figure)
     finish(figure, TRADEOFF_HEIGHT)
     figure.update_layout(
         xaxis={"title": "MLP multiply-adds per token, % of dense", "range": [15, 105]},
@@ -82,6 +78,15 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
         hovermode="closest",
     )
     return figure
+
+
+def add_dense(figure: go.Figure) -> None:
+    """The dense model as a point: all of the cost, no increase."""
+    figure.add_scatter(
+        x=[100], y=[LEAST_INCREASE], mode="markers", name="dense",
+        marker={"color": DENSE, "size": 12, "symbol": "diamond"},
+        hovertemplate="dense<extra></extra>",
+    )  # fmt: skip
 
 
 def shown_increase(ratio: float) -> float:

@@ -11,9 +11,9 @@ from ..measure.notation import change
 from ..measure.search import LEAST_SHARE, Budget, best, front
 from ..measure.sweep import Run
 from ..measure.words import in_words
-from .expert_plots import LEAST_INCREASE, increase_axis, shown_increase
+from .expert_plots import LEAST_INCREASE, add_dense, increase_axis, shown_increase
 from .plots import finish
-from .style import CONVERTED, DENSE, GREY
+from .style import CONVERTED, GREY
 
 FRONT_HEIGHT = 420  # pixels
 AXES = {
@@ -42,11 +42,7 @@ def front_plot(tried: Sequence[Run], measured: Sequence[Run], budget: Budget) ->
     _points(figure, presets, budget, "presets", GREY, "square", 10, 1)
     _points(figure, others, budget, "measured finds", CONVERTED, "circle", 10, 1)
     _points(figure, [chosen] if chosen else [], budget, "suggested", CONVERTED, "star", 17, 1)
-    figure.add_scatter(
-        x=[100], y=[LEAST_INCREASE], mode="markers", name="dense",
-        marker={"color": DENSE, "size": 12, "symbol": "diamond"},
-        hovertemplate="dense<extra></extra>",
-    )  # fmt: skip
+    add_dense(figure)
     finish(figure, FRONT_HEIGHT)
     figure.update_layout(
         xaxis={"title": AXES[budget.cost], "range": [100 * LEAST_SHARE - 5, 105]},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -40,6 +40,7 @@ from ..measure.perplexity import (
     window_losses,
 )
 from ..measure.speed import SpeedReport, decode_speed, forward
+from ..measure.words import joined
 from ..models import Preflight, assets_folder
 
 T = TypeVar("T")
@@ -327,12 +328,6 @@ class LoadedModel:
                 self._speeds.get_or_make(spec, lambda: measured)
             return measured
         return self._speeds[spec]
-
-
-def joined(names: Sequence[str]) -> str:
-    """ "gate, up and down"."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..core.spec import ConversionSpec
 
 ORDER_WORDS = {
@@ -41,12 +43,14 @@ def in_words(spec: ConversionSpec) -> str:
         parts.append(f"keeps {spec.kept} of {spec.branches} branches{neurons}")
     if spec.pattern:
         n, m = spec.pattern
-        parts.append(f"zeroes {n} of every {m} weights of {_matrices(spec)}, {_first(spec)}")
+        parts.append(
+            f"zeroes {n} of every {m} weights of {joined(spec.projections)}, {_first(spec)}"
+        )
     elif spec.fade and spec.fade_unit == "neuron":
         parts.append(f"drops whole neurons, {SCHEDULE_WORDS[spec.fade_schedule]}")
     elif spec.fade:
         parts.append(
-            f"zeroes weights of {_matrices(spec)}, {SCHEDULE_WORDS[spec.fade_schedule]}, "
+            f"zeroes weights of {joined(spec.projections)}, {SCHEDULE_WORDS[spec.fade_schedule]}, "
             f"{_first(spec)}"
         )
     compensation = COMPENSATION_WORDS.get(spec.compensation)
@@ -60,8 +64,9 @@ def in_words(spec: ConversionSpec) -> str:
     return "; ".join(parts) or "cuts into branches and removes nothing"
 
 
-def _matrices(spec: ConversionSpec) -> str:
-    *others, last = spec.projections
+def joined(names: Sequence[str]) -> str:
+    """Names as in a sentence: gate, up and down."""
+    *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
 
 

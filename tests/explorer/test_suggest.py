@@ -179,11 +179,13 @@ def test_the_best_is_never_worse_than_a_preset_within_the_budget(
     if goal == "compute":  # of which zeros save nothing
         presets = [spec for spec in presets if not spec.fades]
     allowed = [run for run in runs_of(demo, presets) if cost(run) <= 0.8 + ALLOWANCE]
-    assert {run.spec for run in allowed} <= set(found.specs)
     runs = runs_of(demo, found.specs)
     (star,) = (run for run, row in zip(runs, found.table, strict=True) if "★" in row[3])
     assert allowed
-    assert star.ratio <= min(run.ratio for run in allowed) * (1 + 1e-6)
+    for run in allowed:
+        # one that is clearly worse on the text of the search is not measured on this one
+        error = 0.0 if run.spec in found.specs else 3 * run.stderr
+        assert star.ratio <= (run.ratio + error) * (1 + 1e-6)
 
 
 def test_without_a_calibration_text_nothing_is_calibrated(tab, visitor, monkeypatch):
