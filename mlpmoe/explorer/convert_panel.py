@@ -20,7 +20,7 @@ from .sliders import KeepSlider, LimitedSlider
 CUSTOM = "custom"
 UNIT_CHOICES = [
     ("single weights (MLPMoE)", "weight"),
-    ("whole neurons: this saves compute", "neuron"),
+    ("whole neurons", "neuron"),
     ("2 of every 4 weights", "2:4"),
     ("4 of every 8 weights", "4:8"),
     ("1 of every 4 weights", "1:4"),
@@ -84,7 +84,7 @@ def convert_panel() -> ConvertPanel:
         )  # fmt: skip
         fade_unit = gr.Dropdown(
             UNIT_CHOICES, value="weight", label="2 · Fade: what is removed",
-            info="“of every” fixes the share, so Fade counts no more",
+            info="whole neurons save compute; “of every” fixes the share, without Fade",
             allow_custom_value=True, elem_id="fade-unit",
         )  # fmt: skip
         fade_projections = gr.CheckboxGroup(
