@@ -95,8 +95,7 @@ def fitted_alphas(weights: MLPWeights, sizes: Sequence[int], moments: Moments) -
         total = matrix.new_zeros(len(sizes), *matrix.shape[1:])
         return total.index_add_(0, branch, matrix)
 
-    products = by_branch(
-        by_branch((down.T @ down) * moments.second).T
-    )  # (K, K): Σ of outputs' products
+    # (K, K): mean products of the branches' outputs
+    products = by_branch(by_branch((down.T @ down) * moments.second).T)
     towards = by_branch((down.T * wanted).sum(1))
     return torch.linalg.solve(damped(products, 1e-9), towards).to(weights.down)

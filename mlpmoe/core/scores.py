@@ -134,9 +134,9 @@ def _feed_errors(
     factor of the inverse moment, blocks of inputs with the share to zero."""
     for where, share in blocks:
         block, factor = weight[:, where].clone(), upper[where, where]
-        saliency = (block / factor.diagonal()).square()
         mask = torch.zeros_like(block, dtype=torch.bool)
         if pattern is None:
+            saliency = (block / factor.diagonal()).square()
             lowest = saliency.flatten().topk(round(share * block.numel()), largest=False).indices
             mask.view(-1)[lowest] = True
         errors = torch.zeros_like(block)

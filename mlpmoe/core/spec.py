@@ -220,9 +220,14 @@ class ConversionSpec:
         """Whether a static stage looks at the activations of a layer when it converts it."""
         return (
             ORDERS[self.order].calibrated
-            or COMPENSATIONS[self.compensation].calibrated
+            or self.fits
             or (self.fades and SCORES[self.fade_score].calibrated)
         )
+
+    @property
+    def fits(self) -> bool:
+        """Whether a static compensation is fitted to activations, also where only fade removes."""
+        return COMPENSATIONS[self.compensation].calibrated
 
     @property
     def fades(self) -> bool:

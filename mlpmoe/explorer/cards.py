@@ -59,7 +59,7 @@ def describe(spec: ConversionSpec) -> str:
     parts = [f"B {spec.branches}", fade, f"K {spec.kept}"]
     if spec.kept < spec.branches:
         parts[-1] += f", {COMPENSATION_NAMES[spec.compensation]}"
-    elif spec.fades and spec.compensation in ("alpha", "mean", "refit"):
+    elif spec.fades and spec.fits:
         parts.append(COMPENSATION_NAMES[spec.compensation])
     if spec.order != "contiguous":
         parts.append(f"{spec.order} order")

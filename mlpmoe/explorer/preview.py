@@ -85,7 +85,7 @@ def _effect(spec: ConversionSpec) -> ConversionSpec:
     """The spec with all branches kept in one way of writing."""
     if spec.kept < spec.branches:
         return spec
-    fitted = spec.fades and spec.compensation in ("alpha", "mean", "refit")
+    fitted = spec.fades and spec.fits
     return replace(spec, keep=None, compensation=spec.compensation if fitted else "sqrt")
 
 

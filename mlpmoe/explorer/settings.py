@@ -49,8 +49,7 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
     if chosen["keep"] is None and chosen["fade"] == 0:
         chosen["allocation"] = "uniform"
     spec = ConversionSpec(**chosen | {"progressive": False})
-    fitted = spec.compensation in ("alpha", "mean", "refit")
-    if spec.keep is None and not (fitted and spec.fades):
+    if spec.keep is None and not (spec.fits and spec.fades):
         spec = replace(spec, compensation="sqrt")
     if chosen["progressive"] and spec.looks_at_activations:
         spec = replace(spec, progressive=True)

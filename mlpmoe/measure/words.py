@@ -54,8 +54,7 @@ def in_words(spec: ConversionSpec) -> str:
             f"{_first(spec)}"
         )
     compensation = COMPENSATION_WORDS.get(spec.compensation)
-    fitted = spec.compensation in ("alpha", "mean", "refit")
-    if compensation and (drops or (fitted and parts)):
+    if compensation and (drops or (spec.fits and parts)):
         parts.append(compensation)
     if spec.allocation == "sensitivity" and parts:
         parts.append("takes less from layers that suffer more")
