@@ -16,6 +16,7 @@ from .measure.magnitudes import magnitudes
 from .measure.parameters import parameter_report
 from .measure.perplexity import compare, perplexity
 from .models import CATALOGUE, ModelError, load
+from .models.texts import named_text
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "convert",
     "load",
     "magnitudes",
+    "named_text",
     "parameter_report",
     "perplexity",
     "write_side_by_side",

@@ -282,7 +282,8 @@ class ConversionSpec:
         """The fields that say something: the first choice always, others where they differ from
         what the method does by itself."""
         first = "active" if self.routed else "branches"
-        usual = ConversionSpec(method=self.method)
+        # what a method shares by itself depends on the active share
+        usual = ConversionSpec(method=self.method, active=self.active)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value

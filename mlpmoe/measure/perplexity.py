@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import exp, log, sqrt
 
 import torch
@@ -15,6 +16,7 @@ from ..core.calibration import DOCUMENT_SEPARATOR
 from ..core.errors import UserError
 
 DEFAULT_WINDOW = 1024  # tokens; less if the model's context is shorter
+STREAM_WINDOW = 2048  # tokens, of published figures on WikiText-2 and C4
 LOGIT_ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
 
@@ -44,10 +46,34 @@ class EncodedText:
 
     documents: tuple[Tensor, ...]  # each (tokens,) int64; the first token is context only
     scored_bytes: int  # UTF-8 bytes of all that is predicted
+    # tokens per window, if documents are windows already, each to be scored in one pass
+    window: int | None = None
 
     @property
     def scored_tokens(self) -> int:
         return sum(len(document) - 1 for document in self.documents)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the windows are those of published figures."""
+        return self.window == STREAM_WINDOW
+
+
+def encode_protocol(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    protocol: str,
+    context: int | None = None,
+    most_windows: int | None = None,
+    window: int | None = None,
+) -> EncodedText:
+    """Encode a text as its protocol, "documents" or "stream", has it: `encode_text` or
+    `encode_stream`, which alone uses the other arguments."""
+    if protocol == "stream":
+        return encode_stream(tokenizer, text, context, most_windows, window)
+    if protocol != "documents":
+        raise UserError(f"protocol must be documents or stream, not {protocol!r:.60}.")
+    return encode_text(tokenizer, text)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
@@ -72,6 +98,42 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     return EncodedText(tuple(documents), scored_bytes)
 
 
+def encode_stream(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    context: int | None = None,
+    most_windows: int | None = None,
+    window: int | None = None,
+) -> EncodedText:
+    """Encode a text in one go and cut it into windows without overlap, as the GPTQ, SparseGPT and
+    Wanda code bases do with WikiText-2 and C4, so that figures compare with published ones.
+
+    context: tokens that the model can look at. window: tokens; by default STREAM_WINDOW, or the
+    context where that is shorter (figures then do not compare). The first token of a window is
+    context only; what does not fill a window is left out, as is what follows the first
+    `most_windows`. Of a character that the end of a window cuts, all bytes count where it begins.
+    Raises UserError for a window out of range, and if the text fills no window.
+    """
+    if window is None:
+        window = min(STREAM_WINDOW, context or STREAM_WINDOW)
+    _check_window(window, context)
+    encoding = tokenizer(text, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
+    windows = ids[: len(ids) // window * window].view(-1, window)[:most_windows]
+    if not len(windows):
+        raise UserError(
+            f"the text has {len(ids):,} tokens; at least one window of {window:,} is needed."
+        )
+    if tokenizer.is_fast:
+        # A tokenizer's own marks lie at (0, 0), and end where the text before them ends.
+        ends = list(accumulate((end for _, end in encoding["offset_mapping"]), max))
+        firsts = range(0, windows.numel(), window)
+        size = sum(len(text[ends[i] : ends[i + window - 1]].encode()) for i in firsts)
+    else:  # it does not say where its tokens lie: their share
+        size = round(len(text.encode()) * len(windows) * (window - 1) / len(ids))
+    return EncodedText(tuple(windows), size, window)
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest input the model was built for, in tokens; None if it states no limit."""
     config = model.config.get_text_config(decoder=True)
@@ -86,14 +148,20 @@ def choose_window(
     limit = context_length(model)
     if window is None:
         window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
-    if window < 2 or (limit and window > limit):
-        raise UserError(
-            f"window must lie between 2 and the model's context of {limit} tokens, not {window}."
-        )
+    _check_window(window, limit)
     stride = window // 2 if stride is None else stride
     if not 1 <= stride < window:
         raise UserError(f"stride must lie between 1 and window - 1 = {window - 1}, not {stride}.")
     return window, stride
+
+
+def _check_window(window: int, limit: int | None) -> None:
+    if limit and not 2 <= window <= limit:
+        raise UserError(
+            f"window must lie between 2 and the model's context of {limit} tokens, not {window}."
+        )
+    if window < 2:
+        raise UserError(f"window must be at least 2 tokens, not {window}.")
 
 
 def window_losses(
@@ -103,9 +171,13 @@ def window_losses(
 
     Each window holds at most `window` tokens and starts `stride` after the one before; what it
     shares with that one is context and not scored again. So each token is scored once, with
-    at least window - stride tokens before it (where the text has them).
+    at least window - stride tokens before it (where the text has them). A text that consists of
+    windows (`encode_stream`) is scored window by window, whatever is asked for here.
     """
-    window, stride = choose_window(model, window, stride)
+    if text.window:
+        window, stride = text.window, text.window - 1
+    else:
+        window, stride = choose_window(model, window, stride)
     for document in text.documents:
         scored = 1  # tokens of this document that need no (more) scoring
         for start in range(0, len(document), stride):

@@ -6,14 +6,28 @@ from .hub import offline_models
 from .loading import load, load_checked
 from .names import host_allows_any_model
 from .preflight import MEMORY_FACTOR, Preflight, memory_needed, preflight
+from .texts import (
+    MAX_OWN_TEXT,
+    TEXTS,
+    TextEntry,
+    check_own_text,
+    decode_text,
+    named_text,
+    text_digest,
+)
 
 __all__ = [
     "CATALOGUE",
+    "MAX_OWN_TEXT",
     "MEMORY_FACTOR",
+    "TEXTS",
     "CatalogueEntry",
     "ModelError",
     "Preflight",
+    "TextEntry",
     "assets_folder",
+    "check_own_text",
+    "decode_text",
     "find_entry",
     "format_bytes",
     "format_parameters",
@@ -21,7 +35,9 @@ __all__ = [
     "load",
     "load_checked",
     "memory_needed",
+    "named_text",
     "offline_models",
     "preflight",
     "resolve",
+    "text_digest",
 ]

@@ -1,10 +1,14 @@
 """Perplexity against plain computations that share no code with it."""
 
+import logging
 import math
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import processors
 
 from mlpmoe.core.conversion import convert
@@ -12,13 +16,18 @@ from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.perplexity import (
     DEFAULT_WINDOW,
+    STREAM_WINDOW,
     choose_window,
     compare,
+    encode_protocol,
+    encode_stream,
     encode_text,
+    measure,
     perplexity,
     summarise,
     window_losses,
 )
+from mlpmoe.models.catalogue import assets_folder
 from tests.families import build
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
 
@@ -176,6 +185,154 @@ def test_one_scored_token_has_no_known_error(model, tokenizer):
     assert math.isnan(measured.stderr)
 
 
+# Windows without overlap -------------------------------------------------------------------
+
+LONG = "".join(f"{n}. Grüße – {n * n % 97} geese 🙂\n" for n in range(40))  # 1,226 bytes
+
+
+@torch.no_grad()
+def published_perplexity(model, ids, window, most=None):
+    """As code bases for pruning compute it: the mean loss of each window, weighed alike."""
+    count = len(ids) // window if most is None else min(most, len(ids) // window)
+    loss, total = torch.nn.CrossEntropyLoss(), 0.0
+    for start in range(0, count * window, window):
+        piece = torch.tensor([ids[start : start + window]])
+        logits = model(piece).logits[0].double()
+        total += loss(logits[:-1], piece[0, 1:]).item() * window
+    return math.exp(total / (count * window))
+
+
+@pytest.mark.parametrize(
+    ("window", "most"), [(None, None), (2, None), (50, None), (50, 7), (50, 10**6), (256, 1)]
+)
+def test_streams_equal_the_published_computation(model, tokenizer, window, most):
+    ids = tokenizer(LONG).input_ids
+    text = encode_stream(tokenizer, LONG, CONTEXT, most, window)
+    measured = measure(model, text)
+    window = window or CONTEXT
+    count = min(most or len(ids), len(ids) // window)
+    assert text.window == window
+    assert measured.tokens == text.scored_tokens == count * (window - 1)
+    expected = published_perplexity(model, ids, window, most)
+    assert measured.value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (16, 3), (CONTEXT, 1)])
+def test_a_stream_is_scored_window_by_window_whatever_is_asked_for(
+    model, tokenizer, window, stride
+):
+    text = encode_stream(tokenizer, LONG, window=50)
+    pieces = list(window_losses(model, text, window, stride))
+    assert [len(piece) for piece in pieces] == [49] * len(text.documents)
+    ids = tokenizer(LONG).input_ids[50:100]
+    expected = [loss_after(model, ids[:i], ids[i]) for i in range(1, 50)]
+    assert pieces[1].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_bos_a_stream_begins_with_its_first_token(model, tokenizer_without_bos):
+    text = encode_stream(tokenizer_without_bos, LONG, window=30)
+    assert torch.cat(text.documents).tolist() == list(
+        tokenizer_without_bos(LONG).input_ids[: 30 * len(text.documents)]
+    )
+    expected = published_perplexity(model, tokenizer_without_bos(LONG).input_ids, 30)
+    assert measure(model, text).value == pytest.approx(expected, rel=1e-6)
+
+
+def test_length_of_windows(tokenizer):
+    text = "a" * 9000
+    for context, window in [(None, 2048), (10**6, 2048), (2048, 2048), (512, 512)]:
+        encoded = encode_stream(tokenizer, text, context)
+        assert encoded.window == window
+        assert encoded.comparable == (window == STREAM_WINDOW)
+        assert {len(document) for document in encoded.documents} == {window}
+    assert encode_stream(tokenizer, text, 8192, window=4096).window == 4096
+    assert not encode_text(tokenizer, text).comparable
+
+
+def test_a_text_shorter_than_a_window(tokenizer):
+    full = "a" * 99  # and BOS
+    assert encode_stream(tokenizer, full, window=100).scored_bytes == 99
+    for text in (full[:-1], ""):
+        words = f"has {len(text) + 1} tokens; at least one window of 100 is needed"
+        with pytest.raises(UserError, match=words):
+            encode_stream(tokenizer, text, window=100)
+
+
+@pytest.mark.parametrize(
+    ("context", "window", "words"),
+    [
+        (CONTEXT, CONTEXT + 1, f"between 2 and .* {CONTEXT} tokens, not {CONTEXT + 1}"),
+        (CONTEXT, 1, f"between 2 and .* {CONTEXT} tokens, not 1"),
+        (None, 1, "at least 2 tokens, not 1"),
+        (None, 0, "at least 2 tokens, not 0"),
+        (None, -5, "at least 2 tokens, not -5"),
+    ],
+)
+def test_windows_of_a_stream_out_of_range_are_refused(tokenizer, context, window, words):
+    with pytest.raises(UserError, match=words):
+        encode_stream(tokenizer, LONG, context, window=window)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=12), st.integers(2, 9))
+def test_a_character_counts_where_it_begins(text, window):
+    tokenizer = byte_tokenizer()
+    count = (1 + len(text.encode())) // window  # BOS, then bytes
+    expected, begins = 0, 1  # the token with the first byte of a character
+    for character in text:
+        size = len(character.encode())
+        expected += size if begins < count * window and begins % window else 0
+        begins += size
+    assert encode_stream(tokenizer, text, window=window).scored_bytes == expected
+
+
+def test_bytes_of_longer_tokens():
+    """The demo's tokens are parts of words; its plain ASCII text decodes exactly."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets_folder() / "demo")
+    text = (assets_folder() / "texts" / "proxy.txt").read_text(encoding="utf-8")
+    text = text.encode("ascii", "ignore").decode()
+    encoded = encode_stream(tokenizer, text, window=16)
+    assert len(encoded.documents) > 5
+    decoded = [tokenizer.decode(d[1:], skip_special_tokens=True) for d in encoded.documents]
+    assert encoded.scored_bytes == sum(map(len, decoded))
+    whole = encode_stream(tokenizer, text, window=len(tokenizer(text).input_ids))
+    assert whole.scored_bytes == len(text)
+
+
+def test_a_tokenizer_that_does_not_know_where_its_tokens_lie():
+    """ByT5's is plain Python: one token per byte, and one that ends the text."""
+    tokenizer = transformers.ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    text = encode_stream(tokenizer, "ab" * 50, window=10)
+    assert text.scored_tokens == 90
+    assert text.scored_bytes == pytest.approx(90, abs=1)
+
+
+def test_a_text_longer_than_the_context_does_not_warn():
+    told, handler = [], logging.Handler()
+    handler.emit = told.append
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.add_handler(handler)
+    try:
+        byte_tokenizer()(LONG)
+        assert len(told) == 1  # so warnings arrive here
+        encode_stream(byte_tokenizer(), LONG, CONTEXT)
+        assert len(told) == 1
+    finally:
+        transformers.logging.remove_handler(handler)
+        transformers.logging.set_verbosity(before)
+
+
+def test_protocols(tokenizer):
+    parts = f"{LONG}<|endoftext|>{LONG}"
+    documents = encode_protocol(tokenizer, parts, "documents", CONTEXT)
+    assert (len(documents.documents), documents.window) == (2, None)
+    stream = encode_protocol(tokenizer, parts, "stream", CONTEXT, 3, 64)
+    assert (len(stream.documents), stream.window) == (3, 64)
+    with pytest.raises(UserError, match="protocol must be documents or stream, not 'lines'"):
+        encode_protocol(tokenizer, parts, "lines")
+
+
 # Window and stride -------------------------------------------------------------------------
 
 
@@ -189,6 +346,8 @@ def test_defaults(model):
     del unlimited.config.max_position_embeddings
     assert choose_window(unlimited) == (DEFAULT_WINDOW, DEFAULT_WINDOW // 2)
     assert choose_window(unlimited, 10**6)[0] == 10**6
+    with pytest.raises(UserError, match="window must be at least 2 tokens, not 1"):
+        choose_window(unlimited, 1)
 
 
 @pytest.mark.parametrize("window", [-1, 0, 1, CONTEXT + 1])

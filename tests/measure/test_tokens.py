@@ -1,0 +1,156 @@
+"""Where a text breaks: every token keeps its text, its loss, and its sentence."""
+
+from __future__ import annotations
+
+from math import inf, nan
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mlpmoe import ConversionSpec, UserError, convert
+from mlpmoe.measure.perplexity import EncodedText, Perplexity, encode_text, measure, summarise
+from mlpmoe.measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
+from tests.tiny import byte_tokenizer, tiny_model
+
+CORPUS = [
+    "Ein Fuchs – ein grauer – schlief. “Näher!”, rief sie.\n",
+    "The old clock struck nine, and nobody moved. 🦊🦊 done.",
+    "One fox, two foxes; three foxes? Four!",
+]
+
+
+KNOWN = st.text(sorted(set("".join(CORPUS))), min_size=3, max_size=60)
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of several characters a token: over bytes, or with ▁ for spaces."""
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        alphabet = sorted(set("".join(CORPUS)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, show_progress=False,
+        special_tokens=["<s>", "<unk>"],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer(),
+    "byte-level": trained("byte-level"),
+    "metaspace": trained("metaspace"),
+}
+
+
+def random_losses(text: EncodedText, seed: int) -> Perplexity:
+    generator = torch.Generator().manual_seed(seed)
+    return summarise(torch.rand(text.scored_tokens, generator=generator), 1)
+
+
+def decoded(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(content=st.one_of(st.sampled_from(CORPUS), st.text(min_size=3, max_size=60), KNOWN))
+def test_the_texts_of_the_tokens_are_the_document(kind, content):
+    tokenizer = TOKENIZERS[kind]
+    if kind == "metaspace" and not set(content) <= set("".join(CORPUS)):
+        return  # it has no token for them
+    try:
+        text = encode_text(tokenizer, content)
+    except UserError:
+        return  # nothing to predict
+    before, after = random_losses(text, 1), random_losses(text, 2)
+    changes = token_changes(before, after, text, tokenizer)
+    assert len(changes) == text.scored_tokens
+    for number, document in enumerate(text.documents):
+        found = "".join(change.text for change in changes if change.document == number)
+        whole = decoded(tokenizer, document.tolist())
+        context = decoded(tokenizer, document[:1].tolist())
+        if context.endswith("\N{REPLACEMENT CHARACTER}"):  # the context cuts a character
+            assert whole.endswith(found[1:])
+        else:
+            assert context + found == whole
+
+
+def test_changes_are_those_of_a_plain_loop():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    other = convert(model, ConversionSpec(branches=4, keep=2))
+    text = encode_text(tokenizer, "A grey fox slept.\n<|endoftext|>\nThe wall – cold.")
+    changes = token_changes(measure(model, text), measure(other, text), text, tokenizer)
+    expected = []
+    for number, ids in enumerate(text.documents):
+        losses = []
+        for one in (model, other):
+            with torch.inference_mode():
+                logits = one(ids[None]).logits[0].double()
+            losses.append(F.cross_entropy(logits[:-1], ids[1:], reduction="none"))
+        for position in range(1, len(ids)):
+            dense, converted = (float(some[position - 1]) for some in losses)
+            expected.append((number, position, dense, converted - dense))
+    assert [(c.document, c.position) for c in changes] == [e[:2] for e in expected]
+    assert [c.dense for c in changes] == pytest.approx([e[2] for e in expected], abs=1e-4)
+    assert [c.change for c in changes] == pytest.approx([e[3] for e in expected], abs=1e-4)
+
+
+def test_perplexities_of_another_text_are_refused():
+    tokenizer = byte_tokenizer()
+    one, two = (encode_text(tokenizer, text) for text in ("One fox.", "Two grey foxes."))
+    losses = random_losses(one, 1)
+    with pytest.raises(UserError, match="not measured on this text"):
+        token_changes(losses, losses, two, tokenizer)
+    with pytest.raises(UserError, match="not measured on this text"):
+        token_changes(losses, random_losses(two, 1), one, tokenizer)
+
+
+def tokens(*texts: str, document: int = 0) -> list[TokenChange]:
+    return [TokenChange(text, 0.1, 1.0, document, i) for i, text in enumerate(texts, 1)]
+
+
+def test_sentences_end_where_a_reader_ends_them():
+    story = tokens("One", " fox", ".", " Two", " foxes", "?!", "”", " “", "Three", "!”", "\n", "4")
+    cut = sentences([*story, *tokens("Five", ".", document=1)])
+    said = ["".join(token.text for token in sentence.tokens) for sentence in cut]
+    assert said == ["One fox.", " Two foxes?!”", " “Three!”\n", "4", "Five."]
+
+
+def test_points_inside_words_end_nothing():
+    (one,) = sentences(tokens("It", " costs", " 3", ".", "14", " or", " e", ".", "g", ".", "x"))
+    assert len(one.tokens) == 11
+
+
+@given(st.lists(st.text("ab .!?\n”", max_size=4), max_size=40))
+def test_sentences_lose_no_token(texts):
+    story = tokens(*texts)
+    assert [token for sentence in sentences(story) for token in sentence.tokens] == story
+
+
+def sentence(*changes: float) -> Sentence:
+    return Sentence(tuple(TokenChange("x", c, 1.0, 0, i) for i, c in enumerate(changes)))
+
+
+def test_the_worst_sentences_come_first():
+    mild, bad, short = sentence(0.1, 0.2, 0.3), sentence(3.0, 1.0, -1.0), sentence(9.0, 9.0)
+    assert bad.total == pytest.approx(3.0)
+    assert bad.mean == pytest.approx(1.0)
+    assert worst([mild, bad, short], 2) == [bad, mild]
+    assert worst([mild, bad, short], 1, least_tokens=1) == [short]
+
+
+def test_broken_losses_are_worst():
+    mild, undefined, endless = sentence(1, 1, 1), sentence(nan, 0, 0), sentence(inf, 0, 0)
+    assert worst([mild, undefined, endless], 2) == [undefined, endless]
