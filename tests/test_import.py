@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mlpmoe").rglob("*.py"))
 PAGE_ONLY = {"gradio", "gradio_client", "plotly"}
-OPTIONAL = PAGE_ONLY | {"optuna"}
+OPTIONAL = PAGE_ONLY | {"optuna", "datasets", "ray"}
 # Each floor may import the floors named here, and itself.
 BELOW = {
     "core": set(),
@@ -76,9 +76,9 @@ def test_only_the_page_needs_gradio_and_plotly(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_optuna_is_imported_where_it_is_used_only(file):
+def test_optional_packages_are_imported_where_they_are_used_only(file):
     found = imported_modules(file, run_on_import)
-    assert "optuna" not in {module.split(".")[0] for module in found}
+    assert not {"optuna", "datasets", "ray"} & {module.split(".")[0] for module in found}
 
 
 def test_nothing_below_imports_the_command_line():

@@ -55,7 +55,13 @@ SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know besi
 def add_setting(parser: argparse.ArgumentParser) -> None:
     """What is measured on what, and where."""
     parser.add_argument(
-        "--text", "--evaluation", type=Path, metavar="FILE", help="UTF-8; default: our stories"
+        "--text",
+        "--evaluation",
+        metavar="TEXT",
+        help="a file, UTF-8, or a name: stories (ours, the default), proxy, wikitext2, c4. A name "
+        "wins; write a file that is called like one with its folder, ./c4. wikitext2 and c4 need "
+        "a network once and are cut into windows of 2048 tokens without overlap, as for "
+        "published figures",
     )
     parser.add_argument(
         "--calibration",
@@ -63,8 +69,19 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text that methods may look at, UTF-8; default: other stories of ours",
     )
-    parser.add_argument("--window", type=int, metavar="N", help="tokens per window")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens per window (default: 1024, or 2048 "
+        "for wikitext2 and c4, or the model's context if shorter)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from window to window (default: half a window); not for wikitext2 and c4",
+    )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 

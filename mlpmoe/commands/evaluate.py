@@ -15,9 +15,7 @@ from ..measure.parameters import parameter_report
 from ..measure.perplexity import (
     EncodedText,
     Perplexity,
-    choose_window,
     compare,
-    encode_text,
     summarise,
     window_losses,
 )
@@ -32,12 +30,13 @@ from .terminal import (
     progress,
     speed_rows,
 )
-from .texts import calibration_text_for, evaluation_text
+from .texts import calibration_text_for, evaluation_text, in_windows
 
 NAME, HELP = "evaluate", "perplexity, parameters and speed of a model and of its conversion"
 EXAMPLES = """examples:
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
   python -m mlpmoe evaluate ./my-model --branches 16 --keep 12 --window 512 --stride 256
+  python -m mlpmoe evaluate qwen2.5-0.5b --branches 16 --fade 0.9 --text wikitext2
 """
 
 
@@ -50,14 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
-    path, text = evaluation_text(arguments)
+    text = evaluation_text(arguments)
     if spec.needs_calibration:
-        calibration_path, calibration_text = calibration_text_for(arguments, text)
+        calibration_path, calibration_text = calibration_text_for(arguments, text.content)
     dense, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
-    window, stride = choose_window(dense, arguments.window, arguments.stride)
-    encoded = encode_text(tokenizer, text)
+    encoded, window, stride = text.encode(tokenizer, dense)
     progress("converting")
     calibration = None
     if spec.needs_calibration:
@@ -82,7 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(dense.dtype).removeprefix("torch."),
         "device": str(dense.device),
         "threads": torch.get_num_threads(),
-        "text": path.name,
+        "text": text.name,
+        "text_digest": text.digest,
+        "protocol": text.protocol,
         "documents": len(encoded.documents),
         "bytes": encoded.scored_bytes,
         "tokens": encoded.scored_tokens,
@@ -105,8 +105,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print(
         "{model}: {architecture}, {layers} layers, {dtype} on {device}, {threads} threads\n"
-        "{text}: {documents} documents, {bytes:,} bytes, {tokens:,} tokens, "
-        "windows of {window} every {stride}".format(**setting)
+        "{text}: {documents} {pieces}, {bytes:,} bytes, {tokens:,} tokens, {windows}".format(
+            **setting,
+            pieces="windows" if text.stream else "documents",
+            windows=in_windows(encoded, window, stride),
+        )
     )
     if calibration:
         print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from ..core.calibration import Calibration
 from ..core.conversion import observe
 from ..measure.notation import change, signed_percent
-from ..measure.perplexity import choose_window, encode_text
 from ..measure.search import (
     COSTS,
     SEARCH_TOKENS,
@@ -24,7 +23,7 @@ from ..measure.words import in_words
 from ..models import load
 from .arguments import add_setting, at_least
 from .terminal import print_json, print_table, progress
-from .texts import calibration_text_for, evaluation_text
+from .texts import calibration_text_for, evaluation_text, in_windows
 
 NAME, HELP = "frontier", "search for the best static recipe at a budget"
 EXAMPLES = """examples:
@@ -67,12 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     budgets = _budgets(arguments)
-    path, text = evaluation_text(arguments)
-    calibration_path, calibration_text = calibration_text_for(arguments, text)
+    text = evaluation_text(arguments)
+    calibration_path, calibration_text = calibration_text_for(arguments, text.content)
     model, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
-    window, stride = choose_window(model, arguments.window, arguments.stride)
+    encoded, window, stride = text.encode(tokenizer, model)
     calibration, observed = None, None
     if arguments.calibrated:
         progress("calibrating")
@@ -87,14 +86,14 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed, report=progress,
         )  # fmt: skip
     specs = list(dict.fromkeys(s for b in budgets for s in finalists(tried, b)))
-    encoded = encode_text(tokenizer, text)
     runs = list(sweep(model, encoded, specs, calibration, window, stride, progress))
     progress("")
     found = [(budget, best(runs, budget)) for budget in budgets]
     shown = front(runs, budgets[0])
     if arguments.json:
         setting = {
-            "model": arguments.model, "text": path.name, "tokens": encoded.scored_tokens,
+            "model": arguments.model, "text": text.name, "text_digest": text.digest,
+            "protocol": text.protocol, "tokens": encoded.scored_tokens,
             "searched_on": calibration_path.name, "searched_tokens": scoring.scored_tokens,
             "calibrated": arguments.calibrated, "seconds": arguments.seconds,
             "seed": arguments.seed, "tried": len(tried), "window": window, "stride": stride,
@@ -108,8 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     print(
         f"{arguments.model}: {len(tried)} recipes tried on {scoring.scored_tokens:,} tokens of "
-        f"{calibration_path.name}; {len(runs)} measured on {path.name}, "
-        f"{encoded.scored_tokens:,} tokens\n"
+        f"{calibration_path.name}; {len(runs)} measured on {text.name}, "
+        f"{encoded.scored_tokens:,} tokens, {in_windows(encoded, window, stride)}\n"
     )
     rows = [["perplexity", "to dense", "MLP non-zero", "MLP compute", "conversion"]]
     rows += [_row(run) for run in shown]

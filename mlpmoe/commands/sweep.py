@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields
-from itertools import product
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..core.calibration import Calibration
 from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
-from ..core.spec import ConversionSpec, fields_of
+from ..core.spec import ConversionSpec
+from ..measure.engines import DEFAULT_WORKERS, ENGINES, Job, run_locally, run_on_ray
+from ..measure.grid import grid, read_grid, read_values
 from ..measure.notation import change, signed_percent
-from ..measure.perplexity import choose_window, encode_text
+from ..measure.pace import about, forecast
 from ..measure.recipes import recipes
-from ..measure.sweep import Run, comparison, sweep
-from ..models import load
-from .arguments import add_setting, add_spec
+from ..measure.runs_file import RunsFile
+from ..measure.sweep import AT_ONCE, Run, check_fit, comparison
+from ..measure.tables import to_csv
+from ..models import find_entry, load
+from ..models.texts import text_digest
+from .arguments import add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress
-from .texts import calibration_text_for, evaluation_text, read_text
+from .texts import calibration_text_for, evaluation_text, in_windows, read_text
 
 DEFAULT_ACTIVE = (0.875, 0.75, 0.5)  # budgets of --compare
 LEAST_ACTIVE = 0.05  # below, static branches cannot come near
 
-
 NAME = "sweep"
 HELP = "perplexity and compute of many conversions; spec flags take several values, with commas"
 EXAMPLES = """examples:
-  python -m mlpmoe sweep demo --branches 8,16 --fade 0,0.5,0.9 --out runs.jsonl
+  python -m mlpmoe sweep demo --branches 8,16 --fade 0:0.9:0.3 --keep all,75% --out runs.jsonl
+  python -m mlpmoe sweep demo --spec-file sweep.json --out runs.jsonl --csv
+  python -m mlpmoe sweep demo --branches 4:32:4 --dry-run
+  python -m mlpmoe sweep demo --spec-file sweep.json --engine ray --workers 2 --out runs.jsonl
   python -m mlpmoe sweep demo --compare --active 0.875,0.75,0.5 --out runs.jsonl
   python -m mlpmoe sweep demo --method cmoe --shared 0.125,0.25,0.375 --selection topk,threshold
+
+Numbers may be ranges, start:stop:step, with the stop included; --keep also takes all and shares of
+B such as 75%. A sweep file is JSON: {"branches": "8,16", "fade": [0, 0.5, 0.9], "keep": "75%"}.
+Several sweeps, of either engine, may go on from one --out file and write to it at a time.
 """
 
 
@@ -47,81 +58,130 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipes", action="store_true", help="what each stage of the static recipes contributes"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="a line of JSON per run; what it holds is kept"
+        "--spec-file", type=Path, metavar="FILE",
+        help="values of the spec's fields as JSON; flags replace those of the file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="a line of JSON per run; what it holds is kept and not measured again",
+    )  # fmt: skip
+    parser.add_argument("--csv", action="store_true", help="a table with commas, nothing rounded")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say how many runs and about how long, and end"
     )
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="local",
+        help="where it runs: in this process, or on Ray: the cluster of RAY_ADDRESS, else here",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=at_least(1), metavar="N",
+        help=f"of the engine ray; each holds the model (default: {DEFAULT_WORKERS})",
+    )  # fmt: skip
     add_spec(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    values = {
-        field.name: getattr(arguments, field.name).split(",")
-        for field in fields(ConversionSpec)
-        if field.name in arguments
-    }
-    if arguments.recipes and (values or arguments.compare):
-        raise UserError("--recipes takes no spec flags and no --compare.")
-    if arguments.recipes:
-        specs = list(recipes().items())
-    elif not arguments.compare:
-        specs = [("", spec) for spec in spec_product(values)]
-    elif set(values) - {"active"}:
-        raise UserError("--compare takes no other spec flag than --active.")
-    else:
-        budgets = _budgets(values.get("active"))
+    if arguments.csv and (arguments.json or arguments.dry_run):
+        raise UserError("--csv stands alone: leave out --json and --dry-run.")
+    if arguments.workers and arguments.engine != "ray":
+        raise UserError("--workers is for --engine ray.")
+    values = _values(arguments)
+    budgets = _budgets(values.get("active")) if arguments.compare else []
+    specs, left_out = list(recipes().items()) if arguments.recipes else [], 0
+    if not specs and not budgets:
+        made = grid(values)
+        specs, left_out = [("", spec) for spec in made.specs], made.left_out
+    text = evaluation_text(arguments)
     model, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
-    if arguments.compare:
-        gated = read_mlps(model)[0].weights.gate is not None
-        specs = [
-            (name, spec)
-            for active in budgets
-            for name, (_, spec) in comparison(active, gated).items()
-        ]
-    window, stride = choose_window(model, arguments.window, arguments.stride)
-    path, text = evaluation_text(arguments)
+    specs = specs or _compared(model, budgets)
+    encoded, window, stride = text.encode(tokenizer, model)
     calibration, calibrated_on = None, None
     if any(spec.needs_calibration for _, spec in specs):
-        calibration_path, calibration_text = calibration_text_for(arguments, text)
-        calibration = Calibration.from_text(tokenizer, calibration_text)
-        calibrated_on = f"{calibration_path.name} {_digest(calibration_text)}"
+        path, content = calibration_text_for(arguments, text.content)
+        calibration = Calibration.from_text(tokenizer, content)
+        calibrated_on = f"{path.name} {text_digest(content)}"
+    check_fit(model, [spec for _, spec in specs], calibration is not None)
     setting = {
         "model": arguments.model,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "text": f"{path.name} {_digest(text)}",
+        "text": f"{text.name} {text.digest}",
         "calibration": calibrated_on,
         "window": window,
         "stride": stride,
     }
-    known = dict(_known(arguments.out, setting)) if arguments.out else {}
+    file = RunsFile(arguments.out, setting) if arguments.out else None
+    known = file.read() if file else {}
     missing = list(dict.fromkeys(spec for _, spec in specs if spec not in known))
-    encoded = encode_text(tokenizer, text)
-    for run in sweep(model, encoded, missing, calibration, window, stride, progress):
-        known[run.spec] = run.to_dict()
-        if arguments.out:
-            line = json.dumps(setting | {"tokens": encoded.scored_tokens} | run.to_dict())
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+    if arguments.dry_run:
+        seconds = forecast(model, encoded, missing, calibration, window, stride, AT_ONCE)
+        workers = 1 if arguments.engine == "local" else arguments.workers or DEFAULT_WORKERS
+        plan = {"runs": len(specs), "known": len(specs) - len(missing), "left_out": left_out}
+        return _print_plan(arguments, plan | {"seconds": seconds / workers})
+    # The dtype that was chosen here, since "auto" may be another on a worker.
+    job = Job(
+        _reachable(arguments.model), encoded, calibration, setting["dtype"], arguments.device,
+        window, stride,
+    )  # fmt: skip
+    if arguments.engine == "ray":
+        del model  # each worker loads its own
+        workers = arguments.workers or DEFAULT_WORKERS
+        measuring = run_on_ray(job, missing, load, workers, progress)
+    else:
+        measuring = run_locally(job, missing, lambda *_: (model, tokenizer), progress)
+    with closing(measuring):  # an interrupt leaves no worker running
+        for run in measuring:
+            known[run.spec] = run
+            if file:
+                file.append(run, encoded.scored_tokens)
     progress("")
-    measured = [field.name for field in fields(Run)]
-    runs = [{"name": name} | {key: known[spec][key] for key in measured} for name, spec in specs]
-    if arguments.json:
-        return print_json({"setting": setting, "runs": runs})
-    print(
-        f"{arguments.model} on {path.name}, {encoded.scored_tokens:,} tokens, windows of {window} "
-        f"every {stride}; {len(missing)} measured now, {len(specs) - len(missing)} before"
-    )
-    rows = [["perplexity", "to dense", "MLP non-zero", "MLP compute", "conversion"]]
-    for (name, spec), run in zip(specs, runs, strict=True):
-        flags = f"{name}: {spec.to_flags()}" if name else spec.to_flags()
-        compute = signed_percent(run["mlp_macs_share"] - 1)
-        nonzero = signed_percent(run["mlp_nonzero_share"] - 1)
-        changed = change(run["ratio"], run["stderr"])
-        rows.append([f"{run['perplexity']:,.2f}", changed, nonzero, compute, flags])
-    print_table(rows, align=">>>><")
+    runs = [(name, known[spec]) for name, spec in specs]
+    if arguments.csv:
+        about_all = {"model": arguments.model, "text": text.name, "tokens": encoded.scored_tokens}
+        print(to_csv([{"name": name, **about_all, **run.to_dict()} for name, run in runs]), end="")
+    elif arguments.json:
+        print_json({"setting": setting, "runs": [{"name": n} | r.to_dict() for n, r in runs]})
+    else:
+        print(
+            f"{arguments.model} on {text.name}, {encoded.scored_tokens:,} tokens, "
+            f"{in_windows(encoded, window, stride)}; {len(missing)} measured now, "
+            f"{len(specs) - len(missing)} before{_left_out(left_out)}"
+        )
+        print_table([HEADER, *(_row(name, run) for name, run in runs)], align=">>>><")
 
 
-def _budgets(texts: list[str] | None) -> list[float]:
+def _values(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """The values of each field of the spec, from the sweep file and the flags; UserError where
+    they do not go with --recipes or --compare."""
+    values = {}
+    if arguments.spec_file:
+        values = read_grid(read_text(arguments.spec_file))
+    for field in fields(ConversionSpec):
+        if field.name in arguments:
+            values[field.name] = read_values(field.name, getattr(arguments, field.name))
+    if arguments.recipes and (values or arguments.compare):
+        raise UserError("--recipes takes no spec flags and no --compare.")
+    if arguments.compare and set(values) - {"active"}:
+        raise UserError("--compare takes no other spec flag than --active.")
+    return values
+
+
+def _compared(model: PreTrainedModel, budgets: Sequence[float]) -> list[tuple[str, ConversionSpec]]:
+    gated = read_mlps(model)[0].weights.gate is not None
+    return [
+        (name, spec) for active in budgets for name, (_, spec) in comparison(active, gated).items()
+    ]
+
+
+def _reachable(model: str) -> str:
+    """The model's name; a folder from the root, for a worker that runs in another one. The folder
+    of a catalogue's name is not meant, see `load`."""
+    folder = Path(model)
+    return str(folder.absolute()) if find_entry(model) is None and folder.is_dir() else model
+
+
+def _budgets(texts: Sequence[str] | None) -> list[float]:
     """The active shares of --compare; SpecError for what is not between 0.05 and 1."""
     if texts is None:
         return list(DEFAULT_ACTIVE)
@@ -132,46 +192,32 @@ def _budgets(texts: list[str] | None) -> list[float]:
     return budgets
 
 
-def spec_product(values: dict[str, list[str]]) -> Iterator[ConversionSpec]:
-    """Every combination of the values, each combination once. A value that the method of a
-    combination does not use is left out of it. SpecError if no method uses it."""
-    methods = values.get("method", ["mlpmoe"])
-    seen = set()
-    for method in methods:
-        used = {
-            name: given
-            for name, given in values.items()
-            if name != "method" and (name == "compensation" or name in fields_of(method))
-        }
-        for combination in product(*used.values()):
-            texts = dict(zip(used, combination, strict=True))
-            spec = ConversionSpec.from_texts({"method": method} | texts)
-            if spec not in seen:
-                seen.add(spec)
-                yield spec
-    for name in set(values) - {"method", "compensation"}:
-        if not any(name in fields_of(method) for method in methods):
-            raise SpecError(f"{name} does not belong to {', '.join(methods)}.")
+def _print_plan(arguments: argparse.Namespace, plan: dict[str, Any]) -> None:
+    progress("")
+    if arguments.json:
+        return print_json(plan)
+    new = plan["runs"] - plan["known"]
+    time = f"; {about(plan['seconds'])}, without what conversions compute" if new else ""
+    print(
+        f"{plan['runs']} runs, {plan['known']} known and {new} to measure"
+        f"{_left_out(plan['left_out'])}{time}"
+    )
 
 
-def _known(path: Path, setting: dict[str, Any]) -> Iterator[tuple[ConversionSpec, dict[str, Any]]]:
-    """The runs in a file that were measured in the same setting. What cannot be read, such as the
-    last line of a sweep that was killed, is measured again."""
-    if not path.exists():
-        return
-    text = read_text(path)
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-    for line in text.splitlines():
-        try:
-            run = json.loads(line)
-            same = all(run[name] == value for name, value in setting.items())
-            if same and all(field.name in run for field in fields(Run)):
-                yield ConversionSpec.from_dict(run["spec"]), run
-        except (ValueError, KeyError, TypeError):
-            continue
+def _left_out(count: int) -> str:
+    """Said where combinations are missing."""
+    return f", {count} left out with K above B" if count else ""
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+HEADER = ["perplexity", "to dense", "MLP non-zero", "MLP compute", "conversion"]
+
+
+def _row(name: str, run: Run) -> list[str]:
+    flags = f"{name}: {run.spec.to_flags()}" if name else run.spec.to_flags()
+    return [
+        f"{run.perplexity:,.2f}",
+        change(run.ratio, run.stderr),
+        signed_percent(run.mlp_nonzero_share - 1),
+        signed_percent(run.mlp_macs_share - 1),
+        flags,
+    ]

@@ -3,16 +3,86 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ..core.calibration import check_disjoint
-from ..models import assets_folder
+from ..core.errors import UserError
+from ..measure.perplexity import (
+    STREAM_WINDOW,
+    EncodedText,
+    choose_window,
+    context_length,
+    encode_protocol,
+)
+from ..models import TEXTS, assets_folder, decode_text, named_text, text_digest
+from .terminal import progress
 
 
-def evaluation_text(arguments: argparse.Namespace) -> tuple[Path, str]:
-    """Path and content of the text that perplexity is measured on."""
-    path = arguments.text or assets_folder() / "texts" / "evaluation.txt"
-    return path, read_text(path)
+@dataclass(frozen=True)
+class EvaluationText:
+    """What perplexity is measured on."""
+
+    name: str  # of the list, or of the file
+    content: str
+    window: int | None = None  # tokens, as asked for
+    stride: int | None = None
+    protocol: str = "documents"  # or "stream": windows without overlap, as published figures are
+    most_windows: int | None = None  # of a stream
+
+    @property
+    def stream(self) -> bool:
+        return self.protocol == "stream"
+
+    @property
+    def digest(self) -> str:
+        return text_digest(self.content)
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> tuple[EncodedText, int, int]:
+        """The text as tokens, with window and stride."""
+        window, stride = self.window, self.window
+        if not self.stream:
+            window, stride = choose_window(model, self.window, self.stride)
+        encoded = encode_protocol(
+            tokenizer, self.content, self.protocol, context_length(model), self.most_windows,
+            self.window,
+        )  # fmt: skip
+        return encoded, encoded.window or window, encoded.window or stride
+
+
+def evaluation_text(arguments: argparse.Namespace) -> EvaluationText:
+    """The text of --text: one that has a name, or a file. A name wins: a file that is called like
+    one is written with its folder, such as ./c4."""
+    chosen = arguments.text or "stories"
+    if chosen not in TEXTS:
+        path = Path(chosen)
+        if not path.exists() and path.name == chosen and not path.suffix:
+            raise UserError(
+                f"there is no file {chosen}, and no text of that name: {', '.join(TEXTS)}."
+            )
+        return EvaluationText(path.name, read_text(path), arguments.window, arguments.stride)
+    entry = TEXTS[chosen]
+    if entry.protocol == "stream" and arguments.stride is not None:
+        raise UserError(f"{chosen} is cut into windows without overlap: leave out --stride.")
+    progress(f"reading {entry.label}")
+    return EvaluationText(
+        chosen, named_text(chosen), arguments.window, arguments.stride, entry.protocol,
+        entry.most_windows,
+    )  # fmt: skip
+
+
+def in_windows(encoded: EncodedText, window: int, stride: int) -> str:
+    """How a text is scored, in words."""
+    if not encoded.window:
+        return f"windows of {window} every {stride}"
+    known = "as in the Wanda code base" if encoded.comparable else (
+        f"where published figures mostly have {STREAM_WINDOW}"
+    )  # fmt: skip
+    return f"windows of {window}, each by itself, {known}"
 
 
 def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tuple[Path, str]:
@@ -25,10 +95,11 @@ def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tupl
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. Raises OSError and UnicodeError with messages for a person."""
+    """The text of a file, UTF-8 or marked UTF-16. Raises OSError and UnicodeError with messages
+    for a person."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UnicodeError(f"{path} is not UTF-8 text (byte {error.start:,}).") from error
+    except UserError as error:
+        raise UnicodeError(f"{path}: {error}") from error

@@ -1,8 +1,10 @@
 """`evaluate` on a tiny saved model: figures, table, texts, refusals."""
 
+import hashlib
 import io
 import sys
 
+import datasets
 import pytest
 
 from mlpmoe.__main__ import main
@@ -12,9 +14,10 @@ from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import speed
 from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, perplexity
+from mlpmoe.measure.perplexity import compare, encode_stream, measure, perplexity
+from mlpmoe.models import texts as named_texts
 from tests.commands.common import STORIES, TEXT, refused, row, strictly
-from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
+from tests.tiny import CONTEXT, byte_tokenizer, save_tiny_model, tiny_model
 
 
 def test_json_holds_what_the_library_says(evaluate):
@@ -127,10 +130,11 @@ def test_the_shipped_text_is_the_default(folder, capsys, monkeypatch, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "evaluation.txt").write_text("Hello.", encoding="utf-8")
     (tmp_path / "texts" / "calibration.txt").write_text(STORIES, encoding="utf-8")
-    monkeypatch.setattr(texts, "assets_folder", lambda: tmp_path)
+    for module in (texts, named_texts):
+        monkeypatch.setattr(module, "assets_folder", lambda: tmp_path)
     assert main(["evaluate", str(folder), "--no-speed", "--json", "--method", "cmoe"]) == 0
     setting = strictly(capsys.readouterr().out)["setting"]
-    assert (setting["text"], setting["tokens"]) == ("evaluation.txt", 6)
+    assert (setting["text"], setting["tokens"]) == ("stories", 6)
     assert setting["calibration"] == "calibration.txt"
 
 
@@ -152,6 +156,136 @@ def test_progress_is_shown_to_people_only(evaluate, monkeypatch):
     assert "perplexity, converted 100%" in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\033[K")  # nothing is left of it
     assert "100%" not in out
+
+
+# Texts with a name -------------------------------------------------------------------------
+
+LINES = [
+    "",
+    " = Title = \n",
+    "",
+    *(f" Line {n} of {n * n} grey geese – {n % 7} .\n" for n in range(60)),
+]
+
+
+@pytest.fixture
+def wikitext(monkeypatch):
+    """WikiText-2, as short as LINES; its whole text."""
+    rows = datasets.Dataset.from_dict({"text": LINES})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    return "\n\n".join(LINES)
+
+
+@pytest.fixture
+def named(folder, capsys):
+    """Run `evaluate` with these flags on a model, the tiny one by default, and no file."""
+
+    def run(*flags, model=folder):
+        status = main(["evaluate", str(model), "--no-speed", *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_windows_without_overlap(named, wikitext, window):
+    flags = ["--text", "wikitext2", *(["--window", str(window)] if window else [])]
+    status, out, err = named(*flags, "--json")
+    assert (status, err) == (0, "")
+    found = strictly(out)
+    expected = encode_stream(byte_tokenizer(), wikitext, window=window or CONTEXT)
+    setting = {
+        "text": "wikitext2",
+        "text_digest": hashlib.sha256(wikitext.encode()).hexdigest()[:12],
+        "protocol": "stream",
+        "documents": len(expected.documents),
+        "bytes": expected.scored_bytes,
+        "tokens": expected.scored_tokens,
+        "window": window or CONTEXT,
+        "stride": window or CONTEXT,
+    }
+    assert found["setting"].items() >= setting.items()
+    value = measure(tiny_model(), expected).value
+    assert found["dense"]["perplexity"] == pytest.approx(value, rel=1e-6)
+    status, out, err = named(*flags)
+    assert (status, err) == (0, "")
+    assert f"windows of {window or CONTEXT}, each by itself, where published figures mostly" in out
+    assert "Wanda" not in out
+
+
+def test_windows_of_published_figures(named, wikitext, tmp_path):
+    model = save_tiny_model(tmp_path / "long", max_position_embeddings=4096)
+    status, out, err = named("--text", "wikitext2", model=model)
+    assert (status, err) == (0, "")
+    assert "wikitext2: 1 windows, " in out
+    assert "2,047 tokens, windows of 2048, each by itself, as in the Wanda code base" in out
+
+
+def test_proxy_is_scored_by_documents(named):
+    status, out, _ = named("--text", "proxy", "--json")
+    assert status == 0
+    setting = strictly(out)["setting"]
+    assert (setting["text"], setting["protocol"]) == ("proxy", "documents")
+    assert setting["stride"] == CONTEXT // 2
+
+
+def test_a_stride_is_refused_where_windows_do_not_overlap(named, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", None)  # before anything is read
+    for text in ("wikitext2", "c4"):
+        done = named("--text", text, "--stride", "7")
+        assert refused(done, f"{text} is cut into windows without overlap: leave out --stride")
+
+
+def test_a_window_longer_than_the_context_is_refused(named, wikitext):
+    done = named("--text", "wikitext2", "--window", str(CONTEXT + 1))
+    assert refused(done, f"context of {CONTEXT} tokens")
+
+
+def test_a_public_text_that_fills_no_window(named, monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": ["Short."]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert refused(named("--text", "c4"), f"has 7 tokens; at least one window of {CONTEXT}")
+
+
+def test_a_public_text_without_network(named, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    status, out, err = named("--text", "c4")
+    assert (status, out) == (1, "")
+    assert "C4 (validation) is not on this machine, which is set to work offline" in err
+    assert err.count("\n") == 1
+
+
+def test_a_name_wins_over_a_file_written_without_its_folder(named, wikitext, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for file in ("wikitext2", "mine"):
+        (tmp_path / file).write_text(TEXT, encoding="utf-8")
+    for flag, protocol in [
+        ("wikitext2", "stream"),
+        ("./wikitext2", "documents"),
+        (str(tmp_path / "wikitext2"), "documents"),
+        ("mine", "documents"),
+    ]:
+        status, out, _ = named("--text", flag, "--json")
+        assert status == 0
+        setting = strictly(out)["setting"]
+        content = wikitext if protocol == "stream" else TEXT
+        assert setting["protocol"] == protocol
+        assert setting["text"] == flag.rsplit("/", 1)[-1]
+        assert setting["text_digest"] == hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def test_unknown_names_are_refused(named):
+    done = named("--text", "wikitext")
+    assert refused(done, "no file wikitext, and no text of that name: stories, proxy, wikitext2")
+
+
+def test_a_file_in_utf_16(evaluate, text):
+    _, expected, _ = evaluate()
+    text.write_bytes(TEXT.replace("\n", "\r\n").encode("utf-16"))
+    assert evaluate() == (0, expected, "")
 
 
 # Calibration -------------------------------------------------------------------------------
@@ -355,7 +489,11 @@ def test_a_text_of_nothing_is_refused(evaluate, text):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "cannot be read: No such file"), (b"caf\xe9", "is not UTF-8 text (byte 3)")],
+    [
+        (None, "cannot be read: No such file"),
+        (b"caf\xe9", "mine.txt: the file is not UTF-8 text (byte 3)"),
+        (b"a\x00b", "mine.txt: the file is no text (byte 1 is zero)"),
+    ],
 )
 def test_texts_that_cannot_be_read_fail_in_one_line(evaluate, text, content, words):
     text.unlink()

@@ -1,7 +1,9 @@
 """`frontier` on a tiny saved model, with a search of a few trials whatever the time."""
 
+import hashlib
 import sys
 
+import datasets
 import pytest
 
 from mlpmoe.__main__ import main
@@ -12,7 +14,7 @@ from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import search as search_module
 from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, perplexity
+from mlpmoe.measure.perplexity import compare, encode_stream, measure, perplexity
 from mlpmoe.measure.search import Budget
 from mlpmoe.measure.words import in_words
 from tests.commands.common import STORIES, TEXT, refused, strictly
@@ -75,6 +77,8 @@ def test_what_is_suggested_is_measured_and_not_worse_than_a_preset(
     assert searches == [(Budget(cost, share), True, 30.0, 3) for share in (0.9, 0.6)]
     expected = {
         "text": "mine.txt",
+        "text_digest": hashlib.sha256(TEXT.encode()).hexdigest()[:12],
+        "protocol": "documents",
         "tokens": perplexity(tiny_model(), byte_tokenizer(), TEXT).tokens,
         "searched_on": "stories.txt",
         "calibrated": True,
@@ -109,6 +113,25 @@ def test_what_is_suggested_is_measured_and_not_worse_than_a_preset(
     assert [ratio for _, ratio in shown] == sorted({ratio for _, ratio in shown}, reverse=True)
 
 
+def test_windows_without_overlap(frontier, folder, stories, monkeypatch, capsys):
+    words = " ".join(f"goose {n}" for n in range(60))
+    rows = datasets.Dataset.from_dict({"text": [words]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    flags = ["--text", "c4", "--window", "64", "--budget", "0.6", "--no-calibration"]
+    flags = ["frontier", str(folder), "--calibration", str(stories), *flags]
+    assert main([*flags, "--json"]) == 0
+    found = strictly(capsys.readouterr().out)
+    encoded = encode_stream(byte_tokenizer(), words, window=64)
+    expected = {"text": "c4", "protocol": "stream", "window": 64, "tokens": encoded.scored_tokens}
+    assert found["setting"].items() >= expected.items()
+    run = found["front"][0]
+    converted = convert(tiny_model(), ConversionSpec.from_dict(run["spec"]))
+    assert run["perplexity"] == pytest.approx(measure(converted, encoded).value, rel=1e-5)
+    assert main(flags) == 0
+    assert "windows of 64, each by itself" in capsys.readouterr().out
+    assert refused((main([*flags, "--stride", "3"]), *capsys.readouterr()), "leave out --stride")
+
+
 def test_the_same_seed_gives_the_same(frontier):
     flags = ["--budget", "0.6", "--no-calibration", "--json", "--seed"]
     first, again = frontier(*flags, "1"), frontier(*flags, "1")
@@ -125,6 +148,7 @@ def test_as_text(frontier):
     assert f"{found['setting']['tried']} recipes tried" in setting
     assert "stories.txt" in setting
     assert "measured on mine.txt" in setting
+    assert setting.endswith(f"tokens, windows of {CONTEXT} every {CONTEXT // 2}")
     header, *rows = table.splitlines()
     assert header.split("  ")[-1] == "conversion"
     specs = [ConversionSpec.from_dict(run["spec"]) for run in found["front"]]

@@ -1,10 +1,21 @@
 """`sweep` on a tiny saved model: what it measures, and the file that it goes on from."""
 
+import csv
+import importlib.util
+import io
 import json
 import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
+from mlpmoe.commands import sweep as sweep_command
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
@@ -12,7 +23,7 @@ from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import perplexity
 from mlpmoe.measure.recipes import recipes
 from mlpmoe.measure.sweep import comparison
-from tests.commands.common import STORIES, TEXT, refused, strictly
+from tests.commands.common import ROOT, STORIES, TEXT, refused, strictly
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
 
 
@@ -234,29 +245,228 @@ def test_a_sweep_of_the_static_stages(sweep):
     ]
 
 
+def test_fields_without_use_in_a_combination_are_left_out(sweep):
+    flags = ["--fade", "0.5", "--fade-unit", "weight,2:4", "--fade-schedule", "linear,power"]
+    _, out, _ = sweep(*flags, "--json")
+    assert [run["spec"] for run in strictly(out)["runs"]] == [
+        ConversionSpec(fade=0.5).to_dict(),
+        ConversionSpec(fade_unit="2:4").to_dict(),
+        ConversionSpec(fade=0.5, fade_schedule="power").to_dict(),
+    ]
+
+
+def test_branches_that_are_not_there_are_counted(sweep):
+    status, out, _ = sweep("--branches", "4:12:4", "--keep", "75%,7", "--fade", "0.9")
+    assert status == 0
+    assert out.splitlines()[0].endswith("5 measured now, 0 before, 1 left out with K above B")
+
+
+# A sweep file ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    file = tmp_path / "sweep.json"
+    content = {"branches": "4,8", "fade": "0:0.9:0.9", "compensation": "none"}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+def test_a_sweep_file_is_the_same_as_flags(sweep, runs, spec_file):
+    _, flags, _ = sweep(*PRODUCT, "--out", str(runs), "--json")
+    before = runs.read_bytes()
+    _, file, _ = sweep("--spec-file", str(spec_file), "--out", str(runs), "--json")
+    assert strictly(file) == strictly(flags)
+    assert runs.read_bytes() == before
+
+
+def test_flags_replace_the_values_of_a_sweep_file(sweep, spec_file):
+    flags = ["--branches", "2", "--order", "norm"]
+    _, out, _ = sweep("--spec-file", str(spec_file), *flags, "--json")
+    assert [run["spec"] for run in strictly(out)["runs"]] == [
+        ConversionSpec(branches=2, fade=fade, order="norm", compensation="none").to_dict()
+        for fade in (0, 0.9)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ("{", [], "is no JSON"),
+        ('{"speed": 1}', [], "no field of a conversion is called 'speed'"),
+        ('{"branches": null}', [], "--branches in the sweep file must be a text"),
+        ('{"branches": 8}', ["--recipes"], "--recipes takes no spec flags"),
+        ('{"branches": 8}', ["--compare"], "--compare takes no other spec flag"),
+    ],
+)
+def test_sweep_files_that_are_refused(sweep, spec_file, content, flags, words):
+    spec_file.write_text(content, encoding="utf-8")
+    assert refused(sweep("--spec-file", str(spec_file), *flags), words)
+
+
+def test_a_sweep_file_that_is_not_there(sweep, tmp_path):
+    status, out, err = sweep("--spec-file", str(tmp_path / "none.json"))
+    assert (status, out) == (1, "")
+    assert "none.json cannot be read: No such file" in err
+
+
+# Tables and plans --------------------------------------------------------------------------
+
+
+def test_a_sweep_as_csv(sweep, folder):
+    status, out, err = sweep(*PRODUCT, "--csv")
+    assert (status, err) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(out), strict=True))
+    _, as_json, _ = sweep(*PRODUCT, "--json")
+    found = strictly(as_json)["runs"]
+    assert len(rows) == len(found) == 4
+    for row, run in zip(rows, found, strict=True):
+        spec = run.pop("spec")
+        assert (row["name"], row["model"], row["text"], row["tokens"]) == (
+            "", str(folder), "mine.txt", "62",
+        )  # fmt: skip
+        for name, value in (spec | run).items():
+            assert row[name] == ("" if value is None else str(value))
+
+
+def test_csv_of_named_runs(sweep):
+    _, out, _ = sweep("--recipes", "--csv")
+    rows = list(csv.DictReader(io.StringIO(out), strict=True))
+    assert [row["name"] for row in rows] == list(recipes())
+
+
+def test_a_plan_measures_nothing(sweep, runs):
+    flags = ["--branches", "4,8", "--keep", "2,6", "--out", str(runs)]
+    status, out, err = sweep(*flags, "--dry-run")
+    assert (status, err) == (0, "")
+    assert out.startswith("3 runs, 0 known and 3 to measure, 1 left out with K above B; about ")
+    assert not runs.exists()
+    sweep("--branches", "8", "--keep", "2", "--out", str(runs))
+    before = runs.read_bytes()
+    _, out, _ = sweep(*flags, "--dry-run", "--json")
+    plan = strictly(out)
+    assert plan.pop("seconds") > 0
+    assert plan == {"runs": 3, "known": 1, "left_out": 1}
+    sweep(*flags)
+    _, out, _ = sweep(*flags, "--dry-run")
+    assert out == "3 runs, 3 known and 0 to measure, 1 left out with K above B\n"
+    assert len(runs.read_bytes()) > len(before)
+
+
+def test_a_person_sees_the_time_left(sweep, monkeypatch):
+    said = []
+    monkeypatch.setattr(sweep_command, "progress", lambda message, share=None: said.append(message))
+    sweep(*PRODUCT)
+    assert any(re.fullmatch(r"perplexity, 1 of 4 measured, about \d+ s left", m) for m in said)
+    assert said[-1] == ""
+
+
+# Killed, and gone on -----------------------------------------------------------------------
+
+MANY = ["--branches", "1:48:1", "--fade", "0.5,0.9"]
+
+
+def started(folder, text, runs, *flags):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlpmoe", "sweep", str(folder), "--text", str(text), *MANY,
+         "--out", str(runs), *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for_lines(process, runs, count):
+    """Until the file has that many whole lines; fails if the process ends before."""
+    deadline = time.monotonic() + 240
+    while not runs.exists() or runs.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"ended with {process.wait(0.02)}: {process.stderr.read()}")
+
+
+def test_a_killed_sweep_goes_on_where_it_was(sweep, folder, text, runs):
+    process = started(folder, text, runs)
+    try:
+        wait_for_lines(process, runs, 3)
+    finally:
+        process.kill()
+        process.communicate()
+    left = runs.read_bytes()
+    known = left.count(b"\n")
+    assert 3 <= known < 96
+    status, out, _ = sweep(*MANY, "--out", str(runs), "--json")
+    assert status == 0
+    assert runs.read_bytes().startswith(left)
+    lines = runs.read_bytes().split(b"\n")
+    if not left.endswith(b"\n"):  # killed while it wrote
+        del lines[known]
+    entries = [strictly(line.decode()) for line in lines if line]
+    found = strictly(out)["runs"]
+    assert len(found) == 96
+    specs = [ConversionSpec.from_dict(entry["spec"]) for entry in entries]
+    assert len(set(specs)) == len(specs) == 96  # none lost, none measured twice
+    by_spec = dict(zip(specs, entries, strict=True))
+    for run in found:
+        entry = by_spec[ConversionSpec.from_dict(run["spec"])]
+        assert entry.items() >= {k: v for k, v in run.items() if k != "name"}.items()
+    some = found[0]
+    expected = perplexity(
+        convert(tiny_model(), ConversionSpec.from_dict(some["spec"])), byte_tokenizer(), TEXT
+    )
+    assert some["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+def test_an_interrupted_sweep_on_ray_goes_on_here(sweep, folder, text, runs):
+    process = started(folder, text, runs, "--engine", "ray", "--workers", "2")
+    try:
+        wait_for_lines(process, runs, 2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, b"")
+    assert err.endswith(b"mlpmoe: interrupted\n")
+    assert not psutil.wait_procs(children, timeout=60)[1]  # nothing is left running
+    known = runs.read_bytes().count(b"\n")
+    status, out, _ = sweep(*MANY, "--out", str(runs))
+    assert status == 0
+    assert f"{96 - known} measured now, {known} before" in out
+    entries = written(runs)
+    assert len({json.dumps(entry["spec"]) for entry in entries}) == len(entries) == 96
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--experts", "8"], "experts does not belong to mlpmoe"),
-        (["--method", "cmoe,neurons", "--keep", "8"], "keep does not belong to cmoe, neurons"),
-        (["--method", "cmoe", "--seed", "1,2"], "seed does not belong to cmoe"),
+        (["--experts", "8"], "--experts does not belong to mlpmoe"),
+        (["--method", "cmoe,neurons", "--keep", "8"], "--keep does not belong to cmoe, neurons"),
+        (["--method", "cmoe", "--seed", "1,2"], "--seed does not belong to cmoe"),
         (["--method", "magic"], "must be one of"),
-        (["--branches", "4,x"], "must be a number, not 'x'"),
-        (["--branches", "4,"], "must be a number, not ''"),
-        (["--fade", "0,7"], "between 0 and 2"),
+        (["--branches", "4,x"], "--branches must be a whole number or a range"),
+        (["--branches", "4,"], "such as 4:32:4, not ''"),
+        (["--fade", "0,7"], "--fade 7: fade must be a number between 0 and 2"),
+        (["--fade", "0:7"], "start:stop:step such as 0:0.9:0.3, not '0:7'"),
+        (["--keep", "half"], "all, a percentage of B such as 75%"),
+        (["--branches", "4", "--keep", "5"], "--keep (K) above its --branches (B)"),
+        (["--branches", "1:48:1", "--fade", "0:2:0.001"], "96,048 combinations"),
         (["--branches", "4,500"], "between 1 and 48"),
         (["--method", "cmoe", "--active", "0.2", "--shared", "0.5"], "at most"),
         (["--compare", "--fade", "0.5"], "--compare takes no other spec flag than --active"),
         (["--compare", "--active", "1.5"], "between"),
         (["--compare", "--active", "0.5", "--method", "cmoe"], "--compare takes no other"),
         (["--fade-schedule", "linear,magic"], "linear, uniform, reverse, power"),
-        (["--fade-unit", "weight,2:4", "--fade", "0.5"], "leave fade at 0"),
-        (["--method", "cmoe", "--fade-score", "wanda"], "fade_score does not belong to cmoe"),
+        (["--fade-unit", "2:4", "--fade", "0.5"], "leave fade at 0"),
+        (["--method", "cmoe", "--fade-score", "wanda"], "--fade-score does not belong to cmoe"),
         (["--recipes", "--keep", "12"], "--recipes takes no spec flags and no --compare"),
         (["--recipes", "--method", "cmoe"], "--recipes takes no spec flags and no --compare"),
         (["--recipes", "--fade-unit", "2:4"], "--recipes takes no spec flags"),
         (["--recipes", "--compare"], "--recipes takes no spec flags and no --compare"),
         (["--recipes", "--compare", "--active", "0.5"], "--recipes takes no spec flags"),
+        (["--json", "--csv"], "--csv stands alone"),
+        (["--dry-run", "--csv"], "--csv stands alone"),
+        (["--workers", "2"], "--workers is for --engine ray"),
     ],
 )
 def test_wrong_values_of_a_sweep_are_refused(sweep, runs, flags, words):

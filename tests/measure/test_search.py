@@ -422,7 +422,7 @@ def test_a_spec_that_cannot_be_is_passed_over(text, monkeypatch):
 
 # Choosing from what was tried --------------------------------------------------------------
 
-PLAIN = Run(ConversionSpec(), 10.0, 1.0, 0.1, 1.0, 100, 1.0, 1000, 1.0)
+PLAIN = Run(ConversionSpec(), 10.0, 1.0, 0.1, 1.0, 100, 1.0, 1.0, 1000, 1.0, 1.0)
 TENTHS = st.integers(2, 12).map(lambda n: n / 10)
 RATIOS = st.sampled_from([0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 4.0, float("inf")])
 SPECS = st.sampled_from(sorted(PRESETS.values(), key=str)) | st.builds(

@@ -1,17 +1,32 @@
 """Sweeps against the same conversions one by one, and the standard comparison on a tiny model."""
 
 import json
+import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all
-from mlpmoe.core.errors import SpecError
+from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import compare, encode_text, perplexity
-from mlpmoe.measure.sweep import AT_ONCE, BOUND, ROUTED, STATIC, comparison, measure, sweep
+from mlpmoe.measure.sweep import (
+    AT_ONCE,
+    BOUND,
+    ROUTED,
+    STATIC,
+    Run,
+    comparison,
+    measure,
+    run_of,
+    sweep,
+)
+from mlpmoe.models import assets_folder, load
 from tests import families
 from tests.tiny import D_FF, D_MODEL, VOCABULARY, byte_tokenizer, tiny_model
 
@@ -54,7 +69,7 @@ def test_a_sweep_equals_conversions_measured_one_by_one(model, text):
     assert [run.spec for run in runs] == SPECS
     assert doing
     dense = perplexity(model, byte_tokenizer(), TEXT, 32, 8)
-    dense_macs = parameter_report(model).mlp_macs_per_token
+    before = parameter_report(model)
     for run in runs:
         converted = convert(model, run.spec, calibration)
         expected = perplexity(converted, byte_tokenizer(), TEXT, 32, 8)
@@ -64,8 +79,13 @@ def test_a_sweep_equals_conversions_measured_one_by_one(model, text):
         assert run.ratio == pytest.approx(change.ratio, rel=1e-5)
         assert run.stderr == pytest.approx(change.stderr, rel=1e-4)
         assert (run.nonzero, run.macs_per_token) == (counted.nonzero, counted.macs_per_token)
-        assert run.mlp_macs_share == pytest.approx(counted.mlp_macs_per_token / dense_macs)
-        assert ConversionSpec.from_dict(json.loads(json.dumps(run.to_dict()))["spec"]) == run.spec
+        for share, part in {
+            "nonzero_share": "nonzero", "mlp_nonzero_share": "mlp_nonzero",
+            "macs_share": "macs_per_token", "mlp_macs_share": "mlp_macs_per_token",
+        }.items():  # fmt: skip
+            expected_share = getattr(counted, part) / getattr(before, part)
+            assert getattr(run, share) == pytest.approx(expected_share)
+        assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
 def test_runs_come_as_they_are_known(model, text):
@@ -76,7 +96,8 @@ def test_runs_come_as_they_are_known(model, text):
     assert next(runs).spec.branches == 2
     assert doing[-1] == "perplexity, 0 of 2 measured"
     assert next(runs).spec.branches == 3
-    assert doing[-1] == "perplexity, 1 of 2 measured"
+    assert doing[-1].startswith("perplexity, 1 of 2 measured, about ")
+    assert doing[-1].endswith(" s left")
 
 
 def test_nothing_to_measure(model, text):
@@ -87,6 +108,117 @@ def test_nothing_to_measure(model, text):
 def test_a_missing_calibration_text_is_refused(model, text):
     with pytest.raises(SpecError, match="calibration"):
         list(sweep(model, text, [ConversionSpec(method="cmoe")]))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_measured(model, text):
+    doing = []
+    specs = [ConversionSpec(branches=4), ConversionSpec(branches=D_FF + 1)]
+    with pytest.raises(SpecError, match="between 1 and 48"):
+        list(sweep(model, text, specs, report=doing.append))
+    assert doing == []
+
+
+def test_a_spec_that_fails_spares_the_others(model, text):
+    """What the fade unit does not fit shows only when the model is converted."""
+    failing = ConversionSpec(fade_unit="1:5")  # of 32 inputs
+    specs = [*SPECS[:2], failing, SPECS[2], failing, SPECS[3]]
+    measured = []
+    with pytest.raises(SpecError, match="--fade-unit 1:5: 1:5 zeros need a multiple"):
+        for run in sweep(model, text, specs, some_text(), 32, 8):
+            measured.append(run)
+    assert measured == list(sweep(model, text, SPECS[:4], some_text(), 32, 8))
+
+
+# Run ---------------------------------------------------------------------------------------
+
+RUN = Run(ConversionSpec(keep=8), 12.5, 1.25, 0.01, 1.1, 900, 0.9, 0.8, 850, 0.85, 0.7)
+INFINITE = ("perplexity", "ratio", "stderr", "bits_per_byte")
+COUNTS = ("nonzero", "macs_per_token")
+FIGURES = [name for name in RUN.to_dict() if name != "spec"]
+
+
+def as_json(run):
+    """What a strict reader of JSON makes of a run."""
+    return json.loads(json.dumps(run.to_dict(), allow_nan=False))
+
+
+@given(
+    figures=st.fixed_dictionaries(
+        {
+            name: st.integers(0, 2**70) if name in COUNTS
+            else st.floats(0, 1e300) | (st.just(math.inf) if name in INFINITE else st.nothing())
+            for name in FIGURES
+        }
+    )
+)  # fmt: skip
+def test_runs_survive_json(figures):
+    run = replace(RUN, **figures)
+    assert Run.from_dict(as_json(run)) == run
+    assert Run.from_dict(asdict(run) | {"spec": run.spec.to_dict(), "model": "demo"}) == run
+
+
+def test_whole_numbers_are_figures_too():
+    """JavaScript writes 1.0 as 1."""
+    run = replace(RUN, ratio=1.0, macs_share=1.0)
+    assert Run.from_dict(run.to_dict() | {"ratio": 1, "macs_share": 1}) == run
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("value", ["1", True, [1], {}, -1, -0.5, math.nan, 10**400], ids=repr)
+def test_other_figures_make_no_run(name, value):
+    if value == 10**400 and name in COUNTS:
+        value = 1.0
+    with pytest.raises(UserError, match=f"no run: {name} is "):
+        Run.from_dict(RUN.to_dict() | {name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - set(INFINITE)))
+@pytest.mark.parametrize("value", [None, math.inf])
+def test_infinite_is_only_what_a_broken_model_gives(name, value):
+    with pytest.raises(UserError, match=f"no run: {name} is "):
+        Run.from_dict(RUN.to_dict() | {name: value})
+
+
+@pytest.mark.parametrize("missing", ["spec", *FIGURES])
+def test_a_run_is_whole(missing):
+    values = RUN.to_dict()
+    del values[missing]
+    with pytest.raises(UserError, match=f"no run: .*{missing}"):
+        Run.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "values", [None, 5, "run", [], {}, {"spec": 5}, {"spec": []}, {"spec": {"branches": "8"}},
+               {"spec": {"speed": 1}}, {"spec": {"method": []}}],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_run(values):
+    with pytest.raises(UserError):
+        Run.from_dict(values)
+
+
+def test_a_model_whose_losses_are_undefined(model, text):
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    dense, undefined = measure(model, text, 32, 8), measure(broken, text, 32, 8)
+    counted = parameter_report(model)
+    run = run_of(ConversionSpec(), dense, undefined, counted, counted)
+    assert [getattr(run, name) for name in INFINITE] == [math.inf] * 4
+    assert Run.from_dict(as_json(run)) == run
+
+
+def test_the_runs_that_come_with_the_project():
+    """Their shares are of the demo model as it is."""
+    dense = parameter_report(load("demo")[0])
+    lines = (assets_folder() / "sweeps" / "demo.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [Run.from_dict(json.loads(line)) for line in lines]
+    assert len({run.spec for run in runs}) == 57
+    for run in runs:
+        assert run.nonzero_share == run.nonzero / dense.nonzero
+        assert run.macs_share == run.macs_per_token / dense.macs_per_token
+        inside = run.nonzero - (dense.nonzero - dense.mlp_nonzero)
+        assert run.mlp_nonzero_share == pytest.approx(inside / dense.mlp_nonzero, rel=1e-12)
 
 
 def test_measure_is_perplexity(model, text):
