@@ -1,173 +1,376 @@
-"""The lesson: its numbers are those of the loaded model, recounted here."""
+"""The lesson: its numbers are those of the loaded model, recounted here from the model's own
+modules, and its right answers are right."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 import torch
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.explorer.lesson import OTHERS, TOKENS, lesson, published
+from mlpmoe.core.errors import UserError
+from mlpmoe.explorer.lesson import LEAVE, PRESENT, LessonHandlers
+from mlpmoe.explorer.lesson_panel import lesson_panel, wire_lesson
+from mlpmoe.explorer.lesson_steps import STEPS, Reading, feedback, read_layers
+from mlpmoe.explorer.lesson_steps.fade import faded
+from mlpmoe.explorer.lesson_steps.keep import kept
+from mlpmoe.explorer.lesson_steps.route import routed
+from mlpmoe.explorer.lesson_steps.split import addition
+from mlpmoe.explorer.loaded import LoadedModel
 
-SPECS = [
-    ConversionSpec(),
-    ConversionSpec(branches=1, fade=0.9),
-    ConversionSpec(branches=5, fade=0.9),
-    ConversionSpec(branches=40, keep=1),
-    ConversionSpec(branches=7, fade=2.0, keep=3, compensation="none"),
-]
+SPLIT, FADE, KEEP, ROUTE = STEPS
+MOST_WORDS = 90  # of running text in a step
+LAYER = 1
 
 
 @pytest.fixture(params=["tiny", "gateless", "one_layer"])
-def any_model(request):
+def any_model(request) -> LoadedModel:
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
-def test_any_model_and_spec_has_a_lesson(any_model, spec):
-    spec.check_fits(40)  # the narrowest of them
-    for text in lesson(any_model, spec, layer=99):
-        assert text
-        assert not re.search(r"\b(nan|inf|undefined)\b", text)
-        assert "{" not in re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL)
+@pytest.fixture(scope="module")
+def reading(tiny) -> Reading:
+    return read_layers(tiny)[LAYER]
 
 
-def test_strip_draws_every_branch_as_wide_as_it_is(tiny):
-    strip, *_ = lesson(tiny, ConversionSpec(branches=5, fade=1.0, keep=4), 0)
-    cells = re.findall(
-        r'<span class="(\w+)" style="flex-grow:(\d+);--left:(\d+)%" title="([^"]*)"', strip
+@pytest.fixture(scope="module")
+def caught(tiny) -> SimpleNamespace:
+    """Input and output of the dense model's own MLP for the words, by a hook."""
+    found = []
+    mlp = tiny.model.model.layers[LAYER].mlp
+    handle = mlp.register_forward_hook(lambda _, args, out: found.append((args[0][0], out[0])))
+    ids = tiny.text("stories").documents[0][:64]
+    try:
+        with torch.no_grad():
+            tiny.model(ids[None])
+    finally:
+        handle.remove()
+    words = ids != tiny.tokenizer.bos_token_id
+    return SimpleNamespace(mlp=mlp, x=found[0][0][words], whole=found[0][1][words], ids=ids[words])
+
+
+def branch(mlp, x: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """What some neurons of a Llama's MLP say."""
+    gated = torch.nn.functional.silu(x @ mlp.gate_proj.weight[first:stop].T)
+    return (gated * (x @ mlp.up_proj.weight[first:stop].T)) @ mlp.down_proj.weight[:, first:stop].T
+
+
+def said(caught, branches: int) -> torch.Tensor:
+    size = 48 // branches
+    with torch.no_grad():
+        return torch.stack(
+            [branch(caught.mlp, caught.x, b * size, (b + 1) * size) for b in range(branches)]
+        )
+
+
+def cells(html: str) -> list[list[str]]:
+    rows = re.findall(r"<tr.*?</tr>", html)
+    return [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in rows]
+
+
+def figures(row: list[str]) -> list[float]:
+    return [float(cell.replace("−", "-")) for cell in row[1:]]
+
+
+# all steps
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
+def test_any_model_and_any_value_of_the_control_has_a_view(any_model, step):
+    layers = read_layers(any_model)
+    assert [reading.layer for reading in layers] == list(range(len(any_model.mlps)))
+    low, high = step.control["minimum"], step.control["maximum"]
+    for reading in layers:
+        for value in (low, step.control["value"], high):
+            view = step.view(reading, value)
+            shown = view.numbers + (str(view.figure) if not step.plots else "")
+            assert not re.search(r"\b(nan|inf|undefined)\b|[{}]", shown)
+        for answer in range(3):
+            assert re.match(
+                r'<p role="status" class="(right|wrong)">', feedback(step, reading, answer)
+            )
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
+def test_words_are_few_and_about_the_matrices_there_are(tiny, gateless, step):
+    for model in (tiny, gateless):
+        text = step.words(read_layers(model)[0])
+        formula, running = re.search(r"\$\$(.*?)\$\$(.*)", text, re.DOTALL).groups()
+        assert len(running.split()) <= MOST_WORDS
+        assert "$" not in running and "{" not in running
+        assert formula.count("{") == formula.count("}")
+        assert ("gate" in text) <= (model is tiny)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
+def test_one_answer_is_right_and_nothing_is_said_before(any_model, step):
+    for reading in read_layers(any_model):
+        assert feedback(step, reading, None) == ""
+        verdicts = [feedback(step, reading, answer) for answer in range(3)]
+        right, why = step.judge(reading)
+        assert [i for i, text in enumerate(verdicts) if 'class="right"' in text] == [right]
+        assert all(why in text for text in verdicts)
+        assert all("Right is" in text for i, text in enumerate(verdicts) if i != right)
+
+
+def test_the_reading_leaves_out_what_is_no_text(tiny, reading, caught):
+    assert torch.equal(reading.x, caught.x)
+    assert tiny.tokenizer.bos_token_id not in caught.ids
+    assert len(reading.words) == len(caught.ids) == 63
+    assert "".join(reading.words[:4]) == tiny.tokenizer.decode(caught.ids[:4])
+
+
+def test_reading_leaves_the_model_alone(tiny, weights_hash):
+    before = weights_hash(tiny.model)
+    reading = read_layers(tiny)[0]
+    for step in STEPS:
+        step.view(reading, step.control["value"])
+        step.judge(reading)
+    assert weights_hash(tiny.model) == before
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in tiny.model.modules())
+
+
+def test_text_of_the_model_is_escaped(reading):
+    odd = replace(reading, words=("<img src=x onerror=1>",) * len(reading.words))
+    assert "<img" not in SPLIT.view(odd, 4).figure
+    assert "<img" not in ROUTE.view(odd, 4).figure.to_json().replace("\\u003c", "<")
+
+
+# 1: split
+
+
+def test_split_adds_up_what_the_branches_say(reading, caught):
+    parts = said(caught, 4)
+    found = addition(reading, 4)
+    token = reading.words.index(found.word)
+    assert found.said == pytest.approx(parts[:, token, list(found.outputs)], abs=1e-5)
+    whole = caught.whole[token].detach()
+    assert found.whole == pytest.approx(whole[list(found.outputs)], abs=1e-5)
+    assert set(found.outputs) == set(whole.abs().topk(5).indices.tolist())
+    assert found.error == pytest.approx(
+        float((found.total - found.whole).abs().max() / caught.whole.abs().max()), abs=1e-6
     )
-    assert [kind for kind, *_ in cells] == ["kept"] * 4 + ["dropped"]
-    assert [int(grow) for _, grow, *_ in cells] == [10, 10, 10, 9, 9]
-    assert [int(left) for _, _, left, _ in cells] == [100, 80, 60, 40, 20]
-    assert "48 neurons in 5 branches, 4 kept" in strip
+    assert 0 <= found.error < 1e-5
 
 
-def test_split_names_sizes_and_formula(tiny, gateless):
-    _, text, *_ = lesson(tiny, ConversionSpec(branches=5), 0)
-    assert "The 48 neurons" in text
-    assert "B = 5 branches of 9 or 10" in text
-    assert "gate" in text
-    assert "gate" not in lesson(gateless, ConversionSpec(branches=5), 0)[1]
-    assert "branches of 3." in lesson(tiny, ConversionSpec(branches=16), 0)[1]
+@pytest.mark.parametrize("branches", [1, 5, 8])
+def test_the_table_of_split_adds_up(reading, branches):
+    _, *rows = cells(SPLIT.view(reading, branches).figure)
+    assert [row[0] for row in rows[:-2]] == [f"branch {b}" for b in range(branches)]
+    *parts, total, whole = map(figures, rows)
+    assert total == whole
+    rounding = 0.5 * (branches + 1) * 10 ** -len(rows[0][1].partition(".")[2])
+    sums = [sum(column) for column in zip(*parts, strict=True)]
+    assert sums == pytest.approx(total, abs=rounding + 1e-9)
 
 
-def test_split_measures_rounding_and_no_more(tiny):
-    _, text, *_ = lesson(tiny, ConversionSpec(branches=16), 0)
-    error = re.search(r"at most \*\*(.*?)\*\*", text)[1]
-    assert error == "0" or error.endswith(("10⁻⁷", "10⁻⁶"))
-    assert f"{TOKENS} tokens" in text
-    assert "float32 rounding" in text
+def test_split_names_uneven_branches(reading):
+    assert "5 branches of 9 or 10 neurons" in SPLIT.view(reading, 5).numbers
+    assert "1 branch of 48 neurons" in SPLIT.view(reading, 1).numbers
 
 
-def test_fade_gives_the_threshold_of_its_example(tiny):
-    spec = ConversionSpec(branches=6, fade=0.9, keep=4)
-    *_, text, _ = lesson(tiny, spec, 1)
-    assert "branch 2 loses 0.90 · 2 / 6 = **30.0 %**" in text
-    weight = tiny.model.model.layers[1].mlp.gate_proj.weight.detach().abs()
-    threshold = weight[16:24].flatten().quantile(0.3)
-    assert float(re.search(r"\|w\| = \*\*(.*?)\*\*", text)[1]) == pytest.approx(
-        float(threshold), rel=0.006
-    )
-    zeros = tiny.zeros(spec)
-    assert f"{100 * zeros.requested:.2f} % was asked for and" in " ".join(text.split())
+def test_shuffled_neurons_say_the_same(any_model):
+    """What the question claims, on the model as converted by the library."""
+    spec = ConversionSpec(branches=8, order="random")
+    ids = any_model.text("stories").documents[0][None, :32]
+    with torch.no_grad():
+        shuffled = convert(any_model.model, spec)(ids).logits
+        assert torch.allclose(shuffled, any_model.model(ids).logits, atol=1e-3)
+    for reading in read_layers(any_model):
+        assert SPLIT.judge(reading)[0] == 1
 
 
-def test_fade_says_when_there_is_none(tiny):
-    assert "Fade is 0 now" in lesson(tiny, ConversionSpec(), 0)[2]
+# 2: fade
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.9, 1.0])
+def test_fade_zeroes_what_the_library_zeroes(any_model, strength):
+    spec = ConversionSpec(branches=16, fade=strength)
+    converted = convert(any_model.model, spec)
+    mlps = [m for m in converted.modules() if type(m).__name__ == "BranchedMLP"]
+    for reading, mlp in zip(read_layers(any_model), mlps, strict=True):
+        found = faded(reading, strength)
+        assert found.projection == ("gate" if "gate" in any_model.projections else "up")
+        pieces = mlp.projections[found.projection].weight.detach().split(mlp.sizes)
+        thresholds = mlp.fade_thresholds[found.projection]
+        assert [b.branch for b in found.branches] == [0, 8, 15]
+        for b in found.branches:
+            assert b.realised == pytest.approx(float((pieces[b.branch] == 0).double().mean()))
+            assert b.threshold == pytest.approx(thresholds[b.branch])
+            assert b.requested == pytest.approx(strength * b.branch / 16)
+            assert int(b.counts.sum()) >= 0.98 * pieces[b.branch].numel()
+
+
+def test_no_fade_zeroes_nothing(reading):
+    assert [b.realised for b in faded(reading, 0).branches] == [0, 0, 0]
+    assert [b.threshold for b in faded(reading, 0).branches] == [0, 0, 0]
+
+
+def test_half_of_the_weights_hold_less_than_half_of_the_squares(reading, caught):
+    right, why = FADE.judge(reading)
+    rows = caught.mlp.gate_proj.weight.detach()[24:27].flatten().square().sort().values.double()
+    lost = float(rows[: len(rows) // 2].sum() / rows.sum())
+    assert FADE.question.answers[right] == "Less than half"
+    share = float(re.search(r"and ([\d.]+)\N{NO-BREAK SPACE}% of the squares", why)[1])
+    assert share == pytest.approx(100 * lost, abs=0.06)
+
+
+# 3: keep
+
+
+def test_keep_measures_size_direction_and_factors(reading, caught):
+    parts, found = said(caught, 16).double(), kept(reading)
+    whole = parts.sum(0)
+    for k in (1, 7, 16):
+        some = parts[:k].sum(0)
+        assert float(found.size[k - 1]) == pytest.approx(float(some.norm() / whole.norm()), 1e-4)
+        restored = found.restoring[k - 1] * some
+        assert float(restored.norm()) == pytest.approx(float(whole.norm()), 1e-4)
+        errors = {
+            factor: float((factor * found.best[k - 1] * some - whole).norm() / whole.norm())
+            for factor in (0.97, 1, 1.03)
+        }
+        assert min(errors, key=errors.get) == 1
+        assert float(found.error[k - 1]) == pytest.approx(errors[1], abs=2e-3)
+    assert float(found.cosine[-1]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    "spec", [ConversionSpec(fade=0.9, keep=1), ConversionSpec(branches=1, fade=0.9)]
+    ("first", "second", "answer"),
+    [
+        ([1.0, 0.0], [0.0, 1.0], "A smaller one"),  # uncorrelated: 1 is best
+        ([1.0, 0.0], [1.0, 0.0], "A larger one"),  # the same: 2 is best
+        ([1.0, 0.0], [0.4142, 0.9], "√(16/8) = 1.41, give or take 5 %"),
+    ],
 )
-def test_fade_is_not_called_zero_when_only_branch_0_is_left(tiny, spec):
-    text = lesson(tiny, spec, 0)[2]
-    assert "Fade is 0" not in text
-    assert "ranch 0" in text.rpartition("$$")[2].partition("stay as they are.")[2]
+def test_the_best_factor_is_told_from_the_published_one(reading, first, second, answer):
+    """Half of the branches say `first`, the others `second`."""
+    outputs = torch.zeros(16, 1, 2)
+    outputs[:8], outputs[8:] = torch.tensor(first) / 8, torch.tensor(second) / 8
+    stand_in = SimpleNamespace(layer=0, looped=lambda branches: (outputs, outputs.sum(0)))
+    right, _ = KEEP.judge(stand_in)
+    assert KEEP.question.answers[right] == answer
 
 
-@pytest.mark.parametrize("compensation", ["sqrt", "none"])
-def test_keep_measures_size_and_direction(tiny, compensation):
-    """Against the outputs of the dense model's own MLP, caught with a hook."""
-    spec = ConversionSpec(branches=6, keep=4, compensation=compensation)
-    text = lesson(tiny, spec, 1)[3]
-    caught = []
-    mlp = tiny.model.model.layers[1].mlp
-    handle = mlp.register_forward_hook(lambda _, args, out: caught.append((args[0], out)))
-    try:
-        with torch.no_grad():
-            tiny.model(tiny.text("stories").documents[0][None, :TOKENS])
-    finally:
-        handle.remove()
-    x, whole = caught[0]
-    plain = ConversionSpec(branches=6, keep=4, compensation="none")
+# 4: route
+
+
+def test_router_oracle_and_fixed_choice_have_the_errors_they_make(tiny, reading, caught):
+    parts, found = said(caught, 16), routed(reading, 5)
+    whole = parts.sum(0)
+
+    def error(chosen: torch.Tensor) -> float:
+        return float(((chosen.T[..., None] * parts).sum(0) - whole).norm() / whole.norm())
+
+    mlp = caught.mlp
+    centroids = mlp.gate_proj.weight.detach().view(16, 3, -1).mean(1)
+    best = (caught.x @ centroids.T).topk(5).indices
+    chosen = torch.zeros(63, 16, dtype=torch.bool).scatter(1, best, True)
+    assert torch.equal(found.chosen, chosen)
+    assert found.error == pytest.approx(error(chosen), rel=1e-4)
+    loudest = parts.norm(dim=2).mean(1).topk(5).indices
+    fixed = torch.zeros(63, 16, dtype=torch.bool)
+    fixed[:, loudest] = True
+    assert found.fixed_error == pytest.approx(error(fixed), rel=1e-4)
+    oracle = ConversionSpec(method="contiguous", experts=16, active=5 / 16, router="oracle")
     with torch.no_grad():
-        kept = convert(tiny.model, plain).model.layers[1].mlp(x)
-    share = float(kept.norm() / whole.norm())
-    cosine = float(torch.cosine_similarity(kept.flatten(), whole.flatten(), dim=0))
-    shares = [float(s) for s in re.findall(r"\*\*(\d+) %\*\*", text)]
-    expected = [100 * share, 100 * share * spec.alpha]
-    if compensation == "none":
-        assert "compensation is off" in text
-        del expected[1]
-    assert shares == pytest.approx(expected, abs=0.51)
-    assert float(re.search(r"is\s+\*\*(-?[\d.]+)\*\* \(1 would", text)[1]) == pytest.approx(
-        cosine, abs=0.0051
-    )
+        y = convert(tiny.model, oracle).model.layers[LAYER].mlp(caught.x)
+    expected = float((y - whole).norm() / whole.norm())
+    assert found.oracle_error == pytest.approx(expected, rel=1e-4)
 
 
-def test_keep_says_when_all_are_kept(tiny):
-    assert "All branches are kept now" in lesson(tiny, ConversionSpec(fade=0.9), 0)[3]
+def test_all_experts_make_no_error(any_model):
+    for reading in read_layers(any_model):
+        found = routed(reading, 16)
+        assert found.chosen.all()
+        assert max(found.error, found.fixed_error, found.oracle_error) < 1e-6
 
 
-def test_the_lesson_leaves_no_hook_behind(tiny):
-    lesson(tiny, ConversionSpec(branches=4, keep=2), 0)
-    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+def test_experts_are_fewer_where_the_neurons_forbid_sixteen(one_layer):
+    found = routed(read_layers(one_layer)[0], 16)
+    assert found.size.shape[1] == found.running == 10
+    assert "10 of 10 experts" in ROUTE.view(read_layers(one_layer)[0], 16).numbers
 
 
-OTHER = {
-    "order": {"order": "least-squares"},
-    "schedule": {"fade_schedule": "uniform"},
-    "power": {"fade_schedule": "power", "fade_exponent": 3.0},
-    "matrices": {"fade_projections": "down"},
-    "score": {"fade_score": "sparsegpt"},
-    "unit": {"fade_unit": "neuron"},
-    "allocation": {"allocation": "sensitivity"},
-    "seed": {"order": "random", "seed": 3},
-    "progressive": {"fade_score": "wanda", "progressive": True},
-}
+@pytest.mark.parametrize(
+    ("error", "fixed", "answer"), [(0.3, 0.5, 0), (0.5, 0.3, 1), (0.5, 0.52, 2), (0.52, 0.5, 2)]
+)
+def test_the_verdict_on_routing_follows_the_errors(reading, monkeypatch, error, fixed, answer):
+    found = replace(routed(reading, 4), error=error, fixed_error=fixed)
+    monkeypatch.setattr("mlpmoe.explorer.lesson_steps.route.routed", lambda *_: found)
+    assert ROUTE.judge(reading)[0] == answer
 
 
-@pytest.mark.parametrize("choices", OTHER.values(), ids=OTHER)
-def test_the_lesson_shows_the_published_stages_and_says_so(demo, choices, monkeypatch):
-    """Without a calibration, whatever the other choices are."""
-    monkeypatch.setattr(demo, "calibration", None)
-    basis = {"branches": 6, "fade": 0.9, "keep": 4}
-    spec, plain = ConversionSpec(**basis, **choices), ConversionSpec(**basis)
-    strip, *steps = lesson(demo, spec, 1)
-    expected, *same = lesson(demo, plain, 1)
-    assert steps == same
-    assert published(spec) == published(plain) == plain
-    assert strip != expected == strip.replace(OTHERS, "")
-    assert "other choices under More are left out" in strip
+# the events
 
 
-@pytest.mark.parametrize("compensation", ["alpha", "mean", "refit"])
-def test_a_fitted_compensation_is_not_in_the_lesson(tiny, compensation):
-    spec = ConversionSpec(branches=6, keep=4, compensation=compensation)
-    strip, *_, keep = lesson(tiny, spec, 0)
-    assert OTHERS in strip
-    assert "compensation is off" in keep
+@pytest.fixture
+def lesson(workbench) -> LessonHandlers:
+    return LessonHandlers(workbench)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
-def test_a_published_recipe_leaves_nothing_out(tiny, spec):
-    assert published(spec) == spec
-    assert OTHERS not in lesson(tiny, spec, 0)[0]
+DEFAULTS = [step.control["value"] for step in STEPS]
 
 
-def test_a_pattern_is_no_fade_of_the_lesson(tiny):
-    strip, _, fade, _ = lesson(tiny, ConversionSpec(fade_unit="2:4", keep=12), 0)
-    assert OTHERS in strip
-    assert "Fade is 0 now" in fade
+def test_show_fills_all_steps_and_keeps_answers(lesson):
+    shown = lesson.show("demo", 0, False, *DEFAULTS, None, 0, None, 2)
+    assert len(shown) == 4 * len(STEPS)
+    assert [bool(text) for text in shown[3::4]] == [False, True, False, True]
+    assert [type(figure) is str for figure in shown[1::4]] == [not step.plots for step in STEPS]
+
+
+def test_a_control_gives_what_show_gave(lesson):
+    shown = lesson.show("demo", 1, False, *DEFAULTS, *[None] * 4)
+    for index, step in enumerate(STEPS):
+        figure, numbers = lesson.view(step, "demo", 1, False, DEFAULTS[index])
+        assert (figure, numbers) == (shown[4 * index + 1], shown[4 * index + 2])
+
+
+def test_a_layer_beyond_the_last_is_the_last(lesson):
+    assert lesson.reading("demo", 99).layer == 1
+    assert lesson.another_model("demo") == gr.update(maximum=1, value=1)
+
+
+def test_large_figures_are_larger(lesson):
+    for step in (FADE, KEEP, ROUTE):
+        value = step.control["value"]
+        small, _ = lesson.view(step, "demo", 0, False, value)
+        large, _ = lesson.view(step, "demo", 0, True, value)
+        assert large.layout.height > small.layout.height
+        assert large.layout.font.size > small.layout.font.size
+
+
+def test_the_button_says_where_it_leads(lesson):
+    assert lesson.present(True) == (True, LEAVE)
+    assert lesson.present(False) == (False, PRESENT)
+
+
+def test_the_model_reads_the_text_once(lesson, workbench, monkeypatch):
+    lesson.show("demo", 0, False, *DEFAULTS, *[None] * 4)
+    monkeypatch.setattr(workbench.loaded("demo"), "model", None)
+    lesson.view(KEEP, "demo", 1, False, 3)
+    assert "Right" in lesson.answer(SPLIT, "demo", 1, 1)
+
+
+def test_a_model_that_left_is_named(lesson):
+    with pytest.raises(UserError, match="not loaded"):
+        lesson.view(KEEP, "nobody/nothing", 0, False, 3)
+
+
+def test_all_listeners_are_private_and_one_runs_at_a_time(lesson):
+    with gr.Blocks() as demo:
+        model = gr.State("demo")
+        with gr.Tab("How it works") as tab:
+            panel = lesson_panel(2)
+        wire_lesson(lesson, model, panel, tab)
+    assert {fn.api_visibility for fn in demo.fns.values()} == {"private"}
+    measuring = [fn for fn in demo.fns.values() if fn.concurrency_id == "lesson"]
+    assert len(measuring) == 1 + 2 * len(STEPS)
+    assert {fn.concurrency_limit for fn in measuring} == {1}
+    ids = [block.elem_id for block in demo.blocks.values() if block.elem_id]
+    assert all(name == "lesson" or name.startswith("lesson-") for name in ids)
+    assert len(ids) == len(set(ids))
