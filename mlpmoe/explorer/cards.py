@@ -11,11 +11,10 @@ from html import escape
 from ..core.spec import ConversionSpec
 from ..measure.notation import count, difference, number, signed_percent, speedup
 from ..measure.parameters import ParameterReport
-from ..measure.perplexity import Perplexity
+from ..measure.perplexity import STREAM_WINDOW, Perplexity
 from ..measure.speed import SpeedReport
 from .loaded import Evaluation, LoadedModel, Zeros
-
-TEXT_NAMES = {"stories": "evaluation stories", "proxy": "proxy mixture (health check)"}
+from .texts import text_name
 
 COMPENSATION_NAMES = {
     "sqrt": "× √(B/K)",
@@ -66,14 +65,18 @@ def describe(spec: ConversionSpec) -> str:
     return " · ".join(parts)
 
 
-def perplexity_card(evaluation: Evaluation, text: str) -> Card:
+def perplexity_card(evaluation: Evaluation, text: str, window: int | None = None) -> Card:
+    """window: tokens, of a text that is cut into windows as published figures are."""
     dense, converted = evaluation.dense, evaluation.converted
+    windows = f" in windows of {window:,}" if window else ""
+    if window and window != STREAM_WINDOW:
+        windows += f" (published: {STREAM_WINDOW:,})"
     return Card(
         "Perplexity",
         number(dense.value),
         number(converted.value),
         difference(evaluation.change),
-        f"{TEXT_NAMES[text]}, {dense.tokens:,} tokens; "
+        f"{text_name(text)}, {dense.tokens:,} tokens{windows}; "
         f"{dense.bits_per_byte:.2f} → {number(converted.bits_per_byte)} bits per byte",
     )
 
@@ -81,7 +84,7 @@ def perplexity_card(evaluation: Evaluation, text: str) -> Card:
 def pending_perplexity_card(dense: Perplexity | None, text: str, message: str) -> Card:
     """Before and during a measurement."""
     value = number(dense.value) if dense else "…"
-    return Card("Perplexity", value, "…", message, f"on the {TEXT_NAMES[text]}")
+    return Card("Perplexity", value, "…", message, f"on the {text_name(text)}")
 
 
 def nonzero_card(

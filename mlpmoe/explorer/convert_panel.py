@@ -13,9 +13,11 @@ from ..core.presets import PRESETS
 from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import MAX_FADE, PROJECTIONS
-from .cards import TEXT_NAMES
+from ..models.texts import MAX_OWN_TEXT
+from .links import DEFAULT_TEXT
 from .settings import CONTROLS, EXPONENTS, MAX_BRANCHES
 from .sliders import KeepSlider, LimitedSlider
+from .texts import text_choices
 
 CUSTOM = "custom"
 UNIT_CHOICES = [
@@ -47,8 +49,12 @@ class ConvertPanel:
     allocation: gr.Radio
     progressive: gr.Checkbox
     text: gr.Dropdown
+    own_text: gr.Textbox
+    use_text: gr.Button
+    own_file: gr.File
     measure: gr.Button
     stop: gr.Button
+    link: gr.Textbox
     snippet: gr.Code
 
     @property
@@ -118,22 +124,35 @@ def convert_panel() -> ConvertPanel:
             False, label="Layer by layer *", elem_id="progressive",
             info="stages with a * see each layer on the converted ones before it",
         )  # fmt: skip
+    with gr.Accordion("Text that is measured on", open=False, elem_id="text-choice"):
         text = gr.Dropdown(
-            [(name[0].upper() + name[1:], key) for key, name in TEXT_NAMES.items()],
-            value="stories",
-            label="Text that perplexity is measured on",
-            filterable=False,
-            elem_id="text",
-        )
-    with gr.Accordion("The same in Python and in the shell", open=False):
+            text_choices(), value=DEFAULT_TEXT, label="Text", filterable=False, elem_id="text",
+            info="WikiText-2 and C4 need a network once, and patience",
+        )  # fmt: skip
+        own_text = gr.Textbox(
+            label="Own text", lines=3, max_lines=8, max_length=MAX_OWN_TEXT, elem_id="own-text",
+            info="a few hundred tokens at least, or the error hides every effect; stays in this "
+            "server's memory, and whoever has the link can use it",
+        )  # fmt: skip
+        use_text = gr.Button("Measure on this text", size="sm", elem_id="use-own-text")
+        own_file = gr.File(
+            label="… or a text file, UTF-8", file_types=[".txt", ".md"], height=120,
+            elem_id="own-file",
+        )  # fmt: skip
+    with gr.Accordion("Share and reproduce", open=False, elem_id="share"):
+        link = gr.Textbox(
+            label="Link to these settings", interactive=False, buttons=["copy"], elem_id="link",
+            lines=1, max_lines=3, info="model, settings, text and tab",
+        )  # fmt: skip
         snippet = gr.Code(
-            language="python", show_label=False, buttons=["copy"], elem_id="snippet",
+            language="python", label="The same in Python and in the shell", buttons=["copy"],
+            elem_id="snippet",
             interactive=False, lines=6, wrap_lines=True, show_line_numbers=False,
         )  # fmt: skip
     return ConvertPanel(
         preset, branches, fade, keep, compensation, order, fade_schedule, fade_exponent,
-        fade_projections, fade_score, fade_unit, allocation, progressive, text, measure, stop,
-        snippet,
+        fade_projections, fade_score, fade_unit, allocation, progressive, text, own_text,
+        use_text, own_file, measure, stop, link, snippet,
     )  # fmt: skip
 
 

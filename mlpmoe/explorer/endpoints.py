@@ -16,12 +16,11 @@ from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE
-from .handlers import check_writing, readable
+from .events import MODEL_QUEUE, readable
+from .generations import check_writing
 from .loaded import Conversion, Evaluation, LoadedModel, spec_of
 from .preview import summary
 from .workbench import Workbench
-
-MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
 
 
 def add_endpoints(workbench: Workbench) -> None:
@@ -83,7 +82,7 @@ def add_endpoints(workbench: Workbench) -> None:
         text: str = "stories",
         more: dict | None = None,
     ) -> Iterator[dict]:
-        """Perplexity of dense and converted model on a built-in text ("stories" or "proxy").
+        """Perplexity of both models on a text: "stories", "proxy", "wikitext2" or "c4".
 
         Streams {"done", "total"} tokens; the last message holds the result.
         """

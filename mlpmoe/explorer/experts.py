@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from html import escape
@@ -12,29 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import plotly.graph_objects as go
-import torch
 
 from ..core.calibration import check_disjoint
-from ..core.conversion import mlp_modules
 from ..core.errors import UserError
-from ..core.routed import ROUTED_METHODS, RoutedMLP
+from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.notation import count, difference, number, signed_percent
-from ..measure.parameters import ParameterReport, parameter_report
-from ..measure.routing import LayerRouting, routing
+from ..measure.parameters import ParameterReport
+from ..measure.routing import routing
 from ..measure.sweep import BOUND, STATIC, comparison
 from ..models import assets_folder
 from ..models.catalogue import DEMO_KEY
-from .expert_plots import Point, expert_load, shared_split, tradeoff, variation_histogram
-from .experts_panel import EMPTY, OWN
+from ..models.texts import check_own_text
+from .expert_figures import coloured_tokens, load_plot, split_plot, story_ids, variation_plot
+from .expert_plots import Point, tradeoff
+from .expert_settings import OWN, read_spec
+from .experts_panel import EMPTY
 from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories
+from .preview import snippet
+from .records import measured_record, write_records
 from .workbench import Workbench
 
 BUDGETS = (0.875, 0.75, 0.5)  # active shares of the comparison that comes with the demo model
 TEXT = "stories"  # that perplexity is measured on
 LOAD_TOKENS = 512  # of that text, for the load of experts
-SHOWN_TOKENS = 160  # of it, coloured
 SHOWN_POINTS = 12  # measured here, the latest
 ABOUT = {
     "expertweaver": "Groups neurons whose gates react alike over the samples of the calibration "
@@ -62,8 +62,9 @@ class ExpertHandlers:
         """About the method, snippet, whether it has experts, and the trade-off plot so far."""
         loaded = self.workbench.loaded(model)
         try:
-            spec = spec_of(*settings[:-2])
-            shown = snippet(loaded.key, spec, settings[-2] == OWN)
+            spec = read_spec(*settings[:-2])
+            seen = "own-calibration.txt" if settings[-2] == OWN else "calibration"
+            shown = snippet(loaded.key, spec, TEXT, seen)
         except UserError as error:
             shown = f"# {error}"
         method = settings[0]
@@ -84,24 +85,21 @@ class ExpertHandlers:
         """An uploaded calibration text."""
         if path is None:
             return gr.skip(), gr.skip()
-        try:
-            return Path(path).read_text(encoding="utf-8-sig"), OWN
-        except UnicodeDecodeError:
-            raise UserError("the file is not UTF-8 text. Save it as UTF-8 and try again.") from None
+        return check_own_text(Path(path).read_bytes()), OWN
 
     def measure(self, model: str, layer: int, *settings: Any) -> Iterator[tuple]:
         """Status, result, trade-off, details and what they hold, as the work goes on."""
         loaded = self.workbench.loaded(model)
-        spec = spec_of(*settings[:-2])
+        spec = read_spec(*settings[:-2])
         spec.check_fits(loaded.d_ff)
         asked = Calibrated(spec, calibration_text(*settings[-2:]))
         kind = BOUND if spec.router == "oracle" else "here"
         for message in self._measure(loaded, asked, ROUTED_METHODS[spec.method].label, kind):
-            yield _status(message), *(gr.skip(),) * 7
+            yield _status(message), *(gr.skip(),) * 8
         evaluation = loaded.known_evaluation(asked, TEXT)
         converted = loaded.converted(asked)
-        report, share = parameter_report(converted), loaded.points[asked].compute
-        found = routing(converted, _ids(loaded)[:LOAD_TOKENS])
+        report, share = loaded.converted_report(asked), loaded.points[asked].compute
+        found = routing(converted, story_ids(loaded)[:LOAD_TOKENS])
         varied = variation_plot(converted, spec.tau)
         yield (
             _status(""),
@@ -112,6 +110,7 @@ class ExpertHandlers:
             split_plot(converted, found),
             gr.update(value=varied, visible=varied is not None),
             coloured_tokens(loaded, found, layer),
+            self._record(loaded, asked),
         )
 
     def measure_static(self, model: str, active: float) -> Iterator[tuple]:
@@ -123,8 +122,15 @@ class ExpertHandlers:
                 continue
             asked = Calibrated(spec, text)
             for message in self._measure(loaded, asked, name, STATIC):
-                yield _status(f"{name}: {message}"), gr.skip()
-            yield _status(""), tradeoff(points(loaded))
+                yield _status(f"{name}: {message}"), gr.skip(), gr.skip()
+            yield _status(""), tradeoff(points(loaded)), self._record(loaded, asked)
+
+    def _record(self, loaded: LoadedModel, asked: Calibrated) -> str:
+        """The run for the browser to keep; none on a calibration text of the visitor's own, which
+        a link cannot carry."""
+        if asked.text != calibration_stories():
+            return gr.skip()
+        return write_records([measured_record(loaded, asked, TEXT, "experts")])
 
     def _measure(
         self, loaded: LoadedModel, asked: Calibrated, name: str, kind: str
@@ -135,7 +141,7 @@ class ExpertHandlers:
         for step in loaded.evaluate(asked, TEXT):
             if not isinstance(step, Evaluation):
                 yield f"measuring perplexity, {step.done / step.total:.0%}"
-        report = parameter_report(loaded.converted(asked))
+        report = loaded.converted_report(asked)
         share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
         loaded.points.pop(asked, None)  # so that it comes last
         loaded.points[asked] = Point(name, kind, share, step.change.ratio, step.change.stderr)
@@ -144,29 +150,13 @@ class ExpertHandlers:
         """The coloured words of another layer, of what was measured last with these settings."""
         loaded = self.workbench.loaded(model)
         try:
-            asked = Calibrated(spec_of(*settings[:-2]), calibration_text(*settings[-2:]))
+            asked = Calibrated(read_spec(*settings[:-2]), calibration_text(*settings[-2:]))
         except UserError:
             return EMPTY
         if asked not in loaded.points:
             return EMPTY
-        found = routing(loaded.converted(asked), _ids(loaded)[:LOAD_TOKENS])
+        found = routing(loaded.converted(asked), story_ids(loaded)[:LOAD_TOKENS])
         return coloured_tokens(loaded, found, layer)
-
-
-def spec_of(
-    method: str, active: float, experts: int, shared: float, own_share: bool, router: str,
-    selection: str, fill: str,
-) -> ConversionSpec:  # fmt: skip
-    """The spec of the controls; those that the method does not use are left out."""
-    fields = ROUTED_METHODS[method].fields if method in ROUTED_METHODS else ()
-    values: dict[str, Any] = {"active": active, "selection": selection, "compensation": fill}
-    if "experts" in fields:
-        values["experts"] = experts
-        if not own_share:
-            values["shared"] = shared
-    if router != OWN:
-        values["router"] = router
-    return ConversionSpec(method=method, **values)
 
 
 def calibration_text(choice: str, own: str) -> str:
@@ -179,20 +169,6 @@ def calibration_text(choice: str, own: str) -> str:
         )
     check_disjoint(own, (assets_folder() / "texts" / "evaluation.txt").read_text(encoding="utf-8"))
     return own
-
-
-def snippet(model: str, spec: ConversionSpec, own: bool) -> str:
-    """The run in Python, and in the shell as a comment."""
-    text = "mine.txt" if own else "assets/texts/calibration.txt"
-    flag = " --calibration mine.txt" if own else ""
-    return (
-        "from mlpmoe import Calibration, ConversionSpec, convert, load\n\n"
-        f"model, tokenizer = load({model!r})\n"
-        f'text = open("{text}", encoding="utf-8").read()\n'
-        "calibration = Calibration.from_text(tokenizer, text)\n"
-        f"converted = convert(model, {spec.to_python()}, calibration)\n\n"
-        f"# or: python -m mlpmoe evaluate {shlex.quote(model)} {spec.to_flags()}{flag}\n"
-    )
 
 
 @lru_cache(maxsize=1)
@@ -297,72 +273,6 @@ def result(
         f'<p class="note">{escape(ROUTED_METHODS[spec.method].label)}, {dense.tokens:,} tokens of '
         f"the evaluation stories. Routers are counted.</p>"
     )
-
-
-def load_plot(found: Sequence[LayerRouting]) -> go.Figure:
-    single = all(int(layer.favourite.max()) < 0 for layer in found) and len(found[0].load) > 128
-    return expert_load([layer.load for layer in found], [layer.shared for layer in found], single)
-
-
-def split_plot(model: Any, found: Sequence[LayerRouting]) -> go.Figure:
-    """What runs in each layer: always, by routing, not."""
-    mlps = mlp_modules(model)
-    shared, routed = [], []
-    for mlp, layer in zip(mlps, found, strict=True):
-        always = mlp.shared if isinstance(mlp, RoutedMLP) else 0
-        size = mlp.size if isinstance(mlp, RoutedMLP) else 1
-        shared.append(always / mlp.d_ff)
-        routed.append(float(layer.counts.float().mean()) * size / mlp.d_ff)
-    idle = [max(0.0, 1 - s - r) for s, r in zip(shared, routed, strict=True)]
-    return shared_split(shared, routed, idle)
-
-
-def variation_plot(model: Any, tau: float | None) -> go.Figure | None:
-    """The coefficients of variation of all neurons, if the method computed them."""
-    found = [
-        mlp.partition.variation
-        for mlp in mlp_modules(model)
-        if isinstance(mlp, RoutedMLP) and mlp.partition.variation is not None
-    ]
-    if not found:
-        return None
-    values = torch.cat(found)
-    return variation_histogram(values, float(values.median()) if tau is None else tau)
-
-
-def coloured_tokens(loaded: LoadedModel, found: Sequence[LayerRouting], layer: int) -> str:
-    """The first tokens of the evaluation text, each on the colour of the expert that its router
-    scored highest; a hint tells all experts that ran."""
-    chosen = found[min(layer, len(found) - 1)]
-    if int(chosen.favourite.max()) < 0:
-        return (
-            "<p>This method chooses single neurons, not experts: "
-            f"{chosen.counts.float().mean():.0f} of {chosen.chosen.shape[1]} run for a token, "
-            "different ones each time.</p>"
-        )
-    ids = _ids(loaded)[:SHOWN_TOKENS].tolist()
-    experts = chosen.chosen.shape[1]
-    spans = []
-    for position, token in enumerate(ids):
-        favourite = int(chosen.favourite[position])
-        ran = int(chosen.counts[position])
-        hue = (favourite * 137.508) % 360  # the golden angle keeps neighbours apart
-        text = loaded.tokenizer.decode([token])
-        spans.append(
-            f'<span style="--hue:{hue:.0f}" title="favourite: expert {favourite}; {ran} of '
-            f'{experts} ran">{escape(text)}</span>'
-        )
-    most = torch.bincount(chosen.favourite, minlength=experts)
-    return (
-        f'<div class="tokens">{"".join(spans)}</div><p class="note">Layer {layer}: '
-        f"{int((most > 0).sum())} of {experts} routed experts are the favourite of some token; "
-        f"the most popular one is expert {int(most.argmax())}, of "
-        f"{100 * float(most.max() / most.sum()):.0f} % of {len(chosen.favourite)} tokens.</p>"
-    )
-
-
-def _ids(loaded: LoadedModel) -> torch.Tensor:
-    return torch.cat(loaded.text(TEXT).documents)
 
 
 def _status(text: str) -> str:

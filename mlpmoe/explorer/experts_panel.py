@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from ..core.routed import ROUTED_METHODS
+from .events import MODEL_QUEUE, QUIET, readable
+from .expert_settings import DEFAULT_SHARED, MAX_EXPERTS, OWN
 from .sliders import LimitedSlider
 
-OWN = "own"
-MAX_EXPERTS = 128
+if TYPE_CHECKING:
+    from .experts import ExpertHandlers
+
 EMPTY = "<p>Choose a method and press <strong>Convert and measure</strong>.</p>"
 MAX_CALIBRATION = 1_000_000  # characters
 METHOD_CHOICES = [(method.label, name) for name, method in ROUTED_METHODS.items()]
@@ -97,7 +101,7 @@ def experts_panel(layers: int) -> ExpertsPanel:
             with gr.Accordion("More: shared share, router, calibration", open=False):
                 own_share = gr.Checkbox(True, label="Shared share as the method has it")
                 shared = LimitedSlider(
-                    0, 0.95, 0.25, step=0.05, label="Shared share", elem_id="shared",
+                    0, 0.95, DEFAULT_SHARED, step=0.05, label="Shared share", elem_id="shared",
                     info="counts if the box above is not ticked",
                 )  # fmt: skip
                 router = gr.Dropdown(
@@ -151,3 +155,60 @@ def experts_panel(layers: int) -> ExpertsPanel:
         own_text, own_file, measure, stop, static, status, result, tradeoff, details, split,
         variation, load, layer, tokens, snippet,
     )  # fmt: skip
+
+
+def wire_experts(
+    handlers: ExpertHandlers, model: gr.State, panel: ExpertsPanel, tab: gr.Tab,
+    kept: gr.Textbox,
+) -> None:  # fmt: skip
+    """The tab of routed experts: its settings, and what is measured on its buttons.
+
+    kept: new runs, for the browser to keep.
+    """
+    settings = [model, *panel.settings]
+    described = [panel.about, panel.snippet, panel.experts, panel.tradeoff]
+    gr.on(
+        [tab.select, *(component.change for component in settings)],
+        readable(handlers.describe),
+        settings,
+        described,
+        trigger_mode="always_last",
+        concurrency_limit=1,
+        **QUIET,
+    )
+    model.change(
+        readable(handlers.another_model), model, [panel.result, panel.details, panel.layer],
+        **QUIET,
+    )  # fmt: skip
+    panel.own_file.upload(
+        readable(handlers.read_file), panel.own_file, [panel.own_text, panel.calibration], **QUIET
+    )
+    measured = panel.measure.click(
+        readable(handlers.measure),
+        [model, panel.layer, *panel.settings],
+        [
+            panel.status, panel.result, panel.tradeoff, panel.details, panel.load, panel.split,
+            panel.variation, panel.tokens, kept,
+        ],
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )  # fmt: skip
+    static = panel.static.click(
+        readable(handlers.measure_static),
+        [model, panel.active],
+        [panel.status, panel.tradeoff, kept],
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )
+    panel.stop.click(
+        lambda: "<p>Stopped.</p>", None, panel.status, cancels=[measured, static], **QUIET
+    )
+    panel.layer.change(
+        readable(handlers.recolour),
+        [model, panel.layer, *panel.settings],
+        panel.tokens,
+        trigger_mode="always_last",
+        **QUIET,
+    )

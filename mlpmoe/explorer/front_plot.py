@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
@@ -23,25 +23,31 @@ AXES = {
 LINE = 60  # characters of a hover text
 
 
-def front_plot(tried: Sequence[Run], measured: Sequence[Run], budget: Budget) -> go.Figure:
+def front_plot(
+    tried: Sequence[Run], measured: Sequence[Run], budget: Budget,
+    query: Callable[[Run], str | None] = lambda _: None,
+) -> go.Figure:  # fmt: skip
     """tried: on the text the search goes by, pale. measured: on the evaluation text. The front of
-    what is measured is joined by a line, the budget is dashed."""
+    what is measured is joined by a line, the budget is dashed. query: of the link that a click on
+    a run restores."""
     figure = go.Figure()
     presets = [run for run in measured if run.spec in PRESETS.values()]
     others = [run for run in measured if run.spec not in PRESETS.values()]
     chosen = best(measured, budget)
     line = front(measured, budget)
     _dashed(figure, budget, [*tried, *measured])
-    _points(figure, tried, budget, "tried in the search", GREY, "circle-open", 7, 0.5)
+    _points(figure, tried, budget, "tried in the search", GREY, "circle-open", 7, 0.5, query)
     figure.add_scatter(
         x=[100 * budget.cost_of(run) for run in line],
         y=[shown_increase(run.ratio) for run in line],
         mode="lines", line={"color": CONVERTED, "width": 1.5, "shape": "hv"},
         name="not beaten", hoverinfo="skip", showlegend=len(line) > 1,
     )  # fmt: skip
-    _points(figure, presets, budget, "presets", GREY, "square", 10, 1)
-    _points(figure, others, budget, "measured finds", CONVERTED, "circle", 10, 1)
-    _points(figure, [chosen] if chosen else [], budget, "suggested", CONVERTED, "star", 17, 1)
+    _points(figure, presets, budget, "presets", GREY, "square", 10, 1, query)
+    _points(figure, others, budget, "measured finds", CONVERTED, "circle", 10, 1, query)
+    _points(
+        figure, [chosen] if chosen else [], budget, "suggested", CONVERTED, "star", 17, 1, query
+    )
     add_dense(figure)
     finish(figure, FRONT_HEIGHT)
     figure.update_layout(
@@ -56,7 +62,7 @@ def front_plot(tried: Sequence[Run], measured: Sequence[Run], budget: Budget) ->
 
 def _points(
     figure: go.Figure, runs: Sequence[Run], budget: Budget, name: str, colour: str, symbol: str,
-    size: int, opacity: float,
+    size: int, opacity: float, query: Callable[[Run], str | None],
 ) -> None:  # fmt: skip
     errors = {"array": [100 * run.stderr for run in runs], "thickness": 1, "width": 0}
     figure.add_scatter(
@@ -64,7 +70,7 @@ def _points(
         y=[shown_increase(run.ratio) for run in runs],
         error_y=None if opacity < 1 else errors | {"color": colour},
         text=[_hover(run) for run in runs],
-        customdata=[run.spec.to_query() for run in runs],
+        customdata=[query(run) for run in runs],
         mode="markers",
         opacity=opacity,
         marker={"color": colour, "symbol": symbol, "size": size},

@@ -7,23 +7,19 @@ server, and the dense model is never changed, so results are kept and shared fre
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from queue import Queue
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.branched import branch_sizes
-from ..core.calibration import Calibration
+from ..core.calibration import Calibration, check_disjoint
 from ..core.conversion import convert_all, observe
-from ..core.errors import UserError
 from ..core.mlps import DenseMLP, read_mlps
 from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
@@ -35,21 +31,26 @@ from ..measure.perplexity import (
     Perplexity,
     PerplexityChange,
     compare,
+    context_length,
+    encode_protocol,
     encode_text,
     summarise,
     window_losses,
 )
 from ..measure.speed import SpeedReport, decode_speed, forward
+from ..measure.sweep import Run, run_of
 from ..measure.words import joined
 from ..models import Preflight, assets_folder
+from ..models.texts import TEXTS
+from .background import in_thread
+from .recent import Recent
+from .texts import OWN_PREFIX, SHIPPED, Texts
 
-T = TypeVar("T")
-
-TEXTS = {"stories": "evaluation.txt", "proxy": "proxy.txt"}  # key -> file in assets/texts
 CONVERSIONS_HELD = 2  # per model; each may hold a copy of the MLPs
 SMALL_CONVERSIONS_HELD = 6  # of a model of at most SMALL_BYTES
 SMALL_BYTES = 2**27
 RESULTS_HELD = 512  # per model
+TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
 
@@ -95,23 +96,6 @@ class Progress:
     total: int
 
 
-class _Recent(OrderedDict):
-    """A mapping that forgets what was used longest ago."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def get_or_make(self, key: object, make: Callable[[], T]) -> T:
-        if key in self:
-            self.move_to_end(key)
-            return self[key]
-        self[key] = value = make()
-        while len(self) > self.size:
-            self.popitem(last=False)
-        return value
-
-
 @dataclass(eq=False)
 class LoadedModel:
     """A dense model in memory with all that was found out about it."""
@@ -121,15 +105,16 @@ class LoadedModel:
     checked: Preflight
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    _conversions: _Recent = field(default_factory=lambda: _Recent(CONVERSIONS_HELD))
-    _reports: _Recent = field(default_factory=lambda: _Recent(RESULTS_HELD))
-    _sums: _Recent = field(default_factory=lambda: _Recent(RESULTS_HELD))
-    _texts: dict[str, EncodedText] = field(default_factory=dict)
-    _perplexities: _Recent = field(default_factory=lambda: _Recent(RESULTS_HELD))
-    _speeds: _Recent = field(default_factory=lambda: _Recent(RESULTS_HELD))
+    texts: Texts = field(default_factory=Texts)
+    _conversions: Recent = field(default_factory=lambda: Recent(CONVERSIONS_HELD))
+    _reports: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _sums: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
+    _perplexities: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     # what was measured of routed conversions on this server, for the trade-off plot
-    points: dict[Calibrated, Any] = field(default_factory=lambda: _Recent(RESULTS_HELD))
-    _observed: _Recent = field(default_factory=lambda: _Recent(1))
+    points: dict[Calibrated, Any] = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _observed: Recent = field(default_factory=lambda: Recent(1))
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -219,7 +204,10 @@ class LoadedModel:
             return self._reports.get_or_make(asked, lambda: self._report(asked))
 
     def _report(self, asked: Conversion) -> ParameterReport:
-        model, sums = self.converted(asked), self.sums(asked, "nonzero")
+        model = self.converted(asked)
+        if spec_of(asked).routed:
+            return parameter_report(model)
+        sums = self.sums(asked, "nonzero")
         known = dict(self._dense_nonzero)
         for layer, mlp in enumerate(branched_mlps(model)):
             for name, linear in mlp.projections.items():
@@ -265,15 +253,24 @@ class LoadedModel:
         left = sum(float(self.sums(asked, "nonzero")[name].sum()) for name in names)
         return Zeros(joined(names), requested, 1 - left / weights)
 
+    def has_text(self, key: str) -> bool:
+        """Whether `text` answers at once. UserError if no text has this key."""
+        self.texts.check(key)
+        return key in self._texts or key in SHIPPED or key.startswith(OWN_PREFIX)
+
     def text(self, key: str) -> EncodedText:
-        """One of the built-in texts, encoded."""
-        if not isinstance(key, str) or key not in TEXTS:
-            raise UserError(f"no text is called {key!r:.60}; allowed: {', '.join(TEXTS)}.")
+        """A text, encoded. Public ones are cut into windows as their published figures have it, or
+        shorter where the model's context is."""
+        self.texts.check(key)
         with self._lock:
-            if key not in self._texts:
-                text = (assets_folder() / "texts" / TEXTS[key]).read_text(encoding="utf-8")
-                self._texts[key] = encode_text(self.tokenizer, text)
-            return self._texts[key]
+            return self._texts.get_or_make(key, lambda: self._encode(key))
+
+    def _encode(self, key: str) -> EncodedText:
+        text, entry = self.texts.read(key), TEXTS.get(key)
+        if entry is None:
+            return encode_text(self.tokenizer, text)
+        context = context_length(self.model)
+        return encode_protocol(self.tokenizer, text, entry.protocol, context, entry.most_windows)
 
     def seconds_to_measure(self, spec: Conversion, text: str) -> float:
         """A prediction, from the speed of one forward pass; 0 for what is known already."""
@@ -288,6 +285,11 @@ class LoadedModel:
             return None
         return Evaluation(dense, converted, compare(dense, converted))
 
+    def run(self, asked: Conversion, text: str) -> Run:
+        """What was measured and counted of a conversion; it must have been measured."""
+        measured, report = self.known_evaluation(asked, text), self.converted_report(asked)
+        return run_of(spec_of(asked), measured.dense, measured.converted, self.report, report)
+
     def known_dense(self, text: str) -> Perplexity | None:
         return self._perplexities.get((None, text))
 
@@ -297,6 +299,8 @@ class LoadedModel:
         Closing the iterator stops the measurement after the window in progress.
         """
         encoded = self.text(text)
+        if isinstance(spec, Calibrated) and text.startswith(OWN_PREFIX):
+            check_disjoint(spec.text, self.texts.read(text))
         models = {None: lambda: self.model, spec: lambda: self.converted(spec)}
         known = {s: self._perplexities.get((s, text)) for s in models}
         missing = [s for s in models if known[s] is None]
@@ -347,27 +351,3 @@ def _requested(spec: ConversionSpec, d_ff: int) -> float | None:
     shares = branch_sparsities(spec.branches, spec.fade, spec.fade_schedule, spec.fade_exponent)
     asked = sum(size * share for size, share in zip(sizes, shares, strict=False))
     return asked / sum(sizes)
-
-
-def in_thread(work: Callable[[Callable[[str, float | None], None]], T]) -> Generator[str, None, T]:
-    """Run `work(report)` in a thread, yielding what it reports, and return its result.
-
-    Closing the generator makes the next report raise, which ends the work.
-    """
-    reports: Queue[str | Future] = Queue()
-    closed = threading.Event()
-
-    def report(message: str, fraction: float | None = None) -> None:
-        if closed.is_set():
-            raise CancelledError
-        reports.put(message if fraction is None else f"{message} ({fraction:.0%})")
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work, report)
-        future.add_done_callback(reports.put)
-        try:
-            while not isinstance(message := reports.get(), Future):
-                yield message
-        finally:
-            closed.set()
-    return future.result()

@@ -7,6 +7,9 @@ from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
+from plotly.offline import get_plotlyjs
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from ..core.spec import ConversionSpec
 from ..models import assets_folder, host_allows_any_model
@@ -14,42 +17,37 @@ from ..models.catalogue import DEMO_KEY
 from .components import (
     BranchesPanel,
     CardsPanel,
-    GenerationsPanel,
-    LessonPanel,
     ModelPanel,
     branches_panel,
     cards_panel,
-    generations_panel,
-    lesson_panel,
     model_panel,
 )
 from .convert_panel import ConvertPanel, convert_panel
-from .endpoints import MODEL_QUEUE, add_endpoints
+from .endpoints import add_endpoints
+from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
 from .experts import ExpertHandlers
-from .experts_panel import ExpertsPanel, experts_panel
-from .handlers import Handlers, readable
+from .experts_panel import experts_panel, wire_experts
+from .generations import GenerationHandlers
+from .generations_panel import generations_panel, wire_generations
+from .handlers import Handlers
+from .lesson import LessonHandlers
+from .lesson_panel import lesson_panel, wire_lesson
+from .links import FIRST_TAB, TABS
+from .opening import OpeningHandlers
 from .style import CSS_VARIABLES
 from .suggest import SuggestHandlers
-from .suggest_panel import SuggestPanel, suggest_panel
+from .suggest_panel import suggest_panel, wire_suggest
+from .sweep_panel import wire_sweep
+from .sweeping import SweepHandlers
+from .tokens import TokenHandlers
+from .tokens_panel import tokens_panel, wire_tokens
+from .trade_offs import TradeOffHandlers
+from .trade_offs_panel import run_fields, trade_offs_panel, wire_trade_offs
 from .workbench import Workbench
 
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
-PRIVATE = {"api_visibility": "private"}
-QUIET = {**PRIVATE, "show_progress": "hidden"}
-RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50) }"
-# gr.Plot knows no clicks: the spec of a clicked point goes into a hidden text field
-CLICKS = """() => setTimeout(() => {
-    const plot = document.querySelector('#front .js-plotly-plot');
-    const field = document.querySelector('#front-clicked textarea, #front-clicked input');
-    if (!plot || !plot.on || !field || plot.heard) return;
-    plot.heard = true;
-    plot.on('plotly_click', event => {
-        const spec = event.points.map(point => point.customdata).find(Boolean);
-        if (!spec) return;
-        field.value = spec + ' ' + Date.now();  // a second click on the same counts too
-        field.dispatchEvent(new Event('input'));
-    });
-}, 300)"""
+LINK = f"""(query, tab) => location.origin + location.pathname + '?' + query
+    + (tab && tab !== '{FIRST_TAB}' ? '&tab=' + tab : '')"""
 HEADER = """# mlpmoe
 Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
 what it saves. Nothing is trained."""
@@ -70,6 +68,11 @@ perplexity is measured on.
 as nearly as possible what all said.
 * **Wanda, SparseGPT, FLAP**: published ways to choose what to remove by looking at activations.
 * **Squared weights**: the share of the sum of w², in which large weights count more.
+* **Run**: settings with what was measured for them. **Front**: the runs that no other beats.
+* **Loss**: how surprised the model is by a token, in nats; its mean is the logarithm of the \
+perplexity.
+* **Drift**: how far the numbers that stand for a token have moved from those of the dense model.
+* **WikiText-2, C4**: the public texts that published perplexities are measured on.
 * **Proxy mixture**: a short artificial text, as in the paper; it shows whether a model \
 broke, not which one is better."""
 
@@ -82,7 +85,18 @@ class PageState:
     # B at the last preview: tells whether K meant "all". A component and no gr.State, because the
     # page must send it together with the B and K it belongs to.
     branches_before: gr.Number
-    opened: gr.State  # turns true once the page is open, which asks for the first preview
+    opened: gr.State  # turns true once the page can be filled in, which asks for a preview
+    taken: gr.Textbox  # a run, point or link to restore: a query string, see page.js
+    query: gr.Textbox  # of the link to the present settings
+    tab: gr.Textbox  # key of the open tab
+
+
+def _page_state() -> PageState:
+    before = gr.Number(ConversionSpec().branches, precision=0, visible="hidden")
+    taken, query, tab = (
+        gr.Textbox("", visible="hidden", elem_id=name) for name in ("taken", "query", "open-tab")
+    )
+    return PageState(gr.State(DEMO_KEY), before, gr.State(False), taken, query, tab)
 
 
 def launch_kwargs() -> dict[str, Any]:
@@ -90,12 +104,19 @@ def launch_kwargs() -> dict[str, Any]:
     return {
         "theme": _theme(),
         "css": CSS_VARIABLES,
-        "css_paths": [assets_folder() / "page.css"],
+        "css_paths": sorted(assets_folder().glob("*.css")),
+        "head": f"<script>{(assets_folder() / 'page.js').read_text(encoding='utf-8')}</script>",
+        # a saved plot carries plotly with it, so that it opens without a network
+        "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
         "footer_links": ["api", "settings"],
         "enable_monitoring": False,
         "max_file_size": "1mb",
         "strict_cors": True,
     }
+
+
+def _plotly_js(_: object) -> PlainTextResponse:
+    return PlainTextResponse(get_plotlyjs(), media_type="text/javascript")
 
 
 def _theme() -> gr.themes.Base:
@@ -115,81 +136,131 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     first = workbench.loaded(DEMO_KEY)
     with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Markdown(HEADER, elem_id="header")
-        before = gr.Number(ConversionSpec().branches, precision=0, visible="hidden")
-        state = PageState(gr.State(DEMO_KEY), before, gr.State(False))
+        state, fields = _page_state(), run_fields()
         picker = model_panel(host_allows_any_model())
         with gr.Row():
             with gr.Column(scale=1, min_width=310, elem_id="controls"):
                 convert = convert_panel()
             with gr.Column(scale=4, min_width=320):
                 cards = cards_panel()
-                with gr.Tabs(elem_id="tabs"):
-                    with gr.Tab("Branches", id="branches") as branches_tab:
+                with gr.Tabs(elem_id="tabs") as tabs:
+                    opened = {key: gr.Tab(name, id=key) for key, name in TABS.items()}
+                    with opened["branches"]:
                         branches = branches_panel(len(first.mlps), first.projections)
-                    with gr.Tab("Generations", id="generations"):
+                    with opened["generations"]:
                         generations = generations_panel()
-                    with gr.Tab("Suggest", id="suggest") as suggest_tab:
+                    with opened["tokens"]:
+                        tokens = tokens_panel(len(first.mlps))
+                    with opened["trade-offs"]:
+                        trade_offs = trade_offs_panel(len(first.mlps), first.projections)
+                    with opened["suggest"]:
                         suggestions = suggest_panel()
-                    with gr.Tab("Experts", id="experts") as experts_tab:
+                    with opened["experts"]:
                         experts = experts_panel(len(first.mlps))
-                    with gr.Tab("How it works", id="how"):
-                        lesson = lesson_panel()
+                    with opened["how"]:
+                        lesson = lesson_panel(len(first.mlps))
         with gr.Accordion("Words", open=False, elem_id="words"):
             gr.Markdown(WORDS)
         gr.Markdown(FOOTER, elem_id="footer")
         add_endpoints(workbench)  # first, since a listener's name would be taken from them
-        handlers = Handlers(workbench)
-        spec = [state.model, *convert.settings]
-        _wire_choices(demo, handlers, state, picker, convert, branches)
-        changed = _wire_preview(handlers, state, convert, cards, branches, lesson, spec)
-        _wire_measurement(handlers, convert, cards, branches, spec, changed)
-        _wire_generations(handlers, generations, spec)
-        _wire_experts(ExpertHandlers(workbench), state, experts, experts_tab)
-        _wire_suggest(SuggestHandlers(workbench), state, suggestions, suggest_tab, convert)
-        # A plot that was redrawn while its tab was hidden had no width to fit into.
-        branches_tab.select(None, js=RESIZE, **PRIVATE)
+        handlers, model = Handlers(workbench), state.model
+        spec = [model, *convert.settings]
+        static = [*convert.settings, state.branches_before]
+        restored = [picker.name, convert.text, *static, *experts.settings[:8], tabs]
+        _wire_opening(
+            demo, OpeningHandlers(workbench), state, picker, convert, branches, static, restored
+        )
+        _wire_links(state, convert, opened)
+        changed = _wire_preview(handlers, state, convert, cards, branches, spec)
+        shown = [*_shown(cards, branches), fields.measured]
+        _wire_measurement(handlers, convert, branches, spec, shown, changed)
+        wire_generations(GenerationHandlers(workbench), generations, spec)
+        wire_experts(ExpertHandlers(workbench), model, experts, opened["experts"], fields.measured)
+        wire_suggest(
+            SuggestHandlers(workbench), model, suggestions, opened["suggest"], state.taken,
+            fields.measured,
+        )  # fmt: skip
+        wire_trade_offs(
+            TradeOffHandlers(workbench),
+            model,
+            convert.text,
+            trade_offs,
+            opened["trade-offs"],
+            fields,
+        )
+        wire_sweep(
+            SweepHandlers(workbench), model, convert.text, fields.stored, fields.measured,
+            trade_offs.sweep,
+        )  # fmt: skip
+        wire_tokens(
+            TokenHandlers(workbench), model, spec, convert.text, fields.measured, tokens,
+            opened["tokens"], state.tab,
+        )  # fmt: skip
+        wire_lesson(LessonHandlers(workbench), model, lesson, opened["how"])
+        opened["branches"].select(None, js=RESIZE, **PRIVATE)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
 
-def _wire_choices(
-    demo: gr.Blocks, handlers: Handlers, state: PageState, picker: ModelPanel,
-    convert: ConvertPanel, branches: BranchesPanel,
+def _wire_opening(
+    demo: gr.Blocks, handlers: OpeningHandlers, state: PageState, picker: ModelPanel,
+    convert: ConvertPanel, branches: BranchesPanel, static: list, restored: list,
 ) -> None:  # fmt: skip
-    """What sets the controls: the link, a preset, a loaded model."""
-    spec_outputs = [*convert.settings, state.branches_before]
+    """What sets the controls: the link, a run that is restored, a preset, a loaded model."""
+    loads = [picker.status, state.model, convert.branches, branches.layer, branches.projection]
+    loading = {"concurrency_id": "load", **QUIET}
     demo.load(
-        readable(handlers.open_link),
-        None,
-        [state.opened, picker.name, picker.status, *spec_outputs],
-        **QUIET,
-    )
+        readable(handlers.open_link), None,
+        [state.opened, state.taken, picker.status, *restored], **QUIET,
+    ).then(None, js="() => mlpmoe.show()", **PRIVATE)  # fmt: skip
     convert.preset.input(
-        readable(handlers.choose_preset), [state.model, convert.preset], spec_outputs, **QUIET
+        readable(handlers.choose_preset), [state.model, convert.preset], static, **QUIET
     )
-    loaded = picker.load.click(
-        readable(handlers.load),
-        [picker.name, convert.branches],
-        [picker.status, state.model, convert.branches, branches.layer, branches.projection],
-        trigger_mode="once",
-        concurrency_id="load",
+    by_name = picker.load.click(
+        readable(handlers.load), [picker.name, convert.branches], loads, trigger_mode="once",
+        **loading,
+    )  # fmt: skip
+    by_run = state.taken.change(
+        readable(handlers.load_taken), [state.taken, state.model, convert.branches], loads,
+        **loading,
+    )  # fmt: skip
+    by_run.success(
+        readable(handlers.restore_taken), [state.taken, state.model], [state.opened, *restored],
         **QUIET,
+    )  # fmt: skip
+    for loaded in (by_name, by_run):
+        loaded.failure(
+            readable(handlers.load_failed), state.model, [picker.status, state.opened], **QUIET
+        )
+    convert.use_text.click(readable(handlers.use_text), convert.own_text, convert.text, **QUIET)
+    uploaded = convert.own_file.upload(
+        readable(handlers.use_file), convert.own_file, convert.text, **QUIET
     )
-    loaded.failure(readable(handlers.load_failed), state.model, picker.status, **QUIET)
+    uploaded.failure(lambda: None, None, convert.own_file, **QUIET)
+
+
+def _wire_links(state: PageState, convert: ConvertPanel, tabs: dict[str, gr.Tab]) -> None:
+    """The link follows the settings and the open tab."""
+    for key, tab in tabs.items():
+        tab.select(None, None, state.tab, js=f"() => '{key}'", **PRIVATE)
+    gr.on(
+        [state.query.change, state.tab.change], None, [state.query, state.tab], convert.link,
+        js=LINK, **PRIVATE,
+    )  # fmt: skip
 
 
 def _wire_preview(
     handlers: Handlers, state: PageState, convert: ConvertPanel, cards: CardsPanel,
-    branches: BranchesPanel, lesson: LessonPanel, spec: list,
+    branches: BranchesPanel, spec: list,
 ) -> Dependency:  # fmt: skip
     """Every change shows its structure at once. `change`, not `release`: the keyboard counts."""
     views = [branches.layer, branches.projection, branches.quantity]
-    changed = gr.on(
+    return gr.on(
         [component.change for component in (state.opened, *spec, convert.text, *views)],
         readable(handlers.preview),
         [*spec, convert.text, *views, state.branches_before],
         [
-            convert.keep, state.branches_before, convert.preset, convert.snippet, convert.fade,
-            convert.fade_exponent, *_shown(cards, branches),
+            convert.keep, state.branches_before, convert.preset, state.query, convert.snippet,
+            convert.fade, convert.fade_exponent, *_shown(cards, branches),
         ],
         trigger_mode="always_last",
         # One after the other: setting several controls at once asks for several previews, and an
@@ -197,14 +268,6 @@ def _wire_preview(
         concurrency_limit=1,
         **QUIET,
     )  # fmt: skip
-    changed.then(
-        readable(handlers.lesson),
-        [*spec, branches.layer],
-        [lesson.strip, lesson.split, lesson.fade, lesson.keep],
-        concurrency_limit=1,
-        **QUIET,
-    )
-    return changed
 
 
 def _shown(cards: CardsPanel, branches: BranchesPanel) -> list:
@@ -216,113 +279,20 @@ def _shown(cards: CardsPanel, branches: BranchesPanel) -> list:
 
 
 def _wire_measurement(
-    handlers: Handlers, convert: ConvertPanel, cards: CardsPanel, branches: BranchesPanel,
-    spec: list, changed: Dependency,
+    handlers: Handlers, convert: ConvertPanel, branches: BranchesPanel, spec: list, shown: list,
+    changed: Dependency,
 ) -> None:  # fmt: skip
     """Perplexity and speed: by themselves when quick, else on the button."""
-    views = [branches.layer, branches.projection, branches.quantity]
-    inputs, outputs = [*spec, convert.text, *views], _shown(cards, branches)
+    inputs = [*spec, convert.text, branches.layer, branches.projection, branches.quantity]
     by_itself = changed.then(
-        readable(handlers.measure_if_quick), inputs, outputs,
+        readable(handlers.measure_if_quick), inputs, shown,
         trigger_mode="multiple", **MODEL_QUEUE, **QUIET,
     )  # fmt: skip
     on_button = convert.measure.click(
-        readable(handlers.measure), inputs, outputs, trigger_mode="once", **MODEL_QUEUE, **QUIET
+        readable(handlers.measure), inputs, shown, trigger_mode="once", **MODEL_QUEUE, **QUIET
     )
     convert.stop.click(
-        readable(handlers.stop_measuring), inputs, outputs, cancels=[by_itself, on_button], **QUIET
+        readable(handlers.stop_measuring), inputs, shown, cancels=[by_itself, on_button], **QUIET
     )
-
-
-def _wire_generations(handlers: Handlers, generations: GenerationsPanel, spec: list) -> None:
-    writing = gr.on(
-        [generations.write.click, generations.prompt.submit],
-        readable(handlers.write),
-        [*spec, generations.prompt, generations.tokens, generations.temperature],
-        [generations.dense, generations.converted, generations.report],
-        trigger_mode="once",
-        **MODEL_QUEUE,
-        **QUIET,
-    )
-    generations.stop.click(
-        lambda: "<p>Stopped.</p>", None, generations.report, cancels=[writing], **QUIET
-    )
-
-
-def _wire_experts(
-    handlers: ExpertHandlers, state: PageState, panel: ExpertsPanel, tab: gr.Tab
-) -> None:
-    """The tab of routed experts: its settings, and what is measured on its buttons."""
-    settings = [state.model, *panel.settings]
-    described = [panel.about, panel.snippet, panel.experts, panel.tradeoff]
-    gr.on(
-        [tab.select, *(component.change for component in settings)],
-        readable(handlers.describe),
-        settings,
-        described,
-        trigger_mode="always_last",
-        concurrency_limit=1,
-        **QUIET,
-    )
-    state.model.change(
-        readable(handlers.another_model), state.model, [panel.result, panel.details, panel.layer],
-        **QUIET,
-    )  # fmt: skip
-    panel.own_file.upload(
-        readable(handlers.read_file), panel.own_file, [panel.own_text, panel.calibration], **QUIET
-    )
-    measured = panel.measure.click(
-        readable(handlers.measure),
-        [state.model, panel.layer, *panel.settings],
-        [
-            panel.status, panel.result, panel.tradeoff, panel.details, panel.load, panel.split,
-            panel.variation, panel.tokens,
-        ],
-        trigger_mode="once",
-        **MODEL_QUEUE,
-        **QUIET,
-    )  # fmt: skip
-    static = panel.static.click(
-        readable(handlers.measure_static),
-        [state.model, panel.active],
-        [panel.status, panel.tradeoff],
-        trigger_mode="once",
-        **MODEL_QUEUE,
-        **QUIET,
-    )
-    panel.stop.click(
-        lambda: "<p>Stopped.</p>", None, panel.status, cancels=[measured, static], **QUIET
-    )
-    panel.layer.change(
-        readable(handlers.recolour),
-        [state.model, panel.layer, *panel.settings],
-        panel.tokens,
-        trigger_mode="always_last",
-        **QUIET,
-    )
-
-
-def _wire_suggest(
-    handlers: SuggestHandlers, state: PageState, panel: SuggestPanel, tab: gr.Tab,
-    convert: ConvertPanel,
-) -> None:  # fmt: skip
-    """The tab that searches for a recipe: the search on its buttons, and rows that are taken."""
-    results = [panel.status, panel.sentence, panel.plot, panel.table, panel.specs]
-    panel.goal.input(
-        readable(handlers.choose_goal), panel.goal, [panel.share, panel.increase], **QUIET
-    )
-    state.model.change(readable(handlers.another_model), None, results, **QUIET)
-    panel.suggest.click(
-        readable(handlers.suggest),
-        [state.model, *panel.settings],
-        results,
-        trigger_mode="once",
-        **MODEL_QUEUE,
-        **QUIET,
-    )
-    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
-    taken = [*convert.settings, state.branches_before]
-    panel.table.select(readable(handlers.take), [state.model, panel.specs], taken, **QUIET)
-    panel.plot.change(None, js=CLICKS, **PRIVATE)
-    panel.clicked.change(readable(handlers.take_spec), [state.model, panel.clicked], taken, **QUIET)
-    tab.select(None, js=RESIZE, **PRIVATE)
+    for measured in (by_itself, on_button):
+        measured.failure(readable(handlers.measuring_failed), inputs, shown, **QUIET)

@@ -12,9 +12,11 @@ from ..core.errors import UserError
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
 from ..measure.magnitudes import branch_weights, branched_mlps, magnitudes
+from ..models.texts import TEXTS
 from .cards import Card, compute_card, nonzero_card
 from .loaded import Conversion, LoadedModel, spec_of
 from .plots import branch_histograms, branches_left
+from .texts import OWN_PREFIX
 
 HISTOGRAM_BINS = 60
 HISTOGRAM_REACH = 4.0  # the axis ends at this many root mean squares of the weights
@@ -77,39 +79,72 @@ def summary(loaded: LoadedModel, asked: Conversion) -> dict[str, Any]:
 
 def preset_name(spec: ConversionSpec) -> str | None:
     """The preset that says the same, if there is one."""
-    same = (name for name, preset in PRESETS.items() if _effect(preset) == _effect(spec))
+    if spec.routed:
+        return None
+    same = (name for name, preset in PRESETS.items() if effect_of(preset) == effect_of(spec))
     return next(same, None)
 
 
-def _effect(spec: ConversionSpec) -> ConversionSpec:
-    """The spec with all branches kept in one way of writing."""
+def effect_of(spec: ConversionSpec) -> ConversionSpec:
+    """A static spec with all branches kept in one way of writing."""
     if spec.kept < spec.branches:
         return spec
     fitted = spec.fades and spec.fits
     return replace(spec, keep=None, compensation=spec.compensation if fitted else "sqrt")
 
 
-def snippet(model: str, spec: ConversionSpec) -> str:
-    """The run in Python, and in the shell as a comment."""
+def snippet(model: str, spec: ConversionSpec, text: str, calibration: str = "calibration") -> str:
+    """The run in Python, and in the shell as a comment; both give the figures of the page.
+
+    text, calibration: names of texts, or the file of an own one.
+    """
+    names = ["ConversionSpec", "compare", "convert", "load", "perplexity"]
+    setting, argument, flag = [], "", ""
     if spec.needs_calibration:
-        python = (
-            "from mlpmoe import Calibration, ConversionSpec, convert, load\n\n"
-            f"model, tokenizer = load({model!r})\n"
-            'text = open("assets/texts/calibration.txt", encoding="utf-8").read()\n'
-            "calibration = Calibration.from_text(tokenizer, text)\n"
-            f"converted = convert(model, {spec.to_python()}, calibration)\n\n"
-        )
+        names.append("Calibration")
+        setting.append(f"seen = {_reading(calibration, names)}")
+        argument = ", Calibration.from_text(tokenizer, seen)"
+        flag = "" if calibration == "calibration" else f" --calibration {calibration}"
+    shown = "own-text.txt" if text.startswith(OWN_PREFIX) else text
+    stream = text in TEXTS and TEXTS[text].protocol == "stream"
+    if stream:
+        most = TEXTS[text].most_windows
+        names.remove("perplexity")
+        setting += [
+            f"text = {_reading(text, names)}",
+            f"windows = encode_stream(tokenizer, text, context_length(model), {most})",
+        ]
+        measure = "measure(m, windows)"
     else:
-        python = (
-            "from mlpmoe import ConversionSpec, convert, load\n\n"
-            f"model, tokenizer = load({model!r})\n"
-            f"converted = convert(model, {spec.to_python()})\n\n"
-        )
-    return (
-        f"{python}"
-        f"# or: python -m mlpmoe evaluate {shlex.quote(model)} {spec.to_flags()}\n"
-        f"# or, in the address of this page: ?{spec.to_query()}\n"
-    )
+        setting.append(f"text = {_reading(shown, names)}")
+        measure = "perplexity(m, tokenizer, text)"
+    lines = [
+        f"from mlpmoe import {', '.join(sorted(names))}",
+        *(
+            ["from mlpmoe.measure.perplexity import context_length, encode_stream, measure"]
+            if stream
+            else []
+        ),
+        "",
+        f"model, tokenizer = load({model!r})",
+        *setting,
+        f"converted = convert(model, {spec.to_python()}{argument})",
+        f"dense, other = [{measure} for m in (model, converted)]",
+        "print(dense.value, other.value, compare(dense, other))",
+        "",
+        f"# or: python -m mlpmoe evaluate {shlex.quote(model)} --text {shown}{flag} "
+        f"{spec.to_flags()}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _reading(text: str, names: list[str]) -> str:
+    """The expression that reads a text; what it needs is added to the names."""
+    if text.endswith(".txt"):
+        return f"open({text!r}, encoding='utf-8').read()"
+    if "named_text" not in names:
+        names.append("named_text")
+    return f"named_text({text!r})"
 
 
 def _known(name: Any, allowed: Any) -> Any:

@@ -56,6 +56,18 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
     return spec
 
 
+def settled(spec: ConversionSpec) -> ConversionSpec:
+    """A static spec as the controls would make it."""
+    values = {name: getattr(spec, name) for name in CONTROLS}
+    values |= {"keep": spec.kept, "fade_projections": spec.projections}
+    return read_spec(list(values.values()))
+
+
+def parted(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The values of the controls that make the spec, and those after them."""
+    return values[: len(CONTROLS)], values[len(CONTROLS) :]
+
+
 def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
     """What the controls show of a spec, in the order of CONTROLS, and B again, for `settle_keep`
     to compare with."""
@@ -80,10 +92,6 @@ def most_branches(loaded: LoadedModel) -> int:
 
 def check_shown(spec: ConversionSpec) -> None:
     """Raise UserError for what the controls cannot show."""
-    if spec.routed:
-        raise UserError(
-            "links open static branches only so far; choose other methods on the tab Experts."
-        )
     if spec.branches > MAX_BRANCHES:
         raise UserError(f"this page offers at most {MAX_BRANCHES} branches (B).")
     low, high = EXPONENTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from time import time_ns
 from typing import Any
 
 import gradio as gr
@@ -26,11 +27,13 @@ from ..measure.search import (
     scoring_text,
     search,
 )
-from ..measure.sweep import Run, run_of
+from ..measure.sweep import Run
 from ..measure.words import in_words
+from .background import in_thread
 from .front_plot import front_plot
-from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories, in_thread
-from .settings import CONTROLS, check_shown, show_spec
+from .links import Link
+from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories
+from .records import Record, measured_record, write_records
 from .suggest_panel import EMPTY
 from .workbench import Workbench
 
@@ -45,6 +48,7 @@ class _Found:
     budget: Budget
     tried: list[Run]  # on the text the search goes by
     measured: list[Run]  # on the evaluation text
+    records: list[Record]  # the same, for the visitor's browser to keep
 
 
 class SuggestHandlers:
@@ -86,14 +90,14 @@ class SuggestHandlers:
     ) -> Iterator[tuple]:  # fmt: skip
         loaded = self.workbench.loaded(model)
         budget = read_budget(goal, share, increase)
-        found = _Found(budget, [], [])
-        unchanged = (gr.skip(),) * 3
+        found = _Found(budget, [], [], [])
+        unchanged = (gr.skip(),) * 4
         shown = 0
         for message in self._search(loaded, found, calibrated, min(seconds, MAX_SECONDS)):
             plot = gr.skip()
             if len(found.tried) > shown:
-                shown, plot = len(found.tried), front_plot(found.tried, [], budget)
-            yield _status(message), gr.skip(), plot, gr.skip(), gr.skip()
+                shown, plot = len(found.tried), self._plot(loaded, found)
+            yield _status(message), gr.skip(), plot, gr.skip(), gr.skip(), gr.skip()
             if session in self._stopping and found.tried:
                 break
         self._stopping.discard(session)
@@ -102,17 +106,24 @@ class SuggestHandlers:
             what = f"measuring find {number} of {len(specs)}"
             for message in _measure(loaded, spec):
                 yield _status(f"{what}: {message}"), gr.skip(), *unchanged
-            found.measured.append(_run(loaded, spec))
+            record = measured_record(loaded, loaded.asked(spec), TEXT, "suggest")
+            found.measured.append(record.run)
+            found.records.append(record)
             if session in self._stopping:
                 break
             yield (
-                _status(what), gr.skip(), front_plot(found.tried, found.measured, budget),
-                *_table(found),
+                _status(what), gr.skip(), self._plot(loaded, found), *_table(loaded, found),
+                write_records([record]),
             )  # fmt: skip
         yield (
-            _status(""), sentence(loaded, found), front_plot(found.tried, found.measured, budget),
-            *_table(found),
+            _status(""), sentence(loaded, found), self._plot(loaded, found),
+            *_table(loaded, found), write_records(found.records) if found.records else gr.skip(),
         )  # fmt: skip
+
+    def _plot(self, loaded: LoadedModel, found: _Found) -> go.Figure:
+        return front_plot(
+            found.tried, found.measured, found.budget, lambda run: _query(loaded, run)
+        )
 
     def _search(
         self, loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float
@@ -137,22 +148,12 @@ class SuggestHandlers:
 
         yield from in_thread(work)
 
-    def take(self, model: str, specs: list[str], event: gr.SelectData) -> tuple:
-        """The settings of a row."""
+    def take(self, specs: list[str], event: gr.SelectData) -> str:
+        """What is to be restored: a row, and the time, so that a second click counts too."""
         row = event.index[0] if isinstance(event.index, list | tuple) else event.index
         if not isinstance(row, int) or not 0 <= row < len(specs):
-            return (gr.skip(),) * (len(CONTROLS) + 1)
-        return self.take_spec(model, specs[row])
-
-    def take_spec(self, model: str, query: str) -> tuple:
-        """The settings of a clicked point or row: a query string, with anything after a space."""
-        query = query.partition(" ")[0]
-        if not query:
-            return (gr.skip(),) * (len(CONTROLS) + 1)
-        spec = ConversionSpec.from_query(query)
-        check_shown(spec)
-        gr.Info("The controls at the left now have these settings.", duration=4)
-        return show_spec(spec, self.workbench.loaded(model))
+            return gr.skip()
+        return f"{specs[row]} {time_ns()}"
 
     def another_model(self) -> tuple:
         """Everything, when what it showed was another model's."""
@@ -210,21 +211,18 @@ def _measure(loaded: LoadedModel, spec: ConversionSpec) -> Iterator[str]:
             yield f"perplexity, {step.done / step.total:.0%}"
 
 
-def _run(loaded: LoadedModel, spec: ConversionSpec) -> Run:
-    asked = loaded.asked(spec)
-    evaluation = loaded.known_evaluation(asked, TEXT)
-    report = loaded.converted_report(asked)
-    return run_of(spec, evaluation.dense, evaluation.converted, loaded.report, report)
-
-
-def _table(found: _Found) -> tuple[list[list[str]], list[str]]:
+def _table(loaded: LoadedModel, found: _Found) -> tuple[list[list[str]], list[str]]:
     """Rows of the measured specs, the cheapest first, and their query strings."""
     runs = sorted(found.measured, key=lambda run: (found.budget.cost_of(run), run.ratio))
     best_ones = front(found.measured, found.budget)
     chosen = best(found.measured, found.budget)
     return [_row(run, run in best_ones, run == chosen) for run in runs], [
-        run.spec.to_query() for run in runs
+        _query(loaded, run) for run in runs
     ]
+
+
+def _query(loaded: LoadedModel, run: Run) -> str:
+    return Link(loaded.key, run.spec, TEXT).to_query()
 
 
 def _row(run: Run, unbeaten: bool, chosen: bool) -> Sequence[str]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from ..measure.search import Budget
+from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
 from .front_plot import front_plot
 from .sliders import LimitedSlider
+
+if TYPE_CHECKING:
+    from .suggest import SuggestHandlers
 
 GOALS = [
     ("at most so many non-zero MLP parameters", "nonzero"),
@@ -35,8 +40,7 @@ class SuggestPanel:
     sentence: gr.HTML
     plot: gr.Plot
     table: gr.Dataframe
-    specs: gr.State  # of the rows, as query strings
-    clicked: gr.Textbox  # the spec of a clicked point, as a query string, set by the browser
+    specs: gr.State  # of the rows, as links' query strings
 
     @property
     def settings(self) -> list:
@@ -81,8 +85,33 @@ def suggest_panel() -> SuggestPanel:
         column_widths=["23%", "15%", "15%", "47%"], max_height=420,
     )  # fmt: skip
     specs = gr.State([])
-    clicked = gr.Textbox(visible="hidden", elem_id="front-clicked")
     return SuggestPanel(
         goal, share, increase, calibrated, seconds, suggest, stop, status, sentence, plot, table,
-        specs, clicked,
+        specs,
     )  # fmt: skip
+
+
+def wire_suggest(
+    handlers: SuggestHandlers, model: gr.State, panel: SuggestPanel, tab: gr.Tab,
+    taken: gr.Textbox, measured: gr.Textbox,
+) -> None:  # fmt: skip
+    """The tab that searches for a recipe: the search on its buttons, and rows that are taken.
+
+    taken: what is to be restored. measured: new runs, for the browser to keep.
+    """
+    results = [panel.status, panel.sentence, panel.plot, panel.table, panel.specs]
+    panel.goal.input(
+        readable(handlers.choose_goal), panel.goal, [panel.share, panel.increase], **QUIET
+    )
+    model.change(readable(handlers.another_model), None, results, **QUIET)
+    panel.suggest.click(
+        readable(handlers.suggest),
+        [model, *panel.settings],
+        [*results, measured],
+        trigger_mode="once",
+        **MODEL_QUEUE,
+        **QUIET,
+    )
+    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
+    panel.table.select(readable(handlers.take), panel.specs, taken, **QUIET)
+    tab.select(None, js=RESIZE, **PRIVATE)

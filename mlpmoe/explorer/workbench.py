@@ -10,7 +10,9 @@ from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..models import find_entry, load_checked, preflight
 from ..models.catalogue import DEMO_KEY
-from .loaded import LoadedModel, in_thread
+from .background import in_thread
+from .loaded import LoadedModel
+from .texts import Texts
 
 MAX_GUESTS = 1  # models held beside the demo model; the one used longest ago makes room
 
@@ -21,6 +23,7 @@ class Workbench:
     def __init__(self) -> None:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading = threading.Lock()
+        self.texts = Texts()
 
     def holds(self, name: str) -> bool:
         """Whether a model is in memory."""
@@ -62,7 +65,14 @@ class Workbench:
             lambda report: load_checked(checked, on_progress=report)
         )
         entry = find_entry(key)
-        loaded = LoadedModel(key, entry.label if entry else checked.name, checked, model, tokenizer)
+        loaded = LoadedModel(
+            key,
+            entry.label if entry else checked.name,
+            checked,
+            model,
+            tokenizer,
+            self.texts,
+        )
         yield "reading its MLPs"
         loaded.converted(ConversionSpec(branches=1))  # refuses what cannot be split
         for old in leaving:

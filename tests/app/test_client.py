@@ -14,37 +14,33 @@ from mlpmoe import (
     CATALOGUE,
     ConversionSpec,
     convert,
+    named_text,
     parameter_report,
     perplexity,
     write_side_by_side,
 )
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer import endpoints, loaded
-from mlpmoe.explorer.loaded import TEXTS
 from mlpmoe.explorer.preview import summary
 from mlpmoe.models import assets_folder
-
-SPEC = {"branches": 8, "fade": 0.5, "keep": 6}
-LEAKS = ("Traceback", "site-packages", ".py", 'File "', "/usr", "/tmp", "Errno")
-
-
-def refused(client, api_name: str, *arguments, **values) -> str:
-    """The sentence that a call is refused with."""
-    with pytest.raises(AppError) as caught:
-        client.predict(*arguments, api_name=api_name, **values)
-    message = str(caught.value)
-    assert message[0].isupper(), message
-    assert message.endswith("."), message
-    assert 15 < len(message) < 300
-    assert not any(leak in message for leak in LEAKS), message
-    assert str(assets_folder().parent) not in message
-    return message
+from tests.app.calls import LEAKS, SPEC, refused
 
 
 def test_only_four_endpoints_are_public(client):
     api = client.view_api(return_format="dict", print_info=False)
     assert set(api["named_endpoints"]) == {"/models", "/preview", "/evaluate", "/generate"}
     assert api["unnamed_endpoints"] == {}
+
+
+def test_the_page_s_own_listeners_are_private(app):
+    """There are many; each would be a promise to programs."""
+    shown = {
+        listener["api_name"]: listener["api_visibility"]
+        for listener in app.blocks.config["dependencies"]
+    }
+    public = {name for name, visibility in shown.items() if visibility == "public"}
+    assert public == {"models", "preview", "evaluate", "generate"}
+    assert len(app.blocks.config["dependencies"]) > 40
 
 
 def test_endpoints_describe_themselves(client):
@@ -119,7 +115,7 @@ def test_more_fields(app, client, short_calibration, values):
     calibration = Calibration.from_text(app.demo.tokenizer, short_calibration)
     model = convert(app.demo.model, spec, calibration if spec.needs_calibration else None)
     assert shown["nonzero"]["converted"] == parameter_report(model).nonzero
-    content = (assets_folder() / "texts" / TEXTS["proxy"]).read_text(encoding="utf-8")
+    content = named_text("proxy")
     alone = perplexity(model, app.demo.tokenizer, content).value
     assert result["converted"] == pytest.approx(alone, rel=1e-4)
 
@@ -150,28 +146,6 @@ def test_a_calibrated_model_writes(app, client):
 @pytest.mark.parametrize("api_name", ["/preview", "/evaluate"])
 def test_odd_further_fields_are_refused_with_a_sentence(client, api_name, more, reason):
     assert reason in refused(client, api_name, more=more)
-
-
-@pytest.mark.parametrize("text", list(TEXTS))
-def test_evaluate_streams_and_ends_with_the_library_s_perplexity(app, client, text):
-    job = client.submit(**SPEC, text=text, api_name="/evaluate")
-    result = job.result(timeout=120)
-    steps = job.outputs()
-    assert steps[-1] == result
-    done = [step["done"] for step in steps[:-1]]
-    assert done == sorted(done)
-    assert not done or done[-1] == steps[0]["total"]
-    content = (assets_folder() / "texts" / TEXTS[text]).read_text(encoding="utf-8")
-    dense = perplexity(app.demo.model, app.demo.tokenizer, content)
-    spec = ConversionSpec(**SPEC)
-    converted = perplexity(convert(app.demo.model, spec), app.demo.tokenizer, content)
-    assert result["spec"] == spec.to_dict()
-    assert result["tokens"] == dense.tokens
-    assert result["dense"] == pytest.approx(dense.value, rel=1e-5)
-    assert result["converted"] == pytest.approx(converted.value, rel=1e-5)
-    assert result["converted_stderr"] == pytest.approx(converted.stderr, rel=1e-4)
-    assert result["ratio"] == pytest.approx(converted.value / dense.value, rel=1e-4)
-    assert result["bits_per_byte"] == pytest.approx(converted.bits_per_byte, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -270,20 +244,6 @@ def test_bad_specs_are_refused_with_a_sentence(client, api_name):
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(
-    "text", ["", "Stories", "../evaluation.txt", "/etc/passwd", None, 3, ["stories"], "x" * 10**6]
-)
-def test_unknown_texts_are_refused(client, text):
-    message = refused(client, "/evaluate", text=text) if text != "/etc/passwd" else ""
-    if message:
-        assert "text is called" in message
-        assert "stories, proxy" in message
-    else:
-        with pytest.raises(AppError, match="text is called"):
-            client.predict(text=text, api_name="/evaluate")
-
-
-@pytest.mark.usefixtures("unharmed")
-@pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"prompt": ""}, "The prompt is empty"),
@@ -365,7 +325,7 @@ def test_two_clients_get_their_own_results(app, connect):
         {"branches": 16, "fade": 0.9},
         {"branches": 5, "keep": 2, "compensation": "none"},
     ]
-    content = (assets_folder() / "texts" / TEXTS["proxy"]).read_text(encoding="utf-8")
+    content = named_text("proxy")
     start = threading.Barrier(len(specs))
 
     def visit(values):

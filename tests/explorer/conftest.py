@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpmoe.explorer.handlers import Handlers
 from mlpmoe.explorer.loaded import LoadedModel
+from mlpmoe.explorer.opening import OpeningHandlers
 from mlpmoe.explorer.workbench import Workbench
 from mlpmoe.models import catalogue
 from tests.tiny import BOS, CONTEXT, D_FF, VOCABULARY, byte_tokenizer, save_tiny_model
@@ -144,3 +146,17 @@ def weights_hash() -> Callable[[torch.nn.Module], str]:
         return digest.hexdigest()
 
     return fingerprint
+
+
+@pytest.fixture
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What was shown as a notice: kind and text."""
+    shown: list[tuple[str, str]] = []
+    for kind in ("Warning", "Info"):
+        monkeypatch.setattr(gr, kind, lambda text, kind=kind, **_: shown.append((kind, text)))
+    return shown
+
+
+@pytest.fixture
+def opening(workbench: Workbench) -> OpeningHandlers:
+    return OpeningHandlers(workbench)

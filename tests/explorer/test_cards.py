@@ -13,7 +13,6 @@ from mlpmoe import ConversionSpec
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.explorer.cards import (
     COMPENSATION_NAMES,
-    TEXT_NAMES,
     Card,
     compute_card,
     describe,
@@ -26,7 +25,8 @@ from mlpmoe.explorer.cards import (
     speed_card,
     status_line,
 )
-from mlpmoe.explorer.loaded import TEXTS, Evaluation, Zeros
+from mlpmoe.explorer.loaded import Evaluation, Zeros
+from mlpmoe.explorer.texts import SHIPPED, text_name
 from mlpmoe.measure.notation import NBSP, NO_CHANGE, count
 from mlpmoe.measure.parameters import ParameterReport
 from mlpmoe.measure.perplexity import compare, summarise
@@ -131,17 +131,16 @@ def test_describe(spec, text):
     assert describe(spec) == text
 
 
-def test_every_text_has_a_name():
-    assert set(TEXT_NAMES) == set(TEXTS)
-    assert "proxy" in TEXT_NAMES["proxy"]
+def test_texts_have_names():
+    assert "proxy" in text_name("proxy")
 
 
-@pytest.mark.parametrize("text", list(TEXTS))
+@pytest.mark.parametrize("text", SHIPPED)
 def test_perplexity_card(text):
     card = perplexity_card(evaluation(losses(log(8)), losses(log(8)) + log(1.5)), text)
     assert (card.dense, card.converted) == ("8.00", "12.0")
     assert plain(card.difference) == "+50.0 % ± 0.0 %"
-    assert TEXT_NAMES[text] in card.note
+    assert text_name(text) in card.note
     assert "1,000 tokens" in card.note
     assert "0.75 → 0.896 bits per byte" in plain(card.note)
 
@@ -168,7 +167,7 @@ def test_pending_cards():
     assert pending_perplexity_card(None, "stories", "wait").dense == "…"
     card = pending_perplexity_card(dense, "proxy", "measuring, 40%")
     assert (card.dense, card.converted, card.difference) == ("8.00", "…", "measuring, 40%")
-    assert TEXT_NAMES["proxy"] in card.note
+    assert text_name("proxy") in card.note
     assert pending_speed_card("soon").difference == "soon"
 
 

@@ -1,7 +1,9 @@
 """The tab of routed experts: what the controls ask for, what is measured, what is said of it."""
 
+import json
 from math import sqrt
 
+import gradio as gr
 import pytest
 import torch
 
@@ -12,18 +14,19 @@ from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.explorer import experts
 from mlpmoe.explorer.expert_plots import Point, expert_load, shared_split, tradeoff
+from mlpmoe.explorer.expert_settings import read_spec
 from mlpmoe.explorer.experts import (
     ABOUT,
     ExpertHandlers,
     best_static,
     calibration_text,
     shipped_points,
-    snippet,
-    spec_of,
     verdict,
 )
+from mlpmoe.explorer.preview import snippet
+from mlpmoe.explorer.records import Record
 from mlpmoe.measure.perplexity import perplexity
-from mlpmoe.models import assets_folder
+from mlpmoe.models import assets_folder, named_text
 
 OWN_TEXT = "A lamp stood on the table and a moth flew round it, again and again. " * 60
 
@@ -50,7 +53,7 @@ def last(steps):
 @pytest.mark.parametrize("method", ROUTED_METHODS)
 def test_every_method_is_explained_and_measured(tab, method):
     assert ABOUT[method].endswith(".")
-    status, result, figure, details, load, split, _, tokens = last(
+    status, result, figure, details, load, split, _, tokens, new = last(
         tab.measure("demo", 0, *settings(method))
     )
     assert status == ""
@@ -61,6 +64,7 @@ def test_every_method_is_explained_and_measured(tab, method):
     assert len(load.data[0].z) == len(split.data[0].x) == 2  # layers
     expected = "single neurons" if method == "neurons" else "favourite: expert"
     assert expected in tokens
+    assert new == gr.skip()  # a link cannot carry a visitor's calibration text
 
 
 def test_the_figures_are_those_of_the_library(tab, demo):
@@ -80,13 +84,13 @@ def test_the_figures_are_those_of_the_library(tab, demo):
 
 
 def test_neurons_need_no_experts_and_unticked_share_counts():
-    spec = spec_of("neurons", 0.5, 64, 0.25, False, "gate-norm", "threshold", "mean")
+    spec = read_spec("neurons", 0.5, 64, 0.25, False, "gate-norm", "threshold", "mean")
     assert spec == ConversionSpec(
         method="neurons", active=0.5, router="gate-norm", selection="threshold",
         compensation="mean",
     )  # fmt: skip
-    assert spec_of("random", 0.5, 8, 0.25, False, "own", "topk", "none").shared == 0.25
-    assert spec_of("random", 0.5, 8, 0.25, True, "own", "topk", "none").shared == 0
+    assert read_spec("random", 0.5, 8, 0.25, False, "own", "topk", "none").shared == 0.25
+    assert read_spec("random", 0.5, 8, 0.25, True, "own", "topk", "none").shared == 0
 
 
 @pytest.mark.parametrize(
@@ -119,8 +123,11 @@ def test_the_text_that_is_measured_on_is_refused_for_calibration(tab):
 def test_a_file_becomes_the_own_text(tab, tmp_path):
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text("Grüße", encoding="utf-8")
-    bad.write_bytes(b"\xff\xfe\x00x")
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n")
     assert tab.read_file(str(good)) == ("Grüße", "own")
+    good.write_bytes("Grüße\r\n".encode("utf-16"))
+    assert tab.read_file(str(good)) == ("Grüße\n", "own")
+    assert tab.read_file(None) == (gr.skip(), gr.skip())
     with pytest.raises(UserError, match="not UTF-8"):
         tab.read_file(str(bad))
 
@@ -128,17 +135,36 @@ def test_a_file_becomes_the_own_text(tab, tmp_path):
 def test_another_layer_is_coloured_anew_and_a_changed_setting_is_not_shown_as_measured(tab):
     final = last(tab.measure("demo", 0, *settings()))
     again = tab.recolour("demo", 0, *settings())
-    assert again == final[-1]
+    assert again == final[-2]
     assert "Layer 1" in tab.recolour("demo", 1, *settings())
     assert "Convert and measure" in tab.recolour("demo", 1, *settings(active=0.75))
 
 
 def test_static_recipes_join_the_plot(tab, demo):
-    _, figure = last(tab.measure_static("demo", 0.5))
+    steps = list(tab.measure_static("demo", 0.5))
+    figure = steps[-1][1]
+    new = [json.loads(step[2]) for step in steps if step[2] != gr.skip()]
+    assert all(len(records) == 1 for records in new)
+    assert [Record.from_dict(r).source for (r,) in new] == ["experts"] * 4
     static = [p for p in demo.points.values() if p.kind == "static"]
     assert len(static) == 4
     assert [p.compute for p in static] == pytest.approx([0.5] * 4)
     assert figure.data[0].name == "static"
+
+
+def test_what_is_measured_on_our_stories_becomes_a_run_and_its_code_is_shown(tab, demo):
+    chosen = settings("random", count=8, calibration="stories", own_text="")
+    new = last(tab.measure("demo", 0, *chosen))[-1]
+    (record,) = map(Record.from_dict, json.loads(new))
+    spec = ConversionSpec(method="random", experts=8, active=0.5)
+    assert (record.model, record.text, record.source) == ("demo", "stories", "experts")
+    assert record.run.spec == spec
+    expected = perplexity(convert(demo.model, spec), demo.tokenizer, named_text("stories"))
+    assert record.run.perplexity == pytest.approx(expected.value, rel=1e-5)
+    assert record.run.mlp_macs_share == pytest.approx(demo.points.popitem()[1].compute)
+    assert tab.describe("demo", *chosen)[1] == snippet("demo", spec, "stories")
+    own = tab.describe("demo", *settings("cmoe", count=8))[1]
+    assert "own-calibration.txt" in own
 
 
 def test_settings_that_do_not_go_together_do_not_break_the_description(tab):
@@ -152,7 +178,7 @@ def test_the_snippet_runs(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = ConversionSpec(method="expertweaver", experts=8, active=0.5)
     names = {}
-    exec(snippet("demo", spec, own=True), names)
+    exec(snippet("demo", spec, "proxy", "mine.txt"), names)
     ids = torch.arange(12)[None]
     expected = convert(demo.model, spec, Calibration.from_text(demo.tokenizer, OWN_TEXT))
     assert torch.allclose(names["converted"](ids).logits, expected(ids).logits)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import shlex
 from dataclasses import replace
 from functools import cache
-from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
 import torch
 
-from mlpmoe import PRESETS, ConversionSpec, UserError, convert, load, parameter_report
-from mlpmoe.commands.arguments import add_spec, read_spec
+from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer.loaded import LoadedModel, calibration_stories
 from mlpmoe.explorer.preview import (
@@ -24,7 +20,6 @@ from mlpmoe.explorer.preview import (
     histograms,
     preset_name,
     preview,
-    snippet,
     summary,
 )
 from mlpmoe.measure.notation import count
@@ -47,7 +42,6 @@ def test_preview(tiny, spec, quantity):
     assert shown.nonzero.converted == count(converted.nonzero)
     assert shown.compute.converted == count(converted.macs_per_token)
     assert np.shape(shown.heat.data[0].z) == (2, spec.branches)
-    assert spec.to_python() in snippet("demo", spec)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
@@ -181,28 +175,6 @@ def test_other_specs_are_no_preset():
     assert preset_name(ConversionSpec(fade=0.9, keep=11)) is None
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
-def test_the_snippet_makes_the_same_model(tiny, tiny_folder, spec):
-    names: dict = {}
-    exec(snippet(str(tiny_folder), spec), names)
-    expected = convert(load(tiny_folder)[0], spec).state_dict()
-    made = names["converted"].state_dict()
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(made[key], expected[key]) for key in made)
-
-
-@pytest.mark.parametrize("model", ["demo", "owner/model", 'my models/a\'b "c"', "back\\slash"])
-@pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
-def test_the_shell_line_survives_the_shell(model, spec):
-    (line,) = (line for line in snippet(model, spec).splitlines() if " -m mlpmoe " in line)
-    words = shlex.split(line[line.index("python") :])
-    assert words[:5] == ["python", "-m", "mlpmoe", "evaluate", model]
-    flags = dict(zip(words[5::2], words[6::2], strict=True))
-    query = "&".join(f"{flag.removeprefix('--')}={value}" for flag, value in flags.items())
-    assert ConversionSpec.from_query(query) == spec
-    assert dict(parse_qsl(spec.to_query())) == dict(parse_qsl(query))
-
-
 # layers that keep different branches, and branches that keep fewer neurons
 
 SHARED_OUT = ConversionSpec(branches=8, keep=5, allocation="sensitivity")
@@ -323,22 +295,3 @@ def test_summary_of_a_calibrated_conversion(uneven, spec):
     assert values["macs_per_token"]["converted"] == report.macs_per_token
     assert (values["faded"] is None) == (not spec.fades)
     assert "text" not in json.dumps(values)  # the calibration's would be long
-
-
-@pytest.mark.parametrize("spec", CALIBRATED, ids=ConversionSpec.to_query)
-def test_the_snippet_of_a_calibrated_conversion_makes_the_same_model(tiny, tiny_folder, spec):
-    names: dict = {}
-    exec(snippet(str(tiny_folder), spec), names)
-    expected = tiny.converted(tiny.asked(spec)).state_dict()
-    made = names["converted"].state_dict()
-    assert made.keys() == expected.keys()
-    assert all(torch.allclose(made[key], expected[key], atol=1e-5) for key in made)
-
-
-@pytest.mark.parametrize("spec", CALIBRATED, ids=ConversionSpec.to_query)
-def test_the_shell_line_of_a_calibrated_conversion_is_whole(spec):
-    (line,) = (line for line in snippet("demo", spec).splitlines() if " -m mlpmoe " in line)
-    assert line.endswith(spec.to_flags())
-    parser = argparse.ArgumentParser()
-    add_spec(parser)
-    assert read_spec(parser.parse_args(shlex.split(line[line.index("python") :])[5:])) == spec

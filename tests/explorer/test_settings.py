@@ -28,8 +28,10 @@ from mlpmoe.explorer.settings import (
     most_branches,
     read_spec,
     settle_keep,
+    settled,
     show_spec,
 )
+from tests.core.specs import static_specs
 from tests.explorer.controls import UNTOUCHED, chosen, controls
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -80,6 +82,21 @@ def test_what_is_shown_of_a_spec_makes_it_again(tiny, spec):
     branches, keep = shown[CONTROLS.index("branches")], shown[CONTROLS.index("keep")]
     assert 1 <= keep["value"] <= branches["value"] <= branches["maximum"] == 48
     assert keep["maximum"] == max(2, branches["value"])
+
+
+@given(specs)
+def test_what_the_controls_make_is_settled(spec):
+    assert settled(spec) == spec
+
+
+@given(static_specs(48))
+def test_a_settled_spec_says_once_what_it_does(spec):
+    """For a sweep, which names what has no effect too."""
+    spec = replace(spec, seed=0)
+    once = settled(spec)
+    assert settled(once) == once
+    assert (once.branches, once.kept, once.order) == (spec.branches, spec.kept, spec.order)
+    assert (once.fades, once.fade if once.pattern is None else 0) == (spec.fades, spec.fade)
 
 
 @given(settings_of_the_page())
@@ -256,7 +273,7 @@ def test_the_spec_of_any_settings_has_a_link_that_opens(values):
 
 
 @pytest.mark.parametrize(
-    ("branches", "keep", "before", "settled"),
+    ("branches", "keep", "before", "expected"),
     [
         (32, 16, 16, 32),  # all stay all
         (8, 16, 16, 8),
@@ -266,15 +283,15 @@ def test_the_spec_of_any_settings_has_a_link_that_opens(values):
         (1, 1, 1, 1),
     ],
 )
-def test_settle_keep(branches, keep, before, settled):
-    assert settle_keep(branches, keep, before) == settled
+def test_settle_keep(branches, keep, before, expected):
+    assert settle_keep(branches, keep, before) == expected
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
 def test_settled_keep_fits_and_settles_once(branches, keep, before):
-    settled = settle_keep(branches, keep, before)
-    assert 1 <= settled <= branches
-    assert settle_keep(branches, settled, branches) == settled
+    found = settle_keep(branches, keep, before)
+    assert 1 <= found <= branches
+    assert settle_keep(branches, found, branches) == found
 
 
 # what the controls cannot show
@@ -287,11 +304,6 @@ def test_no_more_branches_than_the_slider_or_the_model_has(tiny, monkeypatch):
     check_shown(ConversionSpec(branches=20))
     with pytest.raises(UserError, match="at most 20 branches"):
         check_shown(ConversionSpec(branches=21))
-
-
-def test_routed_specs_are_refused():
-    with pytest.raises(UserError, match="tab Experts"):
-        check_shown(ConversionSpec(method="cmoe"))
 
 
 @pytest.mark.parametrize("value", [math.nan, -0.1, "0.5", True])

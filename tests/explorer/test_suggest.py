@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from html import unescape
 from types import SimpleNamespace
 
 import gradio as gr
-import plotly.graph_objects as go
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
+from mlpmoe import PRESETS, ConversionSpec, UserError, convert, named_text, parameter_report
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer import suggest as module
-from mlpmoe.explorer.expert_plots import LEAST_INCREASE
-from mlpmoe.explorer.front_plot import AXES, front_plot
-from mlpmoe.explorer.handlers import readable
-from mlpmoe.explorer.loaded import TEXTS, calibration_stories
+from mlpmoe.explorer.events import readable
+from mlpmoe.explorer.links import read_link
+from mlpmoe.explorer.loaded import calibration_stories
+from mlpmoe.explorer.opening import OpeningHandlers
+from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
 from mlpmoe.explorer.suggest import SuggestHandlers, _Found, read_budget, sentence
 from mlpmoe.explorer.suggest_panel import COLUMNS, GOALS
 from mlpmoe.measure.notation import change, signed_percent
 from mlpmoe.measure.perplexity import compare, encode_text, measure
-from mlpmoe.measure.search import ALLOWANCE, Budget, best
+from mlpmoe.measure.search import ALLOWANCE, Budget
 from mlpmoe.measure.sweep import Run
 from mlpmoe.measure.words import in_words
-from mlpmoe.models import assets_folder
+from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import chosen
+from tests.explorer.searched import a_run, beaten, compute, nonzero, trace
 
 SKIPPED = gr.skip()
 
@@ -49,19 +49,25 @@ def order(goal="nonzero", share=80, increase=5.0, calibrated=True, seconds=0.5):
 
 def finished(steps) -> SimpleNamespace:
     """What the page shows in the end."""
-    shown = [SKIPPED] * 5
-    for step in steps:
-        assert len(step) == 5
-        shown = [old if new == SKIPPED else new for old, new in zip(shown, step, strict=True)]
-    status, said, plot, table, specs = shown
-    specs = [ConversionSpec.from_query(query) for query in specs]
-    return SimpleNamespace(status=status, said=said, plot=plot, table=table, specs=specs)
+    status, said, plot, table, queries, new = at_the_end(steps)
+    specs = [spec_of(query) for query in queries]
+    records = [Record.from_dict(entry) for entry in json.loads(new)]
+    return SimpleNamespace(
+        status=status, said=said, plot=plot, table=table, specs=specs, records=records
+    )
+
+
+def spec_of(query: str) -> ConversionSpec:
+    """The spec of a link to the demo model on the text that finds are measured on."""
+    link, notices = read_link(query)
+    assert (link.model, link.text, notices) == ("demo", module.TEXT, [])
+    return link.spec
 
 
 def runs_of(demo, specs, text="proxy") -> list[Run]:
     """What the library measures of specs, with all of our calibration text."""
     calibration = Calibration.from_text(demo.tokenizer, calibration_stories())
-    content = (assets_folder() / "texts" / TEXTS[text]).read_text(encoding="utf-8")
+    content = named_text(text)
     encoded = encode_text(demo.tokenizer, content)
     dense, before = measure(demo.model, encoded), parameter_report(demo.model)
     found = []
@@ -72,7 +78,9 @@ def runs_of(demo, specs, text="proxy") -> list[Run]:
         found.append(
             Run(
                 spec, measured.value, changed.ratio, changed.stderr, measured.bits_per_byte,
-                after.nonzero, after.mlp_nonzero / before.mlp_nonzero, after.macs_per_token,
+                after.nonzero, after.nonzero / before.nonzero,
+                after.mlp_nonzero / before.mlp_nonzero, after.macs_per_token,
+                after.macs_per_token / before.macs_per_token,
                 after.mlp_macs_per_token / before.mlp_macs_per_token,
             )
         )  # fmt: skip
@@ -81,27 +89,6 @@ def runs_of(demo, specs, text="proxy") -> list[Run]:
 
 def numbers(text: str) -> list[float]:
     return [float(n.replace(",", "").replace("−", "-")) for n in re.findall(r"[−-]?[\d,.]+", text)]
-
-
-def beaten(run: Run, others, cost) -> bool:
-    """Whether another one is at least as good in both and better in one."""
-    mine = cost(run), run.ratio
-    return any(
-        cost(o) <= mine[0] and o.ratio <= mine[1] and (cost(o), o.ratio) != mine for o in others
-    )
-
-
-def nonzero(run: Run) -> float:
-    return run.mlp_nonzero_share
-
-
-def compute(run: Run) -> float:
-    return run.mlp_macs_share
-
-
-def trace(figure: go.Figure, name: str):
-    (found,) = figure.select_traces({"name": name})
-    return found
 
 
 # a search
@@ -139,6 +126,12 @@ def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, tex
         assert ("Preset" in row[3]) == (name is not None)
         assert name is None or name.rstrip(" *") in row[3]
         check_shown(run.spec)
+    assert {r.run.spec for r in found.records} == set(found.specs)
+    assert {(r.model, r.text, r.source) for r in found.records} == {("demo", text, "suggest")}
+    by_spec = {r.run.spec: r.run for r in found.records}
+    for run in runs:
+        assert by_spec[run.spec].perplexity == pytest.approx(run.perplexity, rel=1e-4)
+        assert by_spec[run.spec].nonzero_share == pytest.approx(run.nonzero_share)
     costs = [cost(run) for run in runs]
     assert costs == sorted(costs)
 
@@ -166,7 +159,7 @@ def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, tex
     assert f"{demo.text(text).scored_tokens:,} tokens" in plain
     mark = trace(found.plot, "suggested")
     assert list(mark.x) == pytest.approx([100 * cost(star)])
-    assert list(mark.customdata) == [star.spec.to_query()]
+    assert list(map(spec_of, mark.customdata)) == [star.spec]
 
 
 @pytest.mark.parametrize(("goal", "cost"), [("nonzero", nonzero), ("compute", compute)])
@@ -195,7 +188,7 @@ def test_without_a_calibration_text_nothing_is_calibrated(tab, visitor, monkeypa
     assert found.specs
     assert not any(spec.needs_calibration for spec in found.specs)
     for query in trace(found.plot, "tried in the search").customdata:
-        assert not ConversionSpec.from_query(query).needs_calibration
+        assert not spec_of(query).needs_calibration
 
 
 def test_progress_is_told_and_points_appear(tab, visitor):
@@ -358,15 +351,21 @@ def event(index):
     return SimpleNamespace(index=index)
 
 
-def test_taking_a_row_restores_its_spec(tab, demo, visitor, monkeypatch):
-    monkeypatch.setattr(gr, "Info", lambda *_, **__: None)
-    *_, (_, _, _, table, specs) = tab.suggest(visitor(), *order(seconds=2))
+def test_a_taken_row_is_restored(tab, demo, visitor, notices):
+    """Through the page: the row gives a query and a time, which the page restores."""
+    opening = OpeningHandlers(tab.workbench)
+    *_, (_, _, _, table, queries, _) = tab.suggest(visitor(), *order(seconds=2))
     calibration = Calibration.from_text(demo.tokenizer, calibration_stories())
-    for row, query in enumerate(specs):
-        spec = ConversionSpec.from_query(query)
-        shown = tab.take("demo", specs, event([row, 3]))
-        restored = read_spec(chosen(shown))
-        assert shown[-1] == spec.branches
+    for row, query in enumerate(queries):
+        spec = spec_of(query)
+        taken = tab.take(queries, event([row, 3]))
+        before, _, time = taken.rpartition(" ")
+        assert before == query
+        assert int(time) > 1.7e18  # nanoseconds
+        assert tab.take(queries, event([row, 0])) != taken  # a second click counts too
+        is_open, model, text, *shown = opening.restore_taken(taken, "demo")
+        assert (is_open, model, text["value"]) == (True, "demo", "proxy")
+        restored = read_spec(chosen(tuple(shown[: len(CONTROLS) + 1])))
         assert in_words(restored) == in_words(spec)
         if restored != spec:  # what says nothing is left out, and the same is made
             made, expected = (
@@ -374,37 +373,18 @@ def test_taking_a_row_restores_its_spec(tab, demo, visitor, monkeypatch):
             )
             assert made.keys() == expected.keys()
             assert all(torch.allclose(made[name], expected[name], atol=1e-5) for name in made)
-        assert tab.take_spec("demo", f"{query} 1764100000000") == shown
-    assert len(table) == len(specs)
+    assert len(table) == len(queries)
+    assert notices == []
 
 
 @pytest.mark.parametrize("index", [None, 2, -1, [2, 0], [-1, 0], "0", [None, 0], [1.0, 0]])
 def test_a_click_on_no_row_changes_nothing(tab, index):
-    specs = ["branches=8", "branches=4"]
-    assert tab.take("demo", specs, event(index)) == (SKIPPED,) * (len(CONTROLS) + 1)
-    assert tab.take("demo", [], event([0, 0])) == (SKIPPED,) * (len(CONTROLS) + 1)
-
-
-@pytest.mark.parametrize("query", ["", " ", " 123"])
-def test_a_click_on_no_point_changes_nothing(tab, query):
-    assert tab.take_spec("demo", query) == (SKIPPED,) * (len(CONTROLS) + 1)
-
-
-@pytest.mark.parametrize(
-    "query",
-    ["order=<img/src=x>", "branches=x", "method=cmoe", "branches=65", "unknown=1", "x" * 10**5],
-    ids=lambda query: query[:20],
-)
-def test_an_odd_point_is_refused(tab, query):
-    with pytest.raises(gr.Error) as caught:
-        readable(tab.take_spec)("demo", query)
-    assert "<" not in caught.value.message
-    assert "server" not in caught.value.message
-    assert len(caught.value.message) < 300
+    assert tab.take(["branches=8", "branches=4"], event(index)) == SKIPPED
+    assert tab.take([], event([0, 0])) == SKIPPED
 
 
 def test_another_model_clears_everything(tab):
-    status, said, plot, table, specs = tab.another_model()[:5]
+    status, said, plot, table, specs = tab.another_model()
     assert status == ""
     assert "press" in said
     assert (table, specs) == ([], [])
@@ -414,17 +394,12 @@ def test_another_model_clears_everything(tab):
 # words
 
 
-def run(cost=0.5, ratio=1.1, spec=None, stderr=0.01, macs=None) -> Run:
-    spec = spec or ConversionSpec(branches=32, keep=20)
-    return Run(spec, 5.0 * ratio, ratio, stderr, 1.0, 100, cost, 100, macs or cost)
-
-
 def test_words_of_others_are_escaped(demo, monkeypatch):
     hostile = "<img src=x onerror=alert(1)>&"
     monkeypatch.setattr(module, "in_words", lambda spec: hostile)
     monkeypatch.setattr(module, "PRESETS", {hostile: ConversionSpec(keep=8)})
-    rival = run(ratio=1.5, spec=ConversionSpec(keep=8))
-    said = sentence(demo, _Found(Budget("nonzero", 0.7), [], [run(), rival]))
+    rival = a_run(ratio=1.5, spec=ConversionSpec(keep=8))
+    said = sentence(demo, _Found(Budget("nonzero", 0.7), [], [a_run(), rival], []))
     assert "<img" not in said
     assert said.count("&lt;img") == 2
     assert "&amp;" in said
@@ -433,7 +408,7 @@ def test_words_of_others_are_escaped(demo, monkeypatch):
 
 def test_the_sentence_is_plain(demo):
     spec = ConversionSpec(branches=32, keep=20, order="norm", compensation="none")
-    found = _Found(Budget("nonzero", 0.7), [run()] * 7, [run(0.625, 1.042, spec)])
+    found = _Found(Budget("nonzero", 0.7), [a_run()] * 7, [a_run(0.625, 1.042, spec)], [])
     plain = unescape(re.sub(r"<[^>]*>", "", sentence(demo, found))).replace("\N{NBSP}", " ")
     assert plain.startswith("Keeps 20 of 32 branches of neurons, those with the longest weights")
     assert "Perplexity +4.2 % ± 1.0 %, non-zero MLP parameters −37.5 %" in plain
@@ -444,86 +419,15 @@ def test_the_sentence_is_plain(demo):
 
 def test_the_sentence_names_the_preset_it_beats(demo):
     name = "Keep 12 of 16 (paper)"
-    found = _Found(Budget("nonzero", 0.8), [], [run(), run(0.75, 1.9, PRESETS[name])])
+    found = _Found(Budget("nonzero", 0.8), [], [a_run(), a_run(0.75, 1.9, PRESETS[name])], [])
     said = sentence(demo, found)
     assert name in said
     assert "best preset within the budget" in said
-    found.measured = [run(0.75, 1.01, PRESETS[name]), run(0.7, 1.2)]
+    found.measured = [a_run(0.75, 1.01, PRESETS[name]), a_run(0.7, 1.2)]
     assert "best preset" not in sentence(demo, found)  # it is the suggestion itself
 
 
 def test_nothing_found_is_said(demo):
-    for measured in ([], [run(0.9)]):
-        said = sentence(demo, _Found(Budget("nonzero", 0.7), [], measured))
+    for measured in ([], [a_run(0.9)]):
+        said = sentence(demo, _Found(Budget("nonzero", 0.7), [], measured, []))
         assert "Nothing within this budget was found" in said
-
-
-# the plot
-
-some_specs = st.sampled_from(
-    [*PRESETS.values(), *(ConversionSpec(branches=32, keep=k) for k in range(1, 32))]
-)
-shares = st.one_of(st.sampled_from([0.3, 0.5, 0.7]), st.floats(0.2, 1.1))
-ratios = st.one_of(
-    st.sampled_from([1.0, 1.1, 1.3]), st.floats(0.9, 3), st.sampled_from([1e5, 1e300])
-)
-some_runs = st.lists(
-    st.builds(run, cost=shares, ratio=ratios, spec=some_specs, stderr=st.floats(0, 0.1),
-              macs=shares),
-    max_size=12, unique_by=lambda r: r.spec,
-)  # fmt: skip
-budgets = st.sampled_from(
-    [Budget("nonzero", 0.5), Budget("compute", 0.7), Budget("nonzero", None, 1.2)]
-)
-
-
-def height(ratio: float) -> float:
-    return min(max(LEAST_INCREASE, 100 * (ratio - 1)), 1e8)
-
-
-@settings(max_examples=60)
-@given(some_runs, some_runs, budgets)
-def test_the_front_is_what_no_other_beats(tried, measured, budget):
-    figure = front_plot(tried, measured, budget)
-    cost = compute if budget.cost == "compute" else nonzero
-    line = trace(figure, "not beaten")
-    front = {(cost(r), r.ratio) for r in measured if not beaten(r, measured, cost)}
-    assert list(line.x) == pytest.approx([100 * x for x, _ in sorted(front)])
-    assert list(line.y) == pytest.approx([height(y) for _, y in sorted(front)])
-    assert line.line.shape == "hv"  # between two points nothing was measured
-
-
-@settings(max_examples=60)
-@given(some_runs, some_runs, budgets)
-def test_every_point_is_drawn_where_it_was_measured(tried, measured, budget):
-    figure = front_plot(tried, measured, budget)
-    cost = compute if budget.cost == "compute" else nonzero
-    presets = [r for r in measured if r.spec in PRESETS.values()]
-    others = [r for r in measured if r not in presets]
-    drawn = {"tried in the search": tried, "presets": presets, "measured finds": others}
-    for name, runs in drawn.items():
-        points = trace(figure, name)
-        assert list(points.x) == pytest.approx([100 * cost(r) for r in runs])
-        assert list(points.y) == pytest.approx([height(r.ratio) for r in runs])
-        assert list(points.customdata) == [r.spec.to_query() for r in runs]
-        assert points.showlegend is bool(runs)
-        for note, r in zip(points.text, runs, strict=True):
-            assert in_words(r.spec) in note.replace("<br>", " ")
-            assert change(r.ratio, r.stderr) in note
-            assert set(re.findall(r"<[^>]*>", note)) <= {"<br>"}
-            assert max(map(len, note.split("<br>"))) < 80
-    star, found = trace(figure, "suggested"), best(measured, budget)
-    assert list(star.customdata) == ([found.spec.to_query()] if found else [])
-    assert len(trace(figure, "dense").x) == 1
-    assert figure.layout.xaxis.title.text == AXES[budget.cost]
-    assert figure.layout.yaxis.type == "log"
-    figure.to_json()
-
-
-def test_the_budget_is_dashed():
-    upright = trace(front_plot([], [run()], Budget("nonzero", 0.6)), "budget")
-    assert list(upright.x) == [60, 60]
-    assert upright.y[0] < upright.y[1]
-    level = trace(front_plot([], [run()], Budget("nonzero", None, 1.05)), "budget")
-    assert list(level.y) == pytest.approx([5, 5])
-    assert level.line.dash == upright.line.dash == "dash"

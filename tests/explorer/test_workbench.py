@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mlpmoe import ConversionSpec, UserError, convert, parameter_report, perplexity
+from mlpmoe import ConversionSpec, UserError, convert, named_text, parameter_report, perplexity
 from mlpmoe.explorer import loaded as loaded_module
 from mlpmoe.explorer import workbench as module
-from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD, TEXTS, Evaluation, Progress
+from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD, Evaluation, Progress
 from mlpmoe.explorer.preview import preview
+from mlpmoe.explorer.recent import Recent
+from mlpmoe.explorer.texts import SHIPPED
 from mlpmoe.explorer.workbench import Workbench, model_key
-from mlpmoe.models import CATALOGUE, assets_folder
+from mlpmoe.models import CATALOGUE
 
 SPEC = ConversionSpec(branches=6, fade=0.9, keep=4)
 
@@ -36,10 +38,10 @@ def counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("text", list(TEXTS))
+@pytest.mark.parametrize("text", SHIPPED)
 def test_evaluate_is_the_library_s_perplexity(demo, text):
     *steps, found = demo.evaluate(SPEC, text)
-    content = (assets_folder() / "texts" / TEXTS[text]).read_text(encoding="utf-8")
+    content = named_text(text)
     dense = perplexity(demo.model, demo.tokenizer, content)
     converted = perplexity(convert(demo.model, SPEC), demo.tokenizer, content)
     assert isinstance(found, Evaluation)
@@ -98,7 +100,7 @@ def test_conversions_are_shared_and_few(demo):
 
 
 def test_recently_used_results_stay():
-    recent = loaded_module._Recent(2)
+    recent = Recent(2)
     made = []
 
     def get(key):
@@ -206,7 +208,7 @@ def test_threads_get_their_own_right_results(demo, weights_hash):
 
     with ThreadPoolExecutor(len(specs)) as pool:
         results = list(pool.map(work, specs))
-    text = (assets_folder() / "texts" / TEXTS["proxy"]).read_text(encoding="utf-8")
+    text = named_text("proxy")
     for spec, (report, left, found) in zip(specs, results, strict=True):
         alone = convert(demo.model, spec)
         assert report == parameter_report(alone)

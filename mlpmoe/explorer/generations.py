@@ -1,0 +1,95 @@
+"""What happens on the tab Generations: both models go on from one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from numbers import Integral, Real
+from time import monotonic
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import UserError
+from ..core.spec import ConversionSpec
+from ..measure.generation import Writing, parted_at, write_side_by_side
+from .cards import describe
+from .generations_panel import MAX_NEW_TOKENS, MAX_PROMPT
+from .loaded import Calibrated, LoadedModel
+from .settings import parted, read_spec
+from .workbench import Workbench
+
+WRITING_SECONDS = 120.0  # after that, writing stops
+UPDATES_PER_SECOND = 20  # of streamed text
+
+
+class GenerationHandlers:
+    """The events of the tab over one workbench."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        self.workbench = workbench
+
+    def write(self, model: str, *values: Any) -> Iterator[tuple[str, str, str]]:
+        """Dense text, converted text, report."""
+        settings, (prompt, tokens, temperature) = parted(values)
+        check_writing(prompt, tokens, temperature)
+        loaded = self.workbench.loaded(model)
+        spec = read_spec(settings)
+        asked = loaded.asked(spec)
+        if isinstance(asked, Calibrated):
+            for message in loaded.convert(asked):
+                yield gr.skip(), gr.skip(), f"<p>{escape(message)} …</p>"
+        models = (loaded.model, loaded.converted(asked))
+        started = shown = monotonic()
+        writings: tuple[Writing, ...] = ()
+        steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
+        for writings in steps:
+            now = monotonic()
+            if now - shown > 1 / UPDATES_PER_SECOND:
+                shown = now
+                yield *_texts(writings), f"<p>writing with {describe(spec)} …</p>"
+            if now - started > WRITING_SECONDS:
+                gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
+                break
+        yield *_texts(writings), writing_report(loaded, spec, writings)
+
+
+def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:
+    """Raise UserError for what the components forbid, since the API can send anything."""
+    if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
+        raise UserError(f"the prompt must be a text of at most {MAX_PROMPT:,} characters.")
+    if not _is(Integral, tokens) or not 1 <= tokens <= MAX_NEW_TOKENS:
+        raise UserError(f"tokens must be a whole number between 1 and {MAX_NEW_TOKENS}.")
+    if not _is(Real, temperature) or not 0 <= temperature <= 2:
+        raise UserError("temperature must be a number between 0 and 2.")
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def writing_report(loaded: LoadedModel, spec: ConversionSpec, writings: tuple[Writing, ...]) -> str:
+    """How fast both wrote, and the first token in which they part."""
+    dense, converted = writings
+    rows = "".join(
+        f'<tr><th class="{name}">{name}</th><td>{len(w.tokens)} tokens</td>'
+        f"<td>{w.tokens_per_second or 0:.1f} tokens/s</td>"
+        f"<td>{'ended by itself' if w.finished else ''}</td></tr>"
+        for name, w in (("dense", dense), ("converted", converted))
+    )
+    at = parted_at(dense.tokens, converted.tokens)
+    if at is None:
+        parting = "Both wrote the same text, token for token."
+    else:
+        first, second = (
+            escape(repr(loaded.tokenizer.decode([w.tokens[at]]))) for w in (dense, converted)
+        )
+        parting = (
+            f"They part at token {at + 1}: dense goes on with <code>{first}</code>, "
+            f"converted with <code>{second}</code>."
+        )
+    return f"<p>Written with {escape(describe(spec))}. {parting}</p><table>{rows}</table>"
+
+
+def _texts(writings: tuple[Writing, ...]) -> tuple[str, ...]:
+    return tuple(writing.text.lstrip() for writing in writings)

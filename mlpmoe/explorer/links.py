@@ -1,0 +1,66 @@
+"""Links to the page: model, spec, text and tab as a query string that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from urllib.parse import parse_qsl, urlencode
+
+from ..core.errors import UserError
+from ..core.spec import ConversionSpec
+from ..models.catalogue import DEMO_KEY
+from .expert_settings import check_shown as check_routed
+from .settings import check_shown
+
+TABS = {  # key in a link -> name on the page
+    "branches": "Branches",
+    "generations": "Generations",
+    "tokens": "Tokens",
+    "trade-offs": "Trade-offs",
+    "suggest": "Suggest",
+    "experts": "Experts",
+    "how": "How it works",
+}
+FIRST_TAB = "branches"
+DEFAULT_TEXT = "stories"
+LONGEST = 4000  # characters of a query that is read
+SPEC_FIELDS = tuple(f.name for f in fields(ConversionSpec))
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a link asks for."""
+
+    model: str = DEMO_KEY
+    spec: ConversionSpec = field(default_factory=ConversionSpec)
+    text: str = DEFAULT_TEXT
+    tab: str | None = None  # None: where it makes sense
+
+    def to_query(self) -> str:
+        """E.g. `model=demo&branches=16&fade=0.9&text=stories`."""
+        query = f"{urlencode({'model': self.model})}&{self.spec.to_query()}"
+        query += f"&{urlencode({'text': self.text})}"
+        return f"{query}&{urlencode({'tab': self.tab})}" if self.tab else query
+
+
+def read_link(query: str | Mapping[str, str]) -> tuple[Link, list[str]]:
+    """The link that a query string asks for, and notices on what of it could not be followed: that
+    part is left at its default. Names that are not ours, such as a host adds, are passed over."""
+    if isinstance(query, str):
+        query = dict(parse_qsl(query[:LONGEST], keep_blank_values=True))
+    notices = []
+    spec, tab = ConversionSpec(), query.get("tab")
+    known = {name: value for name, value in query.items() if name in SPEC_FIELDS}
+    try:
+        spec = ConversionSpec.from_texts(known) if known else spec
+        (check_routed if spec.routed else check_shown)(spec)
+    except UserError as error:
+        notices.append(f"{error} The default settings are shown.")
+        spec = ConversionSpec()
+    if tab is not None and tab not in TABS:
+        notices.append(f"there is no tab {tab!r:.40}; tabs are {', '.join(TABS)}.")
+        tab = None
+    if spec.routed and tab is None:
+        tab = "experts"
+    model = query.get("model", DEMO_KEY).strip() or DEMO_KEY
+    return Link(model, spec, query.get("text", DEFAULT_TEXT), tab), notices

@@ -1,0 +1,37 @@
+"""A run's recipe, model and text as the page names them, static and routed alike."""
+
+from __future__ import annotations
+
+from ..core.routed import ROUTED_METHODS
+from ..core.spec import ConversionSpec
+from ..measure.words import in_words
+from ..models.catalogue import find_entry
+from .cards import describe
+from .preview import preset_name
+
+
+def short_recipe(spec: ConversionSpec) -> str:
+    """In a few words, e.g. "B 16 · K 12, × √(B/K)" or "CMoE · 75 % active"."""
+    if not spec.routed:
+        return describe(spec).replace(" · fade 0.00", "")
+    parts = [ROUTED_METHODS[spec.method].label, f"{100 * spec.active:.3g} % active"]
+    if spec.experts:
+        parts.append(f"{spec.experts} experts")
+    if spec.selection == "threshold":
+        parts.append("threshold")
+    if spec.compensation == "mean":
+        parts.append("mean output of the others")
+    return " · ".join(parts)
+
+
+def recipe_of(spec: ConversionSpec) -> str:
+    """The whole recipe: the preset's name, if it is one, and what is done."""
+    if spec.routed:
+        return f"{short_recipe(spec)} ({spec.to_flags()})"
+    name = preset_name(spec)
+    return f"{name.rstrip(' *')}: {in_words(spec)}" if name else in_words(spec)
+
+
+def model_name(key: str) -> str:
+    entry = find_entry(key)
+    return entry.label if entry else key

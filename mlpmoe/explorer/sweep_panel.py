@@ -1,0 +1,110 @@
+"""The part of the trade-offs that measures many settings at once: its components and events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from ..core.compensation import COMPENSATIONS
+from ..core.order import ORDERS
+from ..core.schedule import SCHEDULES
+from ..core.scores import SCORES
+from ..core.spec import ALLOCATIONS
+from .events import MODEL_QUEUE, QUIET, readable
+
+if TYPE_CHECKING:
+    from .sweeping import SweepHandlers
+
+# field of the spec -> label, first value, what to write; in the order of the stages
+WRITTEN = {
+    "branches": ("B", "8, 16, 32", "such as 8, 16 or 4:32:4"),
+    "fade": ("Fade", "0", "such as 0, 0.5 or 0:0.9:0.3"),
+    "keep": ("K", "all, 75%, 50%", "all, a number, or a share of B"),
+}
+CHOSEN = {
+    "order": ("Order", [(o.about, name) for name, o in ORDERS.items()], ["contiguous"]),
+    "fade_projections": (
+        "Fade: matrices",
+        ["gate-up", "gate-up-down", "up-down", "gate-down", "gate", "up", "down"],
+        ["gate-up"],
+    ),
+    "fade_schedule": (
+        "Fade: schedule",
+        [(about, name) for name, about in SCHEDULES.items() if name != "power"],
+        ["linear"],
+    ),
+    "fade_score": ("Fade: score", [(s.about, name) for name, s in SCORES.items()], ["magnitude"]),
+    "fade_unit": ("Fade: unit", ["weight", "neuron", "2:4", "4:8", "1:4"], ["weight"]),
+    "allocation": ("Allocation", list(ALLOCATIONS), ["uniform"]),
+    "progressive": ("Layer by layer", [("no", "false"), ("yes", "true")], ["false"]),
+    "compensation": (
+        "Compensation", [(c.about, name) for name, c in COMPENSATIONS.items()], ["sqrt"]
+    ),
+}  # fmt: skip
+FIELDS = (*WRITTEN, *CHOSEN)
+
+
+@dataclass(frozen=True)
+class SweepPanel:
+    values: tuple[gr.Textbox | gr.Dropdown, ...]  # in the order of FIELDS
+    plan: gr.HTML
+    start: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+    snippet: gr.Code
+
+
+def sweep_panel() -> SweepPanel:
+    with gr.Accordion("Sweep: measure many settings at once", open=False, elem_id="sweep"):
+        gr.Markdown(
+            "Every combination of the values below is measured on the chosen text and appears in "
+            "plot and table as it comes. What is there already is not measured again, so a "
+            "stopped sweep goes on where it was."
+        )
+        with gr.Row():
+            written = [
+                gr.Textbox(
+                    value, label=label, info=info, max_lines=1, max_length=200, min_width=150,
+                    elem_id=f"sweep-{name}",
+                )
+                for name, (label, value, info) in WRITTEN.items()
+            ]  # fmt: skip
+        with gr.Accordion("Other stages", open=False), gr.Row():
+            chosen = [
+                gr.Dropdown(
+                    choices, value=value, multiselect=True, label=label, min_width=260,
+                    elem_id=f"sweep-{name.replace('_', '-')}",
+                )
+                for name, (label, choices, value) in CHOSEN.items()
+            ]  # fmt: skip
+        plan = gr.HTML("", elem_id="sweep-plan")
+        with gr.Row():
+            start = gr.Button("Sweep", variant="primary", min_width=120, elem_id="start-sweep")
+            stop = gr.Button("Stop", min_width=80, elem_id="stop-sweep")
+        status = gr.HTML("", elem_id="sweep-status")
+        with gr.Accordion("The same in the shell", open=False):
+            snippet = gr.Code(
+                language="shell", show_label=False, buttons=["copy"], interactive=False, lines=4,
+                wrap_lines=True, show_line_numbers=False, elem_id="sweep-snippet",
+            )  # fmt: skip
+    return SweepPanel((*written, *chosen), plan, start, stop, status, snippet)
+
+
+def wire_sweep(
+    handlers: SweepHandlers, model: gr.State, text: gr.Dropdown, stored: gr.Textbox,
+    measured: gr.Textbox, panel: SweepPanel,
+) -> None:  # fmt: skip
+    """The plan follows the values; the sweep itself is started and stopped by its buttons."""
+    inputs = [model, text, stored, *panel.values]
+    gr.on(
+        [c.change for c in (model, text, stored, *panel.values)],
+        readable(handlers.plan), inputs, [panel.plan, panel.snippet],
+        trigger_mode="always_last", concurrency_limit=1, **QUIET,
+    )  # fmt: skip
+    panel.start.click(
+        readable(handlers.sweep), inputs, [panel.status, measured], trigger_mode="once",
+        **MODEL_QUEUE, **QUIET,
+    )  # fmt: skip
+    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)

@@ -1,0 +1,185 @@
+"""What happens in a sweep: a plan before it starts, and runs as they come."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from time import monotonic
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import UserError
+from ..core.spec import ConversionSpec, flag_of
+from ..measure.grid import grid, read_values
+from ..measure.pace import about
+from .events import sentence
+from .loaded import Calibrated, Evaluation, LoadedModel
+from .records import Record, measured_record, read_records, write_records
+from .settings import check_shown, settled
+from .sweep_panel import FIELDS
+from .texts import OWN_PREFIX
+from .workbench import Workbench
+
+MOST_RUNS = 250  # of one sweep on the page; the shell takes more
+SENT_AGAIN = 5  # runs; the page may pass over one of two messages that come at the same moment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep will do."""
+
+    missing: tuple[ConversionSpec, ...]
+    known: int  # measured before
+    left_out: int  # K beyond B
+
+    @property
+    def runs(self) -> int:
+        return len(self.missing) + self.known
+
+
+class SweepHandlers:
+    """The events of the sweep over one workbench."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        self.workbench = workbench
+        self._running: set[str] = set()  # sessions that sweep
+        self._stopping: set[str] = set()  # of these, those that pressed Stop
+
+    def plan(self, model: str, text: str, stored: str, *values: Any) -> tuple[str, str]:
+        """How many runs and how long, in a sentence; and the sweep in the shell."""
+        loaded = self.workbench.loaded(model)
+        try:
+            words = in_words(self._plan(loaded, text, stored, values), loaded, text)
+        except UserError as error:
+            # the shell's flags have dashes in front, the page's fields have not
+            plain = UserError(re.sub(r"--(?=\w)", "", str(error)))
+            return f'<p class="problem">{sentence(plain)}</p>', gr.skip()
+        return f"<p>{words}</p>", snippet(model, text, values)
+
+    def stop(self, request: gr.Request) -> str:
+        """End what is under way; what is measured is kept."""
+        if request.session_hash not in self._running:
+            return ""
+        self._stopping.add(request.session_hash)
+        return _status("stopping …")
+
+    def sweep(
+        self, request: gr.Request, model: str, text: str, stored: str, *values: Any
+    ) -> Iterator[tuple[Any, Any]]:
+        """Status and new runs. Stopped, it leaves what it has measured."""
+        loaded, session = self.workbench.loaded(model), request.session_hash
+        plan = self._plan(loaded, text, stored, values)
+        records: list[Record] = []
+        started = monotonic()
+        self._running.add(session)
+        try:
+            for where, found in self._measured(loaded, text, plan, records, started):
+                if found:
+                    yield gr.skip(), write_records(records[-SENT_AGAIN:])
+                elif session not in self._stopping:
+                    yield _status(where), gr.skip()
+                if session in self._stopping:
+                    break
+            stopped = session in self._stopping
+        finally:
+            self._running.discard(session)
+            self._stopping.discard(session)
+        seconds = monotonic() - started
+        done = f"{len(records)} measured in {seconds:.0f} s" if records else "nothing measured"
+        if stopped:
+            left = len(plan.missing) - len(records)
+            yield _status(f"Stopped: {done}, {left} left. Sweep goes on with them."), gr.skip()
+        else:
+            yield _status(f"Done: {done}, {plan.known} were there before."), gr.skip()
+
+    def _measured(
+        self, loaded: LoadedModel, text: str, plan: Plan, records: list[Record], started: float
+    ) -> Iterator[tuple[str, bool]]:
+        """What is being done, and whether a record was added."""
+        for number, spec in enumerate(plan.missing, 1):
+            where = f"run {number} of {len(plan.missing)}{_left(started, records, plan)}"
+            yield f"{where} …", False
+            asked = loaded.asked(spec)
+            if isinstance(asked, Calibrated):
+                for message in loaded.convert(asked):
+                    yield f"{where}: {message} …", False
+            for step in loaded.evaluate(asked, text):
+                if not isinstance(step, Evaluation):
+                    yield f"{where}: perplexity, {step.done / step.total:.0%}", False
+            records.append(measured_record(loaded, asked, text, "sweep"))
+            yield where, True
+
+    def _plan(self, loaded: LoadedModel, text: str, stored: str, values: Sequence[Any]) -> Plan:
+        made = grid(read_fields(values))
+        for spec in made.specs:
+            check_shown(spec)
+            spec.check_fits(loaded.d_ff)
+        specs = tuple(dict.fromkeys(map(settled, made.specs)))
+        if len(specs) > MOST_RUNS:
+            raise UserError(
+                f"these are {len(specs):,} runs; the page takes up to {MOST_RUNS} at a time. "
+                "Give fewer values, or sweep in the shell."
+            )
+        known = {
+            record.run.spec
+            for record in read_records(stored)[0]
+            if (record.model, record.text) == (loaded.key, text)
+        }
+        missing = tuple(spec for spec in specs if spec not in known)
+        return Plan(missing, len(specs) - len(missing), made.left_out)
+
+
+def read_fields(values: Sequence[Any]) -> dict[str, list[str]]:
+    """Field of the spec -> its values as texts. UserError for a field without any."""
+    found = {}
+    for name, value in zip(FIELDS, values, strict=True):
+        found[name] = read_values(name, value) if isinstance(value, str) else list(value or [])
+        if not found[name]:
+            raise UserError(f"{flag_of(name)} has no value.")
+    return found
+
+
+def in_words(plan: Plan, loaded: LoadedModel, text: str) -> str:
+    """The plan in a sentence."""
+    words = [f"<strong>{plan.runs} run{'s' if plan.runs != 1 else ''}</strong>"]
+    if plan.known:
+        words.append(f"{plan.known} of them measured before")
+    if plan.left_out:
+        words.append(f"{plan.left_out} combinations with K above B left out")
+    if not loaded.has_text(text):
+        words.append("the text is read first")
+    elif plan.missing:
+        each = loaded.text(text).scored_tokens / loaded.tokens_per_second
+        words.append(about(each * len(plan.missing)))
+        if calibrated := sum(spec.needs_calibration for spec in plan.missing):
+            words.append(f"and longer for {calibrated} that calibrate first")
+    return ", ".join(words) + "."
+
+
+def snippet(model: str, text: str, values: Sequence[Any]) -> str:
+    """The sweep as a command that goes on where it was."""
+    flags = " ".join(
+        f"--{flag_of(name)} {shlex.quote(','.join(texts))}"
+        for name, texts in read_fields(values).items()
+    )
+    chosen = "mine.txt" if text.startswith(OWN_PREFIX) else text
+    return (
+        f"python -m mlpmoe sweep {shlex.quote(model)} --text {chosen} \\\n  {flags} \\\n"
+        "  --out runs.jsonl\n"
+    )
+
+
+def _left(started: float, records: Sequence[Record], plan: Plan) -> str:
+    """The time left, from the runs so far."""
+    if not records:
+        return ""
+    each = (monotonic() - started) / len(records)
+    return f", {about(each * (len(plan.missing) - len(records)))} left"
+
+
+def _status(text: str) -> str:
+    return f"<p>{escape(text)}</p>"

@@ -1,0 +1,71 @@
+"""The texts that perplexity is measured on, by key: our own, public ones, and the visitors'."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from threading import Lock
+
+from ..core.errors import UserError
+from ..models.texts import TEXTS, check_own_text, named_text, text_digest
+
+OWN_PREFIX = "own-"  # then the digest, so that a key always means the same text
+MOST_OWN = 32  # texts of visitors held in memory; the one used longest ago is forgotten
+SHIPPED = ("stories", "proxy")  # need neither a network nor time
+
+
+class Texts:
+    """The texts of a server. Those of visitors lie in its memory only."""
+
+    def __init__(self) -> None:
+        self._own: OrderedDict[str, str] = OrderedDict()
+        self._lock = Lock()
+
+    def add(self, content: str | bytes) -> str:
+        """Keep a visitor's text and return its key; UserError if it is none."""
+        text = check_own_text(content)
+        key = f"{OWN_PREFIX}{text_digest(text)}"
+        with self._lock:
+            self._own[key] = text
+            self._own.move_to_end(key)
+            while len(self._own) > MOST_OWN:
+                self._own.popitem(last=False)
+        return key
+
+    def check(self, key: str) -> None:
+        """Raise UserError, with the keys that are allowed, if no text has this one."""
+        if isinstance(key, str) and (key in TEXTS or key in self._own):
+            return
+        if isinstance(key, str) and key.startswith(OWN_PREFIX):
+            raise UserError(
+                "this text of a visitor is not on the server (any more). Paste it again under "
+                "“Own text”."
+            )
+        raise UserError(f"no text is called {key!r:.60}; allowed: {', '.join(TEXTS)}.")
+
+    def read(self, key: str) -> str:
+        """The whole text; from a public dataset, if need be over the network."""
+        self.check(key)
+        with self._lock:
+            if key in self._own:
+                self._own.move_to_end(key)
+                return self._own[key]
+        return named_text(key)
+
+
+def text_name(key: str) -> str:
+    """What the page calls a text."""
+    if key in TEXTS:
+        return TEXTS[key].label
+    return f"own text {key.removeprefix(OWN_PREFIX)[:6]}"
+
+
+def text_choices(key: str | None = None) -> list[tuple[str, str]]:
+    """Labels and keys for the list of texts, with a visitor's own one, if `key` is one."""
+    choices = [(_capital(entry.label), name) for name, entry in TEXTS.items()]
+    if key and key.startswith(OWN_PREFIX):
+        choices.append((_capital(text_name(key)), key))
+    return choices
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,178 @@
+"""What happens on the tab Tokens: where the text breaks, and where in the model that starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import isfinite
+from typing import Any
+
+import gradio as gr
+import torch
+
+from ..core.spec import ConversionSpec
+from ..measure.correlations import BranchStatistics, branch_statistics
+from ..measure.drift import drift
+from ..measure.notation import number
+from ..measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
+from .loaded import Calibrated, Conversion, LoadedModel
+from .settings import parted, read_spec
+from .style import DAMAGE
+from .token_plots import correlations_plot, drift_plot, norms_plot
+from .tokens_panel import EMPTY
+from .workbench import Workbench
+
+TAB = "tokens"
+DEEPEST = 2.0  # nats from which a token has the darkest shade
+DARK = 3  # from this shade on, text is white
+LEAST = 0.1  # nats; less is not coloured
+WORST = 10  # sentences
+SHOWN_TOKENS = 4000  # of the text
+DRIFT_TOKENS = 384  # of its first document
+NOT_OPEN = 6  # outputs of `show`
+
+
+class TokenHandlers:
+    """The events of the tab over one workbench."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        self.workbench = workbench
+
+    def show(self, tab: str, model: str, *values: Any) -> tuple:
+        """Worst sentences, text, drift, and what `branches` gives; all left alone while another tab
+        is open."""
+        if tab != TAB:
+            return (gr.skip(),) * NOT_OPEN
+        settings, (text, layer) = parted(values)
+        loaded = self.workbench.loaded(model)
+        asked = loaded.asked(read_spec(settings))
+        measured = loaded.known_evaluation(asked, text)
+        if measured is None or not loaded.is_converted(asked):
+            return EMPTY, "", *(gr.skip(),) * (NOT_OPEN - 2)
+        encoded = loaded.text(text)
+        changes = token_changes(measured.dense, measured.converted, encoded, loaded.tokenizer)
+        ids = encoded.documents[0][:DRIFT_TOKENS]
+        return (
+            worst_html(worst(sentences(changes), WORST), measured.dense.tokens),
+            text_html(changes),
+            drift_plot(drift(loaded.model, loaded.converted(asked), ids)),
+            *_branches(loaded, asked, ids, layer),
+        )
+
+    def branches(self, tab: str, model: str, *values: Any) -> tuple:
+        """Figures, norms and correlations of the branches of one layer."""
+        settings, (text, layer) = parted(values)
+        loaded = self.workbench.loaded(model)
+        asked = loaded.asked(read_spec(settings))
+        if tab != TAB or not loaded.has_text(text) or not loaded.is_converted(asked):
+            return (gr.skip(),) * 3
+        return _branches(loaded, asked, loaded.text(text).documents[0][:DRIFT_TOKENS], layer)
+
+    def another_model(self, model: str) -> dict:
+        layers = len(self.workbench.loaded(model).mlps)
+        return gr.update(maximum=max(1, layers - 1), value=0)
+
+
+def _branches(
+    loaded: LoadedModel, asked: Conversion, ids: torch.Tensor, layer: int
+) -> tuple[Any, ...]:
+    whole = loaded.converted(loaded.whole(asked))
+    spec = asked.spec if isinstance(asked, Calibrated) else asked
+    found = branch_statistics(whole, min(layer, len(loaded.mlps) - 1), ids, spec.kept)
+    return branches_html(found, spec), norms_plot(found), correlations_plot(found)
+
+
+def worst_html(found: Sequence[Sentence], tokens: int) -> str:
+    """The worst sentences as a list, each with the change of its loss."""
+    if not found or found[0].mean <= 0:  # undefined, of a broken model, is neither
+        return (
+            f'<p class="empty">No sentence became harder: over {tokens:,} tokens the loss has not '
+            "grown anywhere.</p>"
+        )
+    rows = "".join(
+        f"<li><b>{_nats(sentence.mean)}</b>"
+        f'<span class="loss">{_spans(_trimmed(sentence.tokens))}</span></li>'
+        for sentence in found
+        if not sentence.mean <= 0
+    )
+    return f"{_scale()}<ol>{rows}</ol>"
+
+
+def text_html(changes: Sequence[TokenChange]) -> str:
+    """The text from its beginning, document by document."""
+    shown = changes[:SHOWN_TOKENS]
+    documents: dict[int, list[TokenChange]] = {}
+    for token in shown:
+        documents.setdefault(token.document, []).append(token)
+    body = "".join(f'<p class="loss">{_spans(some)}</p>' for some in documents.values())
+    rest = len(changes) - len(shown)
+    more = f'<p class="note">{rest:,} more tokens are not shown.</p>' if rest else ""
+    return f"{_scale()}{body}{more}"
+
+
+def branches_html(found: BranchStatistics, spec: ConversionSpec) -> str:
+    """What √(B/K) assumes beside what was measured, and the α that would have been right."""
+    count = len(found.norms)
+    assumed = (count / found.kept) ** 0.5
+    mean = 100 * float((found.mean_share * found.norms.square()).sum() / found.norms.square().sum())
+    rows = [
+        ("correlation between branches, mean", "0", f"{found.mean_correlation:+.3f}"),
+        ("share of the outputs that is their mean", "0 %", f"{mean:.1f} %"),
+        (f"size of the first {found.kept} of {count}, whole = 1", number(1 / assumed),
+         number(found.size)),
+        ("α that restores the size", f"{assumed:.3f}", f"{found.alpha_size:.3f}"),
+        ("α of least error", "", f"{found.alpha_fit:.3f}"),
+    ]  # fmt: skip
+    body = "".join(
+        f'<tr><th scope="row">{name}</th><td>{before}</td><td class="converted">{after}</td></tr>'
+        for name, before, after in rows
+    )
+    hint = " All branches are kept now: lower K to compare." if found.kept == count else ""
+    order = "" if spec.order == "contiguous" else f", in the order {escape(spec.order)}"
+    return (
+        '<table><thead><tr><td></td><th scope="col">√(B/K) assumes</th>'
+        f'<th scope="col">measured</th></tr></thead><tbody>{body}</tbody></table>'
+        f'<p class="note">{found.tokens} tokens of the text, dense weights{order}.{hint}</p>'
+    )
+
+
+def _spans(tokens: Sequence[TokenChange]) -> str:
+    return "".join(_span(token) for token in tokens if token.text)
+
+
+def _span(token: TokenChange) -> str:
+    text = escape(token.text)
+    if abs(token.change) < LEAST:
+        return text
+    hint = f"{_nats(token.change)}, dense {token.dense:.2f}"
+    if token.change < 0:
+        return f'<i class="better" title="{hint}">{text}</i>'
+    shade, ink = _shade(token.change)
+    return f'<i class="worse" style="--shade:{shade};--ink:{ink}" title="{hint}">{text}</i>'
+
+
+def _shade(change: float) -> tuple[str, str]:
+    """Background and text for a loss in nats; undefined losses are as dark as can be."""
+    share = min(1.0, change / DEEPEST) if isfinite(change) else 1.0
+    index = min(len(DAMAGE) - 1, int(share * len(DAMAGE)))
+    return DAMAGE[index], "#1c1c1c" if index < DARK else "#ffffff"
+
+
+def _scale() -> str:
+    steps = "".join(
+        f'<i style="--shade:{colour};--ink:{"#1c1c1c" if i < DARK else "#ffffff"}">'
+        f"+{max(LEAST, i * DEEPEST / len(DAMAGE)):.1f}</i>"
+        for i, colour in enumerate(DAMAGE)
+    )
+    return f'<p class="loss-scale">change of the loss in nats, from {steps}</p>'
+
+
+def _trimmed(tokens: Sequence[TokenChange]) -> list[TokenChange]:
+    """Without the line breaks at the ends, which would break the list."""
+    return [token for token in tokens if token.text.strip("\n")]
+
+
+def _nats(change: float) -> str:
+    if not isfinite(change):
+        return "undefined"
+    return f"{change:+.2f} nats".replace("-", "−")

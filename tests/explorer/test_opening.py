@@ -1,0 +1,223 @@
+"""What sets the controls of the page: links, runs, presets, loaded models."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from urllib.parse import unquote_plus
+
+import gradio as gr
+import pytest
+
+from mlpmoe import PRESETS, ConversionSpec, UserError
+from mlpmoe.explorer.convert_panel import CUSTOM
+from mlpmoe.explorer.events import readable
+from mlpmoe.explorer.handlers import Handlers
+from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, read_spec
+from tests.explorer.controls import chosen, controls, preview_values
+
+SKIPPED = gr.skip()
+
+
+# links
+
+
+def opened(opening, visitor, **query):
+    """What a link sets: the model, and the values of the controls."""
+    is_open, taken, status, model, text, *shown = opening.open_link(visitor(**query))
+    shown, routed = shown[: len(CONTROLS) + 1], shown[len(CONTROLS) + 1 :]
+    assert (taken, text["value"]) == ("", query.get("text", "stories"))
+    assert routed == [SKIPPED] * len(routed)  # neither routed controls nor the tab
+    branches, keep = (shown[CONTROLS.index(name)] for name in ("branches", "keep"))
+    assert is_open is True
+    assert "Demo" in status
+    assert shown[-1] == branches["value"] <= branches["maximum"] <= MAX_BRANCHES
+    assert keep["value"] <= branches["value"] <= keep["maximum"]
+    return model, chosen(tuple(shown))
+
+
+def test_no_link_gives_the_defaults(opening, visitor, notices):
+    assert opened(opening, visitor) == ("demo", controls())
+    assert notices == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *PRESETS.values(),
+        ConversionSpec(branches=1, fade=2.0),
+        ConversionSpec(branches=48, fade=0.35, keep=1, compensation="none"),
+        ConversionSpec(fade=0.5, fade_schedule="power", fade_exponent=3.5, keep=2),
+        ConversionSpec(fade=0.5, fade_projections="down", fade_score="wanda", progressive=True),
+        ConversionSpec(fade_unit="3:8", fade_projections="up"),
+        ConversionSpec(fade=1.2, fade_unit="neuron", order="norm", keep=9, compensation="ratio"),
+        ConversionSpec(keep=12, allocation="sensitivity"),
+    ],
+    ids=ConversionSpec.to_query,
+)
+def test_a_link_restores_its_spec(opening, visitor, notices, spec):
+    query = dict(part.split("=") for part in spec.to_query().split("&"))
+    query = {name: unquote_plus(text) for name, text in query.items()}
+    model, values = opened(opening, visitor, **query, utm_source="mail", theme="dark")
+    assert model == "demo"
+    assert dict(zip(CONTROLS, values, strict=True)) == {
+        **{name: getattr(spec, name) for name in CONTROLS},
+        "keep": spec.kept,
+        "fade_exponent": spec.fade_exponent or 2,
+        "fade_projections": list(spec.projections),
+    }
+    assert read_spec(values) == spec
+    assert notices == []
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ({"branches": "sixteen"}, "branches must be a number"),
+        ({"branches": ""}, "branches must be a number"),
+        ({"branches": "1.5"}, "branches must be a number"),
+        ({"branches": "0"}, "at least 1"),
+        ({"branches": "-4"}, "at least 1"),
+        ({"branches": "49"}, "48 neurons"),
+        ({"branches": "9" * 5000}, "branches must be a number"),
+        ({"branches": "9" * 4000}, "at most 64 branches"),
+        ({"fade": "nan"}, "between 0 and 2"),
+        ({"fade": "inf"}, "between 0 and 2"),
+        ({"fade": "-0.1"}, "between 0 and 2"),
+        ({"keep": "17"}, "must lie between 1 and"),
+        ({"branches": "8", "keep": "0"}, "must lie between 1 and"),
+        ({"compensation": "double"}, "must be one of"),
+        ({"method": "other"}, "must be one of"),
+        ({"method": "neurons", "progressive": "true"}, "no control for a part of this"),
+        ({"method": "cmoe", "experts": "300"}, "at most 128 experts"),
+        ({"order": "alphabetical"}, "must be one of"),
+        ({"fade_unit": "4:2"}, "n must be at least 1 and less than m"),
+        ({"fade_unit": "half"}, "weight, neuron, or n:m"),
+        ({"fade_unit": "2:4", "fade": "0.5"}, "leave fade at 0"),
+        ({"fade_projections": ""}, "must name gate, up or down"),
+        ({"fade_projections": "gate-left"}, "must name gate, up or down"),
+        ({"fade_schedule": "steep"}, "must be one of"),
+        ({"fade_exponent": "2"}, "belongs to the schedule power"),
+        ({"fade": "0.5", "fade_schedule": "power", "fade_exponent": "50"}, "from 0.25 to 8"),
+        ({"order": "random", "seed": "5"}, "no other seed than 0"),
+        ({"fade_score": "zodiac"}, "must be one of"),
+        ({"allocation": "fair"}, "must be one of"),
+        ({"progressive": "perhaps"}, "true or false"),
+        ({"progressive": "true"}, "no stage of this spec looks at activations"),
+        ({"experts": "8"}, "does not belong to the method mlpmoe"),
+        ({"branches": "8&unknown=1"}, "must be a number"),
+        ({"branches": "x" * 100_000}, "branches must be a number"),
+    ],
+)
+def test_a_broken_link_is_said_to_be_broken(opening, visitor, notices, query, reason):
+    assert opened(opening, visitor, **query) == ("demo", controls())
+    ((kind, message),) = notices
+    assert kind == "Warning"
+    assert re.search(reason, message, re.IGNORECASE)
+    assert "default settings are shown" in message
+    assert len(message) < 300
+
+
+def test_more_branches_than_the_page_offers(opening, visitor, notices, monkeypatch):
+    """d_ff would allow them, the slider does not."""
+    monkeypatch.setattr("mlpmoe.explorer.settings.MAX_BRANCHES", 20)
+    assert opened(opening, visitor, branches="24")[1] == controls()
+    assert "at most 20" in notices[0][1]
+    assert opened(opening, visitor, branches="20")[1] == controls(branches=20, keep=20)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model", "branches", "fade", "compensation", "method", "order", "fade_unit",
+        "fade_projections", "fade_schedule", "fade_score", "allocation", "progressive",
+    ],
+)  # fmt: skip
+def test_a_link_cannot_put_html_on_the_page(opening, visitor, notices, name):
+    """Notices show HTML, and even a sanitised image tells its server who looks."""
+    hostile = "<img src=//x.example/a.png onerror=alert(1)>"
+    opened(opening, visitor, **{name: hostile})
+    assert notices
+    assert not any("<" in message for _, message in notices)
+    assert any("&lt;img" in message for _, message in notices)
+
+
+def test_a_link_may_name_a_model_to_load(opening, visitor, notices):
+    found = opened(opening, visitor, model="owner/name", branches="8")
+    assert found == ("owner/name", controls(branches=8, keep=8))
+    ((kind, message),) = notices
+    assert kind == "Info"
+    assert "owner/name" in message
+    assert len(message) < 200
+
+
+# presets
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_choose_preset(opening, name):
+    spec = PRESETS[name]
+    shown = opening.choose_preset("demo", name)
+    assert chosen(shown) == controls(
+        branches=spec.branches, fade=spec.fade, keep=spec.kept, compensation=spec.compensation,
+        order=spec.order, fade_schedule=spec.fade_schedule, fade_score=spec.fade_score,
+        fade_projections=list(spec.projections), progressive=spec.progressive,
+    )  # fmt: skip
+    assert shown[-1] == spec.branches
+
+
+@pytest.mark.parametrize("name", [CUSTOM, "", None, "no such preset"])
+def test_other_presets_change_nothing(opening, name):
+    assert opening.choose_preset("demo", name) == (SKIPPED,) * (len(CONTROLS) + 1)
+
+
+def test_a_preset_with_more_branches_than_neurons_is_refused(opening, tmp_path):
+    from tests.tiny import save_tiny_model
+
+    folder = str(save_tiny_model(tmp_path / "narrow", intermediate_size=12))
+    list(opening.workbench.load(folder))
+    with pytest.raises(UserError, match="12 neurons"):
+        opening.choose_preset(folder, "Fractal Fade (paper)")
+
+
+# loading
+
+
+def test_load_reports_and_sets_the_limits(opening, gateless_folder):
+    *steps, last = opening.load(str(gateless_folder), 64)
+    assert all(update[1:] == (SKIPPED,) * 4 for update in steps)
+    assert "checking" in steps[0][0]
+    status, key, branches, layer, projection = last
+    assert "gateless" in status
+    assert "GPT2" in status
+    assert key == str(gateless_folder)
+    assert (branches["maximum"], branches["value"]) == (48, 48)
+    assert (layer["maximum"], layer["value"]) == (1, 0)
+    assert projection["choices"] == ["up", "down"]
+    assert projection["value"] == "up"
+
+
+def test_a_model_of_one_layer_has_a_slider_with_two_ends(opening, one_layer_folder, visitor):
+    *_, (_, key, branches, layer, _) = opening.load(str(one_layer_folder), 16)
+    assert (branches["maximum"], branches["value"], layer["maximum"]) == (40, 16, 1)
+    Handlers(opening.workbench).preview(visitor(), *preview_values(model=key, layer=1))
+
+
+def test_a_failed_load_leaves_the_model_that_is_there(opening, demo, tiny_folder, tmp_path):
+    damaged = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    (damaged / "config.json").write_text("{")
+    for name in (str(damaged), "owner/absent", "<img src=x>", "../..", "", None, 7, ["demo"]):
+        with pytest.raises(gr.Error) as caught:
+            list(readable(opening.load)(name, 16))
+        assert "<" not in caught.value.message
+        assert str(tmp_path) not in caught.value.message
+    assert opening.workbench.loaded("demo") is demo
+    status, is_open = opening.load_failed("demo")
+    assert "Demo" in status
+    assert is_open is True
+
+
+def test_progress_of_a_hostile_name_is_escaped(opening):
+    first = next(opening.load("<script>alert(1)</script>" * 100, 16))
+    assert "<script" not in first[0]
+    assert len(first[0]) < 600

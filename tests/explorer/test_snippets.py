@@ -1,0 +1,240 @@
+"""The code under Code makes the same model and gives the same figures as the page."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import pytest
+import torch
+
+import mlpmoe
+from mlpmoe import ConversionSpec, convert, load, named_text
+from mlpmoe.commands.arguments import add_spec, read_spec
+from mlpmoe.explorer.experts import ExpertHandlers
+from mlpmoe.explorer.handlers import Handlers
+from mlpmoe.explorer.loaded import (
+    Calibrated,
+    Conversion,
+    LoadedModel,
+    calibration_stories,
+    spec_of,
+)
+from mlpmoe.explorer.preview import snippet
+from mlpmoe.explorer.workbench import Workbench
+from mlpmoe.models.texts import TEXTS
+from tests.explorer.controls import preview_values
+
+STATIC = [
+    ConversionSpec(),
+    ConversionSpec(branches=1),
+    ConversionSpec(branches=48, fade=2.0),
+    ConversionSpec(branches=5, fade=0.9, keep=1),
+    ConversionSpec(branches=7, keep=3, compensation="none"),
+]
+CALIBRATED = [
+    ConversionSpec(keep=12, order="least-squares", compensation="refit"),
+    ConversionSpec(fade=0.6, fade_score="sparsegpt", fade_projections="gate-up-down"),
+    ConversionSpec(branches=8, keep=5, allocation="sensitivity"),
+    ConversionSpec(
+        branches=8, keep=5, fade=0.8, fade_unit="neuron", fade_score="wanda",
+        allocation="sensitivity",
+    ),
+]  # fmt: skip
+ROUTED = [
+    ConversionSpec(method="contiguous", experts=8, active=0.5),
+    ConversionSpec(method="expertweaver", experts=8, active=0.5),
+    ConversionSpec(method="neurons", active=0.5, selection="threshold", compensation="mean"),
+]
+EVERY = [*STATIC, *CALIBRATED, *ROUTED]
+
+
+def run_python(code: str) -> tuple[dict, list[float]]:
+    """The names after running it, and perplexity dense, converted and their ratio as printed."""
+    names: dict = {}
+    with redirect_stdout(io.StringIO()) as out:
+        exec(code, names)
+    dense, other, change = out.getvalue().split(" ", 2)
+    return names, [float(dense), float(other), float(re.search(r"ratio=([^,]+)", change)[1])]
+
+
+def shell_line(code: str) -> str:
+    (line,) = (line for line in code.splitlines() if " -m mlpmoe " in line)
+    assert line.startswith("#")
+    return line[line.index("python") :]
+
+
+def run_shell(code: str, folder: Path | None = None) -> dict:
+    """What the command prints as JSON."""
+    words = shlex.split(shell_line(code))
+    done = subprocess.run(
+        [sys.executable, *words[1:], "--json", "--no-speed"],
+        capture_output=True, text=True, check=False, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def measured(loaded: LoadedModel, asked: Conversion, text: str) -> list[float]:
+    """The same three figures as the page has them."""
+    *_, found = loaded.evaluate(asked, text)
+    return [found.dense.value, found.converted.value, found.change.ratio]
+
+
+# the demo model itself, which snippets name
+
+
+@pytest.fixture(scope="module")
+def real() -> Workbench:
+    return Workbench()
+
+
+SHOWN = {"branches": 8, "keep": 6, "fade": 0.7, "fade_schedule": "uniform"}
+
+
+def compare_with_the_page(
+    loaded: LoadedModel, code: str, asked: Conversion, text: str, folder: Path | None = None
+) -> None:
+    """Python and the shell give what the page has measured, and what it has counted."""
+    expected = measured(loaded, asked, text)
+    names, printed = run_python(code)
+    assert names["converted"] is not loaded.converted(asked)
+    assert printed == pytest.approx(expected, rel=1e-6)
+    shown = run_shell(code, folder)
+    assert shown["spec"] == spec_of(asked).to_dict()
+    told = [
+        shown["dense"]["perplexity"],
+        shown["converted"]["perplexity"],
+        shown["perplexity_change"]["ratio"],
+    ]
+    assert told == pytest.approx(expected, rel=1e-6)
+    run = loaded.run(asked, text)
+    assert shown["converted"]["nonzero"] == run.nonzero
+    macs = [shown[model]["macs_per_token"] for model in ("dense", "converted")]
+    assert macs == [loaded.report.macs_per_token, run.macs_per_token]
+
+
+@pytest.mark.slow
+def test_the_code_of_a_static_conversion_gives_the_page_s_figures(real, visitor):
+    code = Handlers(real).preview(visitor(), *preview_values(before=8, **SHOWN))[4]
+    compare_with_the_page(real.loaded("demo"), code, ConversionSpec(**SHOWN), "proxy")
+
+
+def expert_settings(*, calibration: str, own_text: str, method: str) -> tuple:
+    return method, 0.5, 8, 0.25, True, "own", "topk", "none", calibration, own_text
+
+
+@pytest.mark.slow
+def test_the_code_of_a_routed_conversion_gives_the_page_s_figures(real):
+    settings = expert_settings(calibration="stories", own_text="", method="contiguous")
+    _, code, _, _ = ExpertHandlers(real).describe("demo", *settings)
+    spec = ConversionSpec(method="contiguous", experts=8, active=0.5)
+    loaded = real.loaded("demo")
+    compare_with_the_page(loaded, code, loaded.asked(spec), "stories")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mlpmoe", "cmoe"])
+def test_the_code_of_a_calibrated_conversion_gives_the_page_s_figures(
+    real, tmp_path, monkeypatch, method
+):
+    """On a text of the visitor's own, since ours is long."""
+    seen = calibration_stories()[:6000]
+    (tmp_path / "own-calibration.txt").write_text(seen, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(mlpmoe.__file__).parents[1]))
+    if method == "cmoe":
+        settings = expert_settings(calibration="own", own_text=seen, method=method)
+        _, code, _, _ = ExpertHandlers(real).describe("demo", *settings)
+        text, spec = "stories", ConversionSpec(method=method, experts=8, active=0.5)
+    else:
+        text, spec = "proxy", ConversionSpec(keep=12, order="activation")
+        code = snippet("demo", spec, text, "own-calibration.txt")
+    compare_with_the_page(real.loaded("demo"), code, Calibrated(spec, seen), text, tmp_path)
+
+
+# on a tiny model
+
+
+@pytest.mark.parametrize("spec", EVERY, ids=ConversionSpec.to_query)
+def test_the_snippet_makes_the_same_model(tiny, tiny_folder, spec):
+    names, printed = run_python(snippet(str(tiny_folder), spec, "proxy"))
+    expected = tiny.converted(tiny.asked(spec)).state_dict()
+    made = names["converted"].state_dict()
+    assert made.keys() == expected.keys()
+    assert all(torch.allclose(made[key], expected[key], atol=1e-5) for key in made)
+    assert printed == pytest.approx(measured(tiny, tiny.asked(spec), "proxy"), rel=1e-4)
+
+
+def test_the_snippet_of_a_static_conversion_is_exact(tiny_folder):
+    spec = ConversionSpec(branches=5, fade=0.9, keep=3)
+    names, _ = run_python(snippet(str(tiny_folder), spec, "proxy"))
+    expected = convert(load(tiny_folder)[0], spec).state_dict()
+    assert all(torch.equal(weight, expected[key])
+               for key, weight in names["converted"].state_dict().items())  # fmt: skip
+
+
+def test_the_snippet_of_an_own_text_reads_it_from_a_file(tiny, tiny_folder, tmp_path, monkeypatch):
+    content = "The ferry left at nine.\r\nNobody had told the gulls “no”. " * 9
+    key, spec = tiny.texts.add(content), ConversionSpec(keep=9)
+    (tmp_path / "own-text.txt").write_text(content, encoding="utf-8", newline="")
+    monkeypatch.chdir(tmp_path)
+    code = snippet(str(tiny_folder), spec, key)
+    _, printed = run_python(code)
+    assert printed == pytest.approx(measured(tiny, tiny.asked(spec), key), rel=1e-6)
+    assert "--text own-text.txt" in shell_line(code)
+
+
+def test_the_shell_calibrates_on_the_same_stories(tiny, tiny_folder):
+    spec = ConversionSpec(keep=12, order="activation")
+    shown = run_shell(snippet(str(tiny_folder), spec, "proxy"))
+    expected = measured(tiny, tiny.asked(spec), "proxy")[1]
+    assert shown["converted"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_the_snippet_of_a_public_text_measures_its_windows(
+    tiny, tiny_folder, monkeypatch, name
+):  # fmt: skip
+    """In the windows that published figures have, or the model's context where that is shorter."""
+    content = named_text("proxy") * 3
+    entry = replace(TEXTS[name], read=lambda: content, most_windows=3)
+    monkeypatch.setitem(TEXTS, name, entry)
+    tiny._texts.clear()
+    tiny._perplexities.clear()
+    spec = ConversionSpec(keep=9)
+    _, printed = run_python(snippet(str(tiny_folder), spec, name))
+    assert printed == pytest.approx(measured(tiny, tiny.asked(spec), name), rel=1e-6)
+    assert tiny.text(name).window == 256
+    assert len(tiny.text(name).documents) == 3
+    tiny._texts.clear()
+    tiny._perplexities.clear()
+
+
+@pytest.mark.parametrize("model", ["demo", "owner/model", 'my models/a\'b "c"', "back\\slash"])
+@pytest.mark.parametrize("spec", EVERY, ids=ConversionSpec.to_query)
+def test_the_shell_line_survives_the_shell(model, spec):
+    words = shlex.split(shell_line(snippet(model, spec, "proxy", "own-calibration.txt")))
+    assert words[:5] == ["python", "-m", "mlpmoe", "evaluate", model]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--text")
+    parser.add_argument("--calibration")
+    add_spec(parser)
+    read = parser.parse_args(words[5:])
+    assert read_spec(read) == spec
+    assert read.text == "proxy"
+    assert read.calibration == ("own-calibration.txt" if spec.needs_calibration else None)
+    flags = dict(zip(words[5::2], words[6::2], strict=True))
+    flags = {flag[2:].replace("-", "_"): value for flag, value in flags.items()}
+    written = {k: v for k, v in flags.items() if k not in ("text", "calibration")}
+    assert written == dict(parse_qsl(spec.to_query()))
+    assert model in eval(re.search(r"load\((.*)\)", snippet(model, spec, "proxy"))[1])

@@ -1,0 +1,241 @@
+"""The tab Tokens: colours that tell the damage, and branches recomputed from the weights."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from math import inf, nan, sqrt
+
+import gradio as gr
+import pytest
+import torch
+
+from mlpmoe import ConversionSpec, UserError
+from mlpmoe.explorer import tokens as module
+from mlpmoe.explorer.style import DAMAGE
+from mlpmoe.explorer.tokens import (
+    DEEPEST,
+    LEAST,
+    NOT_OPEN,
+    TokenHandlers,
+    branches_html,
+    text_html,
+    worst_html,
+)
+from mlpmoe.explorer.tokens_panel import EMPTY
+from mlpmoe.measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
+from tests.explorer.controls import controls
+
+SKIPPED = gr.skip()
+HOSTILE = "<img src=x onerror='alert(1)'>&\""
+
+
+@pytest.fixture
+def tab(workbench):
+    return TokenHandlers(workbench)
+
+
+def token(text="word", change=0.5, dense=1.0, document=0, position=1) -> TokenChange:
+    return TokenChange(text, change, dense, document, position)
+
+
+def shade(html: str) -> str:
+    return re.search(r'class="worse" style="--shade:(#\w+)', html)[1]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 has it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+# colours
+
+
+def test_what_a_token_says_is_escaped():
+    for change in (0.0, -1.0, 1.0, nan):
+        changes = [token(HOSTILE, change), token("\n"), token(" more", change), token("", 1.0)]
+        for html in (text_html(changes), worst_html([Sentence(tuple(changes))], 4)):
+            tags = set(re.findall(r"<(\w+)", html))
+            assert not {"img", "script"} & tags
+    shown = re.sub(r"<[^>]*>", "", text_html([token(HOSTILE, 1.0)]).split('<p class="loss">')[1])
+    assert unescape(shown) == HOSTILE
+
+
+def test_more_damage_is_darker():
+    changes = [LEAST + i * (DEEPEST - LEAST) / 40 for i in range(60)]
+    shades = [shade(text_html([token(change=change)])) for change in changes]
+    assert set(shades) == set(DAMAGE)
+    depth = [luminance(colour) for colour in shades]
+    assert depth == sorted(depth, reverse=True)
+    assert shades[-1] == shade(text_html([token(change=inf)])) == DAMAGE[-1]
+    assert shade(text_html([token(change=nan)])) == DAMAGE[-1]
+
+
+def test_every_shade_can_be_read():
+    found = set()
+    for change in [LEAST + i * 0.05 for i in range(50)]:
+        html = text_html([token(change=change)])
+        pair = re.search(r'"worse" style="--shade:(#\w+);--ink:(#\w+)"', html).groups()
+        light, dark = sorted(map(luminance, pair), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
+        found.add(pair)
+    scale = re.findall(r"--shade:(#\w+);--ink:(#\w+)", module._scale())
+    assert set(scale) == found
+
+
+def test_little_damage_is_not_coloured_and_gain_is_another_colour():
+    for change in (0.0, LEAST / 2, -LEAST / 2):
+        assert "<i class" not in text_html([token(change=change)])
+    gained = text_html([token(change=-1.0)])
+    assert 'class="better"' in gained and 'class="worse"' not in gained
+    assert "−1.00 nats, dense 1.00" in gained
+    assert "+0.50 nats, dense 1.00" in text_html([token()])
+    assert "undefined" in text_html([token(change=nan)])
+
+
+def test_documents_stay_apart_and_a_long_text_ends(monkeypatch):
+    monkeypatch.setattr(module, "SHOWN_TOKENS", 5)
+    changes = [token(f"t{i}", 0.0, document=i // 3) for i in range(9)]
+    html = text_html(changes)
+    paragraphs = re.findall(r'<p class="loss">(.*?)</p>', html)
+    assert paragraphs == ["t0t1t2", "t3t4"]
+    assert "4 more tokens are not shown" in html
+    assert "more tokens" not in text_html(changes[:5])
+
+
+def test_nothing_harder_is_said():
+    for found in ([], [Sentence((token(change=-1.0),))], [Sentence((token(change=0.0),))]):
+        assert "No sentence became harder: over 1,234 tokens" in worst_html(found, 1234)
+    some = [Sentence((token("bad", 2.0),)), Sentence((token("good", -2.0),))]
+    html = worst_html(some, 5)
+    assert html.count("<li>") == 1
+    assert "bad" in html and "good" not in html
+    assert "undefined" in worst_html([Sentence((token("broken", nan),)), *some], 5)
+
+
+# what is shown of a conversion
+
+
+def values(text="proxy", layer=0, **change) -> tuple:
+    return "demo", *controls(**change), text, layer
+
+
+def measured(tab, text="proxy", **change):
+    loaded = tab.workbench.loaded("demo")
+    spec = module.read_spec(controls(**change))
+    *_, found = loaded.evaluate(loaded.asked(spec), text)
+    return loaded, spec, found
+
+
+def test_nothing_is_computed_while_another_tab_is_open(tab, monkeypatch):
+    measured(tab, keep=8)
+    for name in ("token_changes", "drift", "branch_statistics"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was computed"))
+    monkeypatch.setattr(tab.workbench, "loaded", lambda key: pytest.fail("a model was asked for"))
+    for other in ("branches", "", None, "how"):
+        assert tab.show(other, *values(keep=8)) == (SKIPPED,) * NOT_OPEN
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "branch_statistics", lambda *_: pytest.fail("was computed"))
+    assert tab.branches("branches", *values(keep=8)) == (SKIPPED,) * 3
+
+
+def test_what_is_not_measured_is_not_shown(tab):
+    shown = tab.show("tokens", *values(keep=8))
+    assert shown[:2] == (EMPTY, "")
+    assert shown[2:] == (SKIPPED,) * (NOT_OPEN - 2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"keep": 8}, {"fade": 1.5}, {"keep": 12, "order": "activation"}], ids=str
+)
+def test_tokens_and_sentences_are_those_that_were_measured(tab, change):
+    loaded, _, found = measured(tab, **change)
+    worst_list, text, drift, branches, norms, correlations = tab.show("tokens", *values(**change))
+    encoded = loaded.text("proxy")
+    changes = token_changes(found.dense, found.converted, encoded, loaded.tokenizer)
+    plain = [
+        unescape(re.sub(r"<[^>]*>", "", p)) for p in re.findall(r'<p class="loss">(.*?)</p>', text,
+                                                                re.DOTALL)
+    ]  # fmt: skip
+    assert "".join(plain) == "".join(t.text for t in changes[: module.SHOWN_TOKENS])
+    hardest = worst(sentences(changes), 1)[0]
+    first = unescape(re.sub(r"<[^>]*>", "", re.search(r"<li>(.*?)</li>", worst_list, re.DOTALL)[1]))
+    assert first.startswith(f"+{hardest.mean:.2f} nats")
+    assert "".join(t.text for t in hardest.tokens).strip("\n") in first
+    assert len(drift.data[0].x) == len(loaded.mlps)
+    for figure in (drift, norms, correlations):
+        figure.to_json()
+    assert "α of least error" in branches
+
+
+def branch_outputs(loaded, layer: int, branches: int) -> torch.Tensor:
+    """Outputs of the branches of one MLP on the first tokens of the text, from its weights:
+    (B, tokens, d_model)."""
+    ids = loaded.text("proxy").documents[0][: module.DRIFT_TOKENS]
+    caught = []
+    mlp = loaded.model.model.layers[layer].mlp
+    handle = mlp.register_forward_pre_hook(lambda _, args: caught.append(args[0][0]))
+    with torch.no_grad():
+        loaded.model(ids[None])
+        handle.remove()
+        (x,) = caught
+        gate, up, down = (
+            getattr(mlp, f"{name}_proj").weight for name in ("gate", "up", "down")
+        )  # fmt: skip
+        hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        pieces = zip(hidden.tensor_split(branches, 1), down.tensor_split(branches, 1), strict=True)
+        return torch.stack([h @ d.T for h, d in pieces])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_figures_of_the_branches_are_recomputed(tab, layer):
+    loaded, _, _ = measured(tab, branches=6, keep=4)
+    html, norms, correlations = tab.branches("tokens", *values(layer=layer, branches=6, keep=4))
+    outputs = branch_outputs(loaded, layer, 6)
+    whole, some = outputs.sum(0), outputs[:4].sum(0)
+    sizes = outputs.flatten(1).norm(dim=1) / whole.norm()
+    kept, dropped, expected = norms.data
+    assert list(kept.x) == [0, 1, 2, 3] and list(dropped.x) == [4, 5]
+    assert [*kept.y, *dropped.y] == pytest.approx((100 * sizes).tolist(), rel=1e-3)
+    assert list(expected.y) == pytest.approx([100 / sqrt(6)] * 2)
+    centred = (outputs - outputs.mean(1, keepdim=True)).flatten(1)
+    found = torch.corrcoef(centred)
+    drawn = correlations.data[0].z
+    for a in range(6):
+        for b in range(6):
+            if a == b:
+                assert drawn[a][b] is None
+            else:
+                assert drawn[a][b] == pytest.approx(float(found[a, b]), abs=2e-3)
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>.*?</td><td class="converted">(.*?)<',
+                           html))  # fmt: skip
+    off = (found.sum() - found.trace()) / 30
+    size = float(some.norm() / whole.norm())
+    fit = float((some * whole).sum() / some.square().sum())
+    mean = outputs.mean(1).square().sum() * outputs.shape[1] / outputs.square().sum()
+    assert float(rows["correlation between branches, mean"]) == pytest.approx(float(off), abs=2e-3)
+    assert float(rows["α that restores the size"]) == pytest.approx(1 / size, abs=2e-3)
+    assert float(rows["α of least error"]) == pytest.approx(fit, abs=2e-3)
+    assert float(rows["share of the outputs that is their mean"].rstrip("%\N{NBSP} ")) == (
+        pytest.approx(100 * float(mean), abs=0.2)
+    )
+    assert f"{sqrt(6 / 4):.3f}" in html  # what √(B/K) assumes
+
+
+def test_the_name_of_an_order_is_escaped(tab, monkeypatch):
+    loaded, spec, _ = measured(tab, keep=8)
+    whole = loaded.converted(ConversionSpec())
+    ids = loaded.text("proxy").documents[0][:64]
+    found = module.branch_statistics(whole, 0, ids, 8)
+    object.__setattr__(spec, "order", HOSTILE)
+    assert "<img" not in branches_html(found, spec)
+
+
+def test_another_model_has_its_layers(tab, one_layer_folder):
+    *_, guest = tab.workbench.load(str(one_layer_folder))
+    assert tab.another_model(guest.key) == gr.update(maximum=1, value=0)
+    assert tab.another_model("demo") == gr.update(maximum=1, value=0)
+    with pytest.raises(UserError, match="not loaded"):
+        tab.another_model("owner/absent")
