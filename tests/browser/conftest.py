@@ -59,44 +59,77 @@ def browser() -> Iterator[object]:
         chromium.close()
 
 
+class App:
+    """The app, started by its own entry point on a port that it keeps, also when it is started
+    again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log.txt"
+        ours = ("SPACE_ID", "MLPMOE_ALLOW_ANY_MODEL", "GRADIO_ROOT_PATH", "GRADIO_SERVER_NAME")
+        self.environment = {name: v for name, v in os.environ.items() if name not in ours}
+        # no network, and nothing of what this machine has fetched before
+        self.environment |= {
+            "GRADIO_SERVER_PORT": str(port),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hub"),
+        }
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "app.py"],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+            )
+        self._wait_for_answer()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def written(self) -> str:
+        return self.log.read_text()
+
+    def _wait_for_answer(self) -> None:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                with opener.open(f"{self.url}/config", timeout=5):
+                    return
+            except OSError:
+                assert self.process.poll() is None, f"no start:\n{self.written()[-2000:]}"
+                assert time.monotonic() < deadline, "the page does not answer"
+                time.sleep(0.1)
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the app, started by its own entry point."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    ours = ("SPACE_ID", "MLPMOE_ALLOW_ANY_MODEL", "GRADIO_ROOT_PATH", "GRADIO_SERVER_NAME")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    log = tmp_path_factory.mktemp("app") / "log.txt"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-        try:
-            _wait_for_answer(url, process, log)
-            yield url
-            assert process.poll() is None, f"the app has ended:\n{log.read_text()[-2000:]}"
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-    text = log.read_text()
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    app = App(tmp_path_factory.mktemp("app"))
+    try:
+        app.start()
+        yield app
+        assert app.process.poll() is None, f"the app has ended:\n{app.written()[-2000:]}"
+    finally:
+        app.stop()
     # what Gradio itself refuses, such as a value beyond a slider's end, would show here as well
-    assert "Traceback" not in text, text[-4000:]
+    assert "Traceback" not in app.written(), app.written()[-4000:]
 
 
-def _wait_for_answer(url: str, process: subprocess.Popen, log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            with opener.open(f"{url}/config", timeout=5):
-                return
-        except OSError:
-            assert process.poll() is None, f"the app did not start:\n{log.read_text()[-2000:]}"
-            assert time.monotonic() < deadline, "the page does not answer"
-            time.sleep(0.1)
+@pytest.fixture(scope="session")
+def server(app: App) -> str:
+    """The address of the app."""
+    return app.url
 
 
 @pytest.hookimpl(wrapper=True)

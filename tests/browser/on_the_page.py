@@ -4,6 +4,15 @@ never for time."""
 from __future__ import annotations
 
 TRACES = ("dropped by K", "removed by fade", "stays", "fade threshold")
+SHOWN = {  # key of a tab -> what tells that it is filled in
+    "branches": "#histograms .js-line",
+    "generations": "#write",
+    "tokens": "#branch-correlations .hm",
+    "trade-offs": "#runs tbody tr",
+    "suggest": "#front .point",
+    "experts": "#tradeoff .point",
+    "how": "#lesson .katex",
+}
 # outlines per trace: plotly leaves out traces without points
 COUNT_OUTLINES = """() => {
     const plot = document.querySelector('#histograms .js-plotly-plot');
@@ -68,30 +77,43 @@ def wait_for_new_figure(page, card: str, old: str) -> str:
 
 
 def wait_until_still(page, selector: str) -> str:
-    """The text of a box, once it has not changed for a second."""
+    """The text of a box or a block, once it has not changed for a second."""
     page.wait_for_function(
         """selector => {
-            const now = document.querySelector(selector).value;
+            const shown = document.querySelector(selector), now = shown.value ?? shown.innerText;
             if (window.lastSeen !== now) [window.lastSeen, window.since] = [now, Date.now()];
             return Date.now() - window.since > 1000;
         }""",
         arg=selector,
         polling=50,
     )
-    return page.input_value(selector)
+    return page.evaluate(
+        "selector => { const shown = document.querySelector(selector);"
+        " return shown.value ?? shown.innerText; }",
+        selector,
+    )
 
 
 def notice(page) -> str:
     """The text of the latest notice, which is then closed."""
     toast = page.locator("[data-testid=toast-text]").last
     toast.wait_for()
-    text = toast.inner_text()
+    shown = toast.element_handle()
+    text = shown.inner_text()
     page.locator("[data-testid=toast-close]").last.click()
+    shown.wait_for_element_state("hidden")
     return text
 
 
 def open_tab(page, name: str) -> None:
-    page.get_by_role("tab", name=name).click()
+    """A tab of the page; where the tabs do not fit, some are in a menu."""
+    page.wait_for_selector("#tabs [role=tab]")
+    tab = page.locator("#tabs").get_by_role("tab", name=name, exact=True)
+    if tab.count() and tab.first.is_visible():
+        tab.first.click()
+        return
+    page.locator("#tabs .overflow-menu > button").first.click()
+    page.locator("#tabs .overflow-dropdown button", has_text=name).click()
 
 
 def load_model(page, name: str) -> None:
@@ -122,4 +144,57 @@ def wait_until_measured(page) -> None:
             const shown = [...document.querySelectorAll('#cards .card .values')];
             return shown.length === 4 && shown.every(card => !card.textContent.includes('…'));
         }"""
+    )
+
+
+def open_accordion(page, block: str) -> None:
+    """What is in an accordion or a tab is not in the page before it is opened."""
+    page.click(f"#{block} > button")
+
+
+def stored_runs(page) -> list[dict]:
+    """What the browser keeps, the newest first."""
+    return page.evaluate("JSON.parse(localStorage.getItem('mlpmoe-runs') ?? '[]')")
+
+
+def wait_for_stored_runs(page, count: int) -> None:
+    page.wait_for_function(
+        "count => JSON.parse(localStorage.getItem('mlpmoe-runs') ?? '[]').length === count",
+        arg=count,
+    )
+
+
+def wait_for_rows(page, count: int) -> None:
+    """The table of runs has this many."""
+    page.wait_for_function(
+        "count => document.querySelectorAll('#runs tbody tr').length === count", arg=count
+    )
+
+
+def rows(page) -> list[list[str]]:
+    """The cells of the table of runs: pin, recipe, perplexity, non-zero, compute and so on."""
+    return page.evaluate(
+        "[...document.querySelectorAll('#runs tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.innerText.trim()))"
+    )
+
+
+def press_in_row(page, row: int, action: str) -> None:
+    """action: pin, restore or remove."""
+    page.locator("#runs tbody tr").nth(row).locator(f"[data-run-action={action}]").click()
+
+
+def cards(page) -> list[str]:
+    """What the cards say that is the same whoever looks: all but speed."""
+    return [
+        figure(page, card, part)
+        for card in ("perplexity", "nonzero", "compute")
+        for part in ("dense", "converted", "difference")
+    ]
+
+
+def wait_for_text(page, selector: str, text: str) -> None:
+    page.wait_for_function(
+        "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)",
+        arg=[selector, text],
     )
