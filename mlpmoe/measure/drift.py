@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.conversion import twin_of
 from ..core.mlps import decoder_layers
 
 
@@ -55,16 +54,8 @@ def _states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         state = output[0] if isinstance(output, tuple) else output
         caught.append(state.detach().reshape(-1, state.shape[-1]).cpu())
 
-    with _hooked(decoder_layers(model)[1], catch):
-        model(ids[None].to(model.device), use_cache=False)
+    twin = twin_of(model)  # another thread may be using the model
+    for layer in decoder_layers(twin)[1]:
+        layer.register_forward_hook(catch)
+    twin.get_decoder()(ids[None].to(model.device), use_cache=False)
     return caught
-
-
-@contextmanager
-def _hooked(layers: nn.ModuleList, catch: Any) -> Iterator[None]:
-    handles = [layer.register_forward_hook(catch) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import isnan
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,9 @@ from .perplexity import EncodedText, Perplexity
 
 # of a sentence; closing quotes and brackets belong to it
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*$")
+ENDING = 40  # characters of a sentence that are searched for its end
 HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+LONGEST = 64  # tokens that are waited for, to complete a character
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class TokenChange:
     """One predicted token; both figures in nats."""
 
     text: str  # as it stands in the document; the texts of a document joined are the document
-    change: float  # loss of the converted model minus loss of the dense one
+    change: float  # loss of the converted model minus loss of the dense one; nan if both are inf
     dense: float  # loss of the dense model
     document: int
     position: int  # in the document, the first predicted token is 1
@@ -49,9 +52,10 @@ def token_changes(
 ) -> list[TokenChange]:
     """Every predicted token with what the conversion does to its loss, in order.
 
-    Where a character is spread over several tokens, its text stands at the token that completes it.
-    The context that opens a document (its first token, if that is a word) is left out. Raises
-    UserError if the perplexities are not of this text.
+    Where a character is spread over several tokens, its text stands at the token that completes it;
+    the others have none. The context that opens a document (its first token, if that is a word) is
+    left out. Infinite and undefined losses are passed on. Raises UserError if the perplexities
+    have another number of tokens than this text.
     """
     if not dense.tokens == converted.tokens == text.scored_tokens:
         raise UserError("these perplexities were not measured on this text.")
@@ -70,15 +74,13 @@ def token_changes(
 
 def sentences(changes: Sequence[TokenChange]) -> list[Sentence]:
     """The tokens as sentences: cut after . ! ? before white space, at line breaks, and between
-    documents."""
-    found: list[Sentence] = []
-    current: list[TokenChange] = []
-    for token in changes:
-        if current and (_ended(current, token) or token.document != current[-1].document):
-            found.append(Sentence(tuple(current)))
-            current = []
-        current.append(token)
-    return [*found, Sentence(tuple(current))] if current else found
+    documents. White space that is a token of its own, blank lines too, stays with the sentence
+    before it."""
+    return [
+        Sentence(tuple(tokens))
+        for _, document in groupby(changes, key=lambda token: token.document)
+        for tokens in _cut(document)
+    ]
 
 
 def worst(found: Sequence[Sentence], count: int, least_tokens: int = 3) -> list[Sentence]:
@@ -92,30 +94,52 @@ def worst(found: Sequence[Sentence], count: int, least_tokens: int = 3) -> list[
     return sorted(long, key=damage, reverse=True)[:count]
 
 
-def _ended(current: Sequence[TokenChange], following: TokenChange) -> bool:
-    before = "".join(token.text for token in current[-4:])
-    if "\n" in current[-1].text:
-        return True
-    if before != before.rstrip():  # the white space came with the token before
-        return bool(_END.search(before.rstrip()))
-    begins = following.text[:1].isspace() and following.text.strip()
-    return bool(begins and _END.search(before))
+def _cut(document: Iterable[TokenChange]) -> Iterator[list[TokenChange]]:
+    """The tokens of one document as lists, one per sentence."""
+    current: list[TokenChange] = []
+    waiting: list[TokenChange] = []  # without text: they belong to the token that completes them
+    said, gap = "", ""  # the end of the current sentence, and the white space after it
+    for token in document:
+        waiting.append(token)
+        word = token.text.strip()
+        if word:
+            before, after = token.text.split(word)
+            gap += before
+            if said and gap and ("\n" in gap or _END.search(said)):
+                yield current
+                current, said = [], ""
+            said = (said + (gap if said else "") + word)[-ENDING:]
+            gap = after
+        else:
+            gap += token.text
+        if token.text:
+            current, waiting = current + waiting, []
+    yield current + waiting
 
 
 def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The text that each token but the first adds to the document.
 
-    Tokens are decoded together with a few before them: what a token says may depend on those
-    (leading spaces, characters of several bytes)."""
-    start, shown = 0, len(_decoded(ids[:1], tokenizer))
+    Tokens are decoded together with those of the piece before: what a token says may depend on
+    them (leading spaces, characters of several bytes). Those begin with a whole character, since
+    some tokenizers decode bytes in a row either all or not at all."""
+    shown = _decoded(ids[:1], tokenizer)
+    # Half a character as context counts to the first piece.
+    start, done = 0, int(not shown.endswith(HALF_A_CHARACTER))
+    shown = shown.rstrip(HALF_A_CHARACTER)
     for end in range(2, len(ids) + 1):
         text = _decoded(ids[start:end], tokenizer)
-        if text.endswith(HALF_A_CHARACTER) and end < len(ids) and end - start < 24:
+        half = text.endswith(HALF_A_CHARACTER) and end < len(ids)
+        if half and end - done < LONGEST:
             yield ""
             continue
-        yield text[shown:]
-        # go on from this token alone, as long as it does not change what follows
-        start, shown = end - 1, len(_decoded(ids[end - 1 : end], tokenizer))
+        if not text.startswith(shown):  # the document ends with half a character
+            text, shown = _decoded(ids[done:end], tokenizer), ""
+        held = int(half)  # the last character may still become another
+        yield text[len(shown) : len(text) - held]
+        start, done = done, end
+        shown = _decoded(ids[start:done], tokenizer)
+        shown = shown[: len(shown) - held]
 
 
 def _decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from math import inf, nan
+from math import inf, isnan, nan
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mlpmoe import ConversionSpec, UserError, convert
 from mlpmoe.measure.perplexity import EncodedText, Perplexity, encode_text, measure, summarise
-from mlpmoe.measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
+from mlpmoe.measure.tokens import HALF_A_CHARACTER as HALF
+from mlpmoe.measure.tokens import LONGEST, Sentence, TokenChange, sentences, token_changes, worst
 from tests.tiny import byte_tokenizer, tiny_model
 
 CORPUS = [
     "Ein Fuchs – ein grauer – schlief. “Näher!”, rief sie.\n",
-    "The old clock struck nine, and nobody moved. 🦊🦊 done.",
+    "The old clock struck nine, and nobody moved. 🦊🦊🐻 done.",
     "One fox, two foxes; three foxes? Four!",
 ]
 
@@ -47,8 +48,29 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2: ▁ for spaces, and the bytes of a character that is no token. Its decoder takes
+    bytes in a row either all or, if they are not all whole characters, not at all."""
+    known = ["▁", *"abcdefghijklmnopqrstuvwxyzOFTN.,;?!–", "▁f", "▁fo", "▁fox"]
+    symbols = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *known]
+    merges = [("▁", "f"), ("▁f", "o"), ("▁fo", "x")]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
 TOKENIZERS = {
     "bytes": byte_tokenizer(),
+    "byte-fallback": byte_fallback(),
     "byte-level": trained("byte-level"),
     "metaspace": trained("metaspace"),
 }
@@ -79,12 +101,59 @@ def test_the_texts_of_the_tokens_are_the_document(kind, content):
     assert len(changes) == text.scored_tokens
     for number, document in enumerate(text.documents):
         found = "".join(change.text for change in changes if change.document == number)
-        whole = decoded(tokenizer, document.tolist())
         context = decoded(tokenizer, document[:1].tolist())
-        if context.endswith("\N{REPLACEMENT CHARACTER}"):  # the context cuts a character
-            assert whole.endswith(found[1:])
-        else:
-            assert context + found == whole
+        # a character that the context cuts counts to what is predicted
+        assert context.rstrip(HALF) + found == decoded(tokenizer, document.tolist())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte-level", "byte-fallback"])
+def test_a_character_stands_where_it_becomes_whole(kind):
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer("One fox. 日🦊🐻 语")["input_ids"]
+    text = EncodedText((torch.tensor(ids),), 1)
+    losses = random_losses(text, 1)
+    texts = [change.text for change in token_changes(losses, losses, text, tokenizer)]
+    for end in range(1, len(ids) + 1):
+        whole = decoded(tokenizer, ids[:end])
+        if not whole.endswith(HALF):  # these tokens say whole characters
+            assert decoded(tokenizer, ids[:1]) + "".join(texts[: end - 1]) == whole
+    assert not any(HALF in piece for piece in texts)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte-level"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), content=st.text("a 🦊–日é\N{REPLACEMENT CHARACTER}", min_size=3))
+def test_windows_may_cut_characters(kind, data, content):
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer(content)["input_ids"]
+    first = data.draw(st.integers(0, len(ids) - 2))
+    window = ids[first : data.draw(st.integers(first + 2, len(ids)))]
+    text = EncodedText((torch.tensor(window),), 1, window=len(window))
+    losses = random_losses(text, 1)
+    found = "".join(change.text for change in token_changes(losses, losses, text, tokenizer))
+    context = decoded(tokenizer, window[:1])
+    assert context.rstrip(HALF) + found == decoded(tokenizer, window)
+
+
+def test_a_window_that_cuts_a_character_keeps_those_before_it():
+    tokenizer = TOKENIZERS["byte-fallback"]
+    ids = tokenizer("fox 🦊🐻")["input_ids"][:-1]
+    assert HALF * 7 in decoded(tokenizer, ids)  # decoded in one go, both are lost
+    text = EncodedText((torch.tensor(ids),), 1, window=len(ids))
+    losses = random_losses(text, 1)
+    found = "".join(change.text for change in token_changes(losses, losses, text, tokenizer))
+    assert found == "fox 🦊" + HALF * 3
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte-level"])
+def test_a_long_run_of_unreadable_characters_is_not_waited_for(kind):
+    tokenizer = TOKENIZERS[kind]
+    content = "a" + HALF * 150 + "🦊 b"
+    text = encode_text(tokenizer, content)
+    losses = random_losses(text, 1)
+    pieces = [change.text for change in token_changes(losses, losses, text, tokenizer)]
+    assert "".join(pieces) == content.removeprefix(decoded(tokenizer, text.documents[0][:1]))
+    assert max(map(len, pieces)) <= LONGEST
 
 
 def test_changes_are_those_of_a_plain_loop():
@@ -117,6 +186,20 @@ def test_perplexities_of_another_text_are_refused():
         token_changes(losses, random_losses(two, 1), one, tokenizer)
 
 
+def test_infinite_and_undefined_losses_are_passed_on():
+    tokenizer = byte_tokenizer()
+    text = encode_text(tokenizer, "a. bcd")
+    before = summarise(torch.tensor([1.0, inf, 1.0, 1.0, nan, 1.0]), 1)
+    after = summarise(torch.tensor([inf, inf, nan, 3.0, 1.0, 1.0]), 1)
+    changes = token_changes(before, after, text, tokenizer)
+    expected = [inf, nan, nan, 2.0, nan, 0.0]
+    assert [change.change for change in changes] == pytest.approx(expected, nan_ok=True)
+    first, second = sentences(changes)
+    assert isnan(first.mean)
+    assert isnan(second.total)
+    assert worst([second, first], 5) == [second, first]  # as they stand: both undefined
+
+
 def tokens(*texts: str, document: int = 0) -> list[TokenChange]:
     return [TokenChange(text, 0.1, 1.0, document, i) for i, text in enumerate(texts, 1)]
 
@@ -128,15 +211,41 @@ def test_sentences_end_where_a_reader_ends_them():
     assert said == ["One fox.", " Two foxes?!”", " “Three!”\n", "4", "Five."]
 
 
+def said(*texts: str) -> list[str]:
+    return ["".join(t.text for t in one.tokens) for one in sentences(tokens(*texts))]
+
+
+def test_a_sentence_ends_after_quotes_of_several_tokens():
+    assert said("no", ".", "", "", "”", ")", " ", "T") == ["no.”) ", "T"]
+
+
+def test_blank_lines_are_no_sentences():
+    assert said("\n", "One", "\n", "\n", "\n", " ", "Two", ".\n", "\nThree") == [
+        "\nOne\n\n\n ", "Two.\n", "\nThree",
+    ]  # fmt: skip
+
+
+def test_however_wide_the_space_a_sentence_ends():
+    assert said("One", ".", *" " * 50, "Two") == ["One." + " " * 50, "Two"]
+
+
+def test_parts_of_a_character_belong_to_its_sentence():
+    story = tokens("One", ".", "", "", " 🦊", " ran", ".", "", "")
+    first, second = sentences(story)
+    assert (list(first.tokens), list(second.tokens)) == (story[:2], story[2:])
+
+
 def test_points_inside_words_end_nothing():
     (one,) = sentences(tokens("It", " costs", " 3", ".", "14", " or", " e", ".", "g", ".", "x"))
     assert len(one.tokens) == 11
 
 
-@given(st.lists(st.text("ab .!?\n”", max_size=4), max_size=40))
+@given(st.lists(st.text("ab .!?\n\r\t\x1c\u3000”", max_size=4), max_size=40))
 def test_sentences_lose_no_token(texts):
-    story = tokens(*texts)
-    assert [token for sentence in sentences(story) for token in sentence.tokens] == story
+    story = tokens(*texts) + tokens(*texts[::2], document=1)
+    found = sentences(story)
+    assert [token for one in found for token in one.tokens] == story
+    assert all(len({token.document for token in one.tokens}) == 1 for one in found)
 
 
 def sentence(*changes: float) -> Sentence:
