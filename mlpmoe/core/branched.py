@@ -103,22 +103,27 @@ class BranchedMLP(nn.Module):
         if missing < 0:
             raise UserError(f"{sum(self.sizes)} neurons do not fit into a width of {width}.")
 
+        def padded(tensor: Tensor, *pad: int) -> Tensor:
+            return F.pad(tensor.detach(), pad) if missing else tensor.detach()
+
         def rows(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:
             if linear is None:
                 return None, None
-            weight, bias = linear.weight.detach(), linear.bias
+            bias = linear.bias
             return (
-                F.pad(weight, (0, 0, 0, missing)),
-                None if bias is None else F.pad(bias.detach(), (0, missing)),
+                padded(linear.weight, 0, 0, 0, missing),
+                None if bias is None else padded(bias, 0, missing),
             )
 
         gate, gate_bias = rows(self.gate_proj)
         up, up_bias = rows(self.up_proj)
-        alpha = self.alpha.detach().index_select(0, self.branch_of_neuron)
+        down = self.down_proj.weight.detach()
+        if (self.alpha != 1).any():
+            down = down * self.alpha.detach().index_select(0, self.branch_of_neuron)
         return MLPWeights(
             gate=gate,
             up=up,
-            down=F.pad(self.down_proj.weight.detach() * alpha, (0, missing)),
+            down=padded(down, 0, missing),
             gate_bias=gate_bias,
             up_bias=up_bias,
             down_bias=None if self.down_proj.bias is None else self.down_proj.bias.detach(),

@@ -32,6 +32,8 @@ Progress = Callable[[str, float], None]
 # module's code, not on the spec, so once per module is enough.
 _proven: WeakSet[nn.Module] = WeakSet()
 
+_SPEC = "mlpmoe_spec"  # attribute of a converted model
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -92,7 +94,15 @@ def convert_all(
             made |= _calibrated(
                 model, mlps, by_layer, group, calibration, report, first.progressive, corrected
             )
-    return [_replaced(model, mlps, made[index]) for index in range(len(specs))]
+    converted = [_replaced(model, mlps, made[index]) for index in range(len(specs))]
+    for new, spec in zip(converted, specs, strict=True):
+        setattr(new, _SPEC, spec)
+    return converted
+
+
+def spec_of(model: PreTrainedModel) -> ConversionSpec | None:
+    """What `model` was converted with; None for a dense model."""
+    return getattr(model, _SPEC, None)
 
 
 def _calibrated(

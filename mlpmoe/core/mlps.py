@@ -8,6 +8,7 @@ known layout works unseen; what a layout claims is proved numerically at convers
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, UserError
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Layout:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in (self.gate, self.up, self.down) if name)
 
+    def d_ff(self, module: nn.Module) -> int:
+        """Neurons of an MLP module of this layout; it may be on the meta device."""
+        down = getattr(module, self.down)
+        return down.weight.shape[0 if type(down) is Conv1D else 1]
+
 
 LAYOUTS = (
     Layout(gate="gate_proj", up="up_proj", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, ...
@@ -106,9 +112,58 @@ def read_mlps(model: nn.Module) -> list[DenseMLP]:
     quantised or offloaded weights.
     """
     return [
-        DenseMLP(name, module, _read(name, module, layout))
+        DenseMLP(name, module, read_mlp(name, module, layout))
         for name, module, layout in _locate(model)
     ]
+
+
+def located_mlps(model: nn.Module) -> dict[str, tuple[nn.Module, Layout]]:
+    """Path, module and layout of every MLP, in order of the layers; a model without weights will
+    do. Raises UnsupportedModelError as `read_mlps` does."""
+    return {name: (module, layout) for name, module, layout in _locate(model)}
+
+
+def read_mlp(name: str, module: nn.Module, layout: Layout) -> MLPWeights:
+    """The weights of one MLP that was located: its own parameters, or views of them."""
+    up, up_bias = _linear(f"{name}.{layout.up}", getattr(module, layout.up))
+    down, down_bias = _linear(f"{name}.{layout.down}", getattr(module, layout.down))
+    gate = gate_bias = None
+    if layout.gate:
+        gate, gate_bias = _linear(f"{name}.{layout.gate}", getattr(module, layout.gate))
+    elif layout.fused:
+        gate, up = up.detach().chunk(2)
+        if up_bias is not None:
+            gate_bias, up_bias = up_bias.detach().chunk(2)
+    if down.shape[1] != up.shape[0]:  # Moshi gates inside a wider fc1
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) makes {up.shape[0]} neurons but reads "
+            f"{down.shape[1]}, so its neurons cannot be told apart."
+        )
+    activation = next(
+        (getattr(module, a) for a in ACTIVATION_NAMES if callable(getattr(module, a, None))),
+        F.silu,  # LFM2 calls it without a module; the proof at conversion catches a wrong guess
+    )
+    adds_residual = "residual" in inspect.signature(module.forward).parameters
+    return MLPWeights(
+        gate, up, down, gate_bias, up_bias, down_bias, activation, adds_residual=adds_residual
+    )
+
+
+def write_mlp(module: nn.Module, layout: Layout, weights: MLPWeights) -> None:
+    """Make `weights` those of an MLP module, whose own may be on the meta device: the reverse of
+    reading them. A bias that the module has and the weights lack becomes zeros; UserError for a
+    bias that it has no place for, and for other shapes."""
+    up, up_bias = weights.up, weights.up_bias
+    if layout.gate:
+        _fill(getattr(module, layout.gate), weights.gate, weights.gate_bias)
+    elif layout.fused:
+        up = torch.cat([weights.gate, up])
+        up_bias = None if up_bias is None else torch.cat([weights.gate_bias, up_bias])
+    _fill(getattr(module, layout.up), up, up_bias)
+    _fill(getattr(module, layout.down), weights.down, weights.down_bias)
+    for name in ACTIVATION_NAMES:  # copied: it may have parameters, which others move or train
+        if isinstance(getattr(module, name, None), nn.Module):
+            setattr(module, name, copy.deepcopy(weights.activation))
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -183,29 +238,21 @@ def _check_shape(name: str, module: nn.Module, layout: Layout, inside_layer: boo
         )
 
 
-def _read(name: str, module: nn.Module, layout: Layout) -> MLPWeights:
-    up, up_bias = _linear(f"{name}.{layout.up}", getattr(module, layout.up))
-    down, down_bias = _linear(f"{name}.{layout.down}", getattr(module, layout.down))
-    gate = gate_bias = None
-    if layout.gate:
-        gate, gate_bias = _linear(f"{name}.{layout.gate}", getattr(module, layout.gate))
-    elif layout.fused:
-        gate, up = up.detach().chunk(2)
-        if up_bias is not None:
-            gate_bias, up_bias = up_bias.detach().chunk(2)
-    if down.shape[1] != up.shape[0]:  # Moshi gates inside a wider fc1
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) makes {up.shape[0]} neurons but reads "
-            f"{down.shape[1]}, so its neurons cannot be told apart."
+def _fill(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Set weight (out, in) and bias of a linear layer."""
+    weight = weight.detach()
+    weight = weight.T if type(linear) is Conv1D else weight
+    place = linear.bias
+    if linear.weight.shape != weight.shape or (place is None and bias is not None):
+        raise UserError(
+            f"a {type(linear).__name__} of {tuple(linear.weight.shape)}"
+            f"{'' if place is not None else ' without bias'} cannot hold {tuple(weight.shape)}"
+            f"{'' if bias is None else ' with bias'}."
         )
-    activation = next(
-        (getattr(module, a) for a in ACTIVATION_NAMES if callable(getattr(module, a, None))),
-        F.silu,  # LFM2 calls it without a module; the proof at conversion catches a wrong guess
-    )
-    adds_residual = "residual" in inspect.signature(module.forward).parameters
-    return MLPWeights(
-        gate, up, down, gate_bias, up_bias, down_bias, activation, adds_residual=adds_residual
-    )
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
+    if place is not None:
+        bias = weight.new_zeros(place.shape) if bias is None else bias.detach()
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=place.requires_grad)
 
 
 def _linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -164,10 +164,10 @@ def _check_window(window: int, limit: int | None) -> None:
         raise UserError(f"window must be at least 2 tokens, not {window}.")
 
 
-def window_losses(
+def windows(
     model: PreTrainedModel, text: EncodedText, window: int | None = None, stride: int | None = None
-) -> Iterator[Tensor]:
-    """The loss in nats of every predicted token, in order, one tensor per window.
+) -> Iterator[tuple[Tensor, int]]:
+    """What is run to score a text: the ids of each window, and the index of the first scored one.
 
     Each window holds at most `window` tokens and starts `stride` after the one before; what it
     shares with that one is context and not scored again. So each token is scored once, with
@@ -182,10 +182,18 @@ def window_losses(
         scored = 1  # tokens of this document that need no (more) scoring
         for start in range(0, len(document), stride):
             end = min(start + window, len(document))
-            yield _losses(model, document[start:end], first=scored - start)
+            yield document[start:end], scored - start
             scored = end
             if end == len(document):
                 break
+
+
+def window_losses(
+    model: PreTrainedModel, text: EncodedText, window: int | None = None, stride: int | None = None
+) -> Iterator[Tensor]:
+    """The loss in nats of every predicted token, in order, one tensor per window of `windows`."""
+    for ids, first in windows(model, text, window, stride):
+        yield _losses(model, ids, first)
 
 
 def summarise(losses: Tensor, scored_bytes: int) -> Perplexity:

@@ -5,6 +5,7 @@ from .errors import ModelError, format_bytes, format_parameters
 from .hub import offline_models
 from .loading import load, load_checked
 from .names import host_allows_any_model
+from .origin import Origin, origin_of
 from .preflight import MEMORY_FACTOR, Preflight, memory_needed, preflight
 from .texts import (
     MAX_OWN_TEXT,
@@ -23,6 +24,7 @@ __all__ = [
     "TEXTS",
     "CatalogueEntry",
     "ModelError",
+    "Origin",
     "Preflight",
     "TextEntry",
     "assets_folder",
@@ -37,6 +39,7 @@ __all__ = [
     "memory_needed",
     "named_text",
     "offline_models",
+    "origin_of",
     "preflight",
     "resolve",
     "text_digest",

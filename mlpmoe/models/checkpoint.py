@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelError, format_bytes
 
 CONFIG = "config.json"
+CARD = "README.md"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 50_000_000  # of a config or an index; real ones stay below 10 MB
@@ -46,6 +48,7 @@ class Checkpoint:
     fetch: Callable[[str], Path]  # local path of a small file, which is downloaded if need be
     revision: str | None = None  # commit; None for a folder
     folder: Path | None = None  # where the files lie; None if they have to be downloaded
+    licence: str | None = None  # as the model's card names it
 
 
 def folder_checkpoint(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
@@ -54,7 +57,8 @@ def folder_checkpoint(folder: Path, name: str, revision: str | None = None) -> C
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     except OSError:
         raise ModelError(f"The folder of {name} cannot be read.") from None
-    checkpoint = Checkpoint(name, sizes, folder.joinpath, revision, folder)
+    licence = _licence(folder / CARD) if CARD in sizes else None
+    checkpoint = Checkpoint(name, sizes, folder.joinpath, revision, folder, licence)
     if CONFIG in sizes:
         for file in weight_files(checkpoint):
             _check_header(checkpoint, file)
@@ -149,6 +153,15 @@ def _refuse_other_formats(checkpoint: Checkpoint) -> None:
             "are never read: choose a model that has model.safetensors."
         )
     raise ModelError(f"{checkpoint.name} has no weights: there is no model.safetensors.")
+
+
+def _licence(card: Path) -> str | None:
+    """The licence that the head of a model card names, if it can be read."""
+    try:
+        licence = (metadata_load(card) or {}).get("license")
+    except Exception:  # YAML and its reader have many ways to fail, and none matters here
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def _check_header(checkpoint: Checkpoint, name: str) -> None:

@@ -161,7 +161,11 @@ def _listed(repo_id: str, revision: str | None, access: str | bool | None) -> Ch
         # asking, so ask for a file: somebody else may have downloaded it.
         url = hf_hub_url(repo_id, CONFIG, revision=info.sha)
         get_hf_file_metadata(url, token=access, timeout=METADATA_TIMEOUT)
-    return Checkpoint(repo_id, sizes, _fetcher(repo_id, revision, info.sha, access), info.sha)
+    licence = getattr(info.card_data, "license", None)
+    return Checkpoint(
+        repo_id, sizes, _fetcher(repo_id, revision, info.sha, access), info.sha,
+        licence=licence if isinstance(licence, str) else None,
+    )  # fmt: skip
 
 
 def _fetcher(

@@ -22,6 +22,7 @@ from transformers import (
 
 from . import hub
 from .errors import ModelError, format_bytes, shorten
+from .origin import note_origin
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
 
@@ -68,22 +69,35 @@ def load_checked(
     checked: Preflight, *, token: str | None = None, on_progress: OnProgress | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What `load` does after the preflight, for a caller that has shown its result first."""
-    progress = Progress(on_progress)
     # The tokenizer first: what is wrong with it shows before the weights are downloaded.
-    tokenizer = _read_tokenizer(_files(checked, checked.small_files, token, None), checked.name)
+    tokenizer = read_tokenizer(checked, token=token)
+    folder = fetch_weights(checked, token=token, on_progress=on_progress)
+    Progress(on_progress).report("reading weights")
+    model = _read_model(folder, checked)
+    _check_tokenizer(tokenizer, model, checked.name)
+    note_origin(model, checked.origin)
+    return model, tokenizer
+
+
+def read_tokenizer(checked: Preflight, *, token: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone."""
+    return _read_tokenizer(_files(checked, checked.small_files, token, None), checked.name)
+
+
+def fetch_weights(
+    checked: Preflight, *, token: str | None = None, on_progress: OnProgress | None = None
+) -> Path:
+    """The folder with the weight files, which are downloaded if need be."""
+    progress = Progress(on_progress)
     if checked.download:
         progress.report(f"downloading {format_bytes(checked.download)}", 0.0)
     try:
         bars = progress.bar_class(checked.download)
-        folder = _files(checked, checked.weight_files, token, bars)
+        return _files(checked, checked.weight_files, token, bars)
     except ModelError:
         if progress.cancelled is not None:
             raise progress.cancelled from None
         raise
-    progress.report("reading weights")
-    model = _read_model(folder, checked)
-    _check_tokenizer(tokenizer, model, checked.name)
-    return model, tokenizer
 
 
 def _files(

@@ -21,6 +21,7 @@ from .checkpoint import (
 )
 from .errors import ModelError, format_bytes, format_parameters, shorten
 from .names import check_revision, host_allows_any_model, identify
+from .origin import Origin
 
 # Memory that work with a model takes, as a multiple of its weights:
 #   1.00  the dense model
@@ -50,6 +51,15 @@ class Preflight:
     memory_available: int | None  # bytes; None if the driver does not tell
     dtype: torch.dtype
     device: torch.device
+    saved_dtype: torch.dtype  # of the files
+    licence: str | None  # as the model's card names it
+
+    @property
+    def origin(self) -> Origin:
+        """What a model loaded from these files remembers of them."""
+        return Origin(
+            self.name, self.revision is not None, self.revision, self.saved_dtype, self.licence
+        )
 
 
 def preflight(
@@ -61,6 +71,7 @@ def preflight(
     token: str | None = None,
     allow_any: bool | None = None,
     reclaimable: int = 0,
+    in_memory: bool = True,
 ) -> Preflight:
     """Check name, files, architecture, memory and disk; downloads at most config.json and index.
 
@@ -68,7 +79,8 @@ def preflight(
     revision: branch, tag or commit on the hub. token: for gated and private models; without one,
     that of the person who is signed in, except on a Space. allow_any: whether models outside the
     catalogue are allowed; None lets the host decide (`host_allows_any_model`). reclaimable: bytes
-    that the caller will free before loading; they count as available.
+    that the caller will free before loading; they count as available. in_memory: whether the model
+    will be held in memory as a whole, and so has to fit.
 
     Needs no network for folders. Raises ModelError, UnsupportedModelError (its MLPs cannot be
     split) or UserError (no such dtype or device), each with a message for the person who asked.
@@ -91,7 +103,8 @@ def preflight(
     available = host.available_memory(wanted_device)
     if available is not None:
         available += reclaimable
-    _check_memory(checkpoint.name, architecture, chosen, wanted_device, available)
+    if in_memory:
+        _check_memory(checkpoint.name, architecture, chosen, wanted_device, available)
     download = _missing_bytes(checkpoint, weights + small)
     _check_disk(checkpoint, download)
     return Preflight(
@@ -109,6 +122,8 @@ def preflight(
         memory_available=available,
         dtype=chosen,
         device=wanted_device,
+        saved_dtype=architecture.saved_dtype,
+        licence=checkpoint.licence,
     )
 
 

@@ -1,0 +1,32 @@
+"""Where a loaded model comes from: what a checkpoint made from it has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+_ATTRIBUTE = "mlpmoe_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base model of a conversion."""
+
+    name: str  # hub id, key of the catalogue, or the last part of a folder's path
+    on_hub: bool
+    revision: str | None  # commit on the hub
+    saved_dtype: torch.dtype  # of its files, whatever it was loaded as
+    licence: str | None  # as its card names it
+
+
+def note_origin(model: PreTrainedModel, origin: Origin) -> None:
+    """Let `model`, and what is converted from it, know where it comes from."""
+    setattr(model, _ATTRIBUTE, origin)
+
+
+def origin_of(model: PreTrainedModel) -> Origin | None:
+    """Where `model`, or the dense model it was converted from, was loaded from; None if it was
+    not loaded by `mlpmoe.load`."""
+    return getattr(model, _ATTRIBUTE, None)
