@@ -6,6 +6,8 @@ converted = convert(model, ConversionSpec(branches=16, fade=0.9))
 print(perplexity(converted, tokenizer, text))
 """
 
+from .checkpoints.export import export
+from .checkpoints.verification import ExportError, verify
 from .core.calibration import Calibration
 from .core.conversion import convert
 from .core.errors import SpecError, UnsupportedModelError, UserError
@@ -17,24 +19,28 @@ from .measure.parameters import parameter_report
 from .measure.perplexity import compare, perplexity
 from .models import CATALOGUE, ModelError, load
 from .models.texts import named_text
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CATALOGUE",
     "PRESETS",
     "Calibration",
     "ConversionSpec",
+    "ExportError",
     "ModelError",
     "SpecError",
     "UnsupportedModelError",
     "UserError",
     "compare",
     "convert",
+    "export",
     "load",
     "magnitudes",
     "named_text",
     "parameter_report",
     "perplexity",
+    "verify",
     "write_side_by_side",
 ]

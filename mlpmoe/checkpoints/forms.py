@@ -1,0 +1,68 @@
+"""The forms that a conversion can leave in, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..core.branched import BranchedMLP
+from . import dense_form
+from .branch_form import branch_form
+from .form import Form, FormError, converted_mlps
+from .moe_forms import MOE_FORMS, moe_form, possible_moe_forms, score_bounds
+
+AUTO, DENSE, BRANCHES = "auto", dense_form.NAME, "branches"
+FORMS = (AUTO, DENSE, *MOE_FORMS, BRANCHES)
+FORM_WORDS = {  # what a person chooses between
+    AUTO: "the best stock architecture",
+    DENSE: "plain dense model (static conversions)",
+    "granite-moe": "GraniteMoeShared, exact (routed, as many shared neurons in every layer)",
+    "glm4-moe": "Glm4Moe (routed, layers share more or less)",
+    "mixtral": "Mixtral (routed, nothing shared)",
+    "qwen2-moe": "Qwen2Moe (routed)",
+    BRANCHES: "branches or experts as they are, to train on: needs trust_remote_code",
+}
+STOCK_ORDER = ("granite-moe", "glm4-moe")  # tried by auto: exact first, then what fits more
+
+
+def make_form(
+    model: PreTrainedModel, name: str, workspace: Path, ids: Sequence | None = None
+) -> Form:
+    """The form `name` of a converted model; "auto" is the best that other software knows.
+
+    workspace: a folder for files that are made on the way. ids: (tokens,) int64, a text by which
+    routers are scaled, where the form asks for it. Raises FormError, with the reason.
+    """
+    if name not in FORMS:
+        raise FormError(f"there is no form {name!r:.60}; allowed: {', '.join(FORMS)}.")
+    if name == BRANCHES:
+        return branch_form(model, workspace)
+    if name in MOE_FORMS:
+        return _moe(model, name, ids)
+    if is_static(model):
+        try:
+            return dense_form.dense_form(model)
+        except FormError as error:
+            if name == DENSE:
+                raise FormError(f"{error} The form {BRANCHES} has.") from None
+            return branch_form(model, workspace, str(error))
+    if name == DENSE:
+        return dense_form.dense_form(model)  # which refuses it
+    possible = possible_moe_forms(model)
+    for stock in STOCK_ORDER:
+        if possible[stock] is None:
+            return _moe(model, stock, ids)
+    return branch_form(model, workspace, possible[STOCK_ORDER[-1]])
+
+
+def is_static(model: PreTrainedModel) -> bool:
+    """Whether the same branches run for every token."""
+    return all(isinstance(mlp, BranchedMLP) for mlp in converted_mlps(model).values())
+
+
+def _moe(model: PreTrainedModel, name: str, ids: Sequence | None) -> Form:
+    if reason := possible_moe_forms(model)[name]:
+        raise FormError(reason)
+    return moe_form(model, name, None if ids is None else score_bounds(model, ids))

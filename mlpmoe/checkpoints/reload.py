@@ -1,0 +1,72 @@
+"""Opens a checkpoint in a process of its own, with transformers alone, and says what it computes.
+
+    python reload.py FOLDER WINDOWS ANSWERS DTYPE DEVICE CODE
+
+WINDOWS: a safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and
+"firsts", the index of the first token to score in each. ANSWERS gets the losses of the scored
+tokens, the logits of the first LOGIT_TOKENS tokens, and as metadata the dtypes on disk. DEVICE:
+"disk" reads each part of the model when it is needed. CODE: "yes" lets the checkpoint run its own
+code. Nothing of mlpmoe is imported: this is what another person's software sees.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+LOGIT_TOKENS = 256
+ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
+
+
+@torch.inference_mode()
+def answers(folder: str, windows: dict, dtype: str, device: str, code: bool) -> dict:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        device_map={"": device},
+        offload_folder="offloaded",
+        use_safetensors=True,
+        trust_remote_code=code,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        sys.exit(f"{len(wrong)} tensors are missing or too many, such as {wrong[0]}")
+    model.eval()
+    losses, logits, kept = [], [], 0
+    for index, first in enumerate(windows["firsts"].tolist()):
+        ids = windows[f"ids.{index}"].to("cpu" if device == "disk" else device)
+        said = model(ids[None], use_cache=False).logits[0]
+        if kept < LOGIT_TOKENS:
+            logits.append(said[: LOGIT_TOKENS - kept].float().cpu())
+            kept += len(logits[-1])
+        pieces = zip(said[first - 1 : -1].split(ROWS), ids[first:].split(ROWS), strict=True)
+        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in pieces]
+    return {"losses": torch.cat(losses), "logits": torch.cat(logits)}
+
+
+def saved_dtypes(folder: str) -> str:
+    """The dtypes of the matrices on disk, joined by commas."""
+    found = set()
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                if len(part.get_shape()) > 1:
+                    found.add(part.get_dtype())
+    return ",".join(sorted(found))
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder, windows, target, dtype, device, code = sys.argv[1:]
+    found = answers(folder, load_file(windows), dtype, device, code == "yes")
+    save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})

@@ -1,0 +1,312 @@
+"""export(): written, opened in a fresh process, compared; and all that can go wrong."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mlpmoe import ConversionSpec, ExportError, SpecError, UserError, convert, export, load, verify
+from mlpmoe.checkpoints import export as exporting
+from mlpmoe.checkpoints import target
+from mlpmoe.checkpoints.form import EXACT, FormError
+from mlpmoe.checkpoints.record import RECORD, read_spec_file
+from mlpmoe.measure.perplexity import perplexity
+from tests.tiny import byte_tokenizer, save_tiny_model, tiny_model
+
+TEXT = "One day, a fox slept in the grass.\n<|endoftext|>\nA cat sat on the wall and looked down."
+SPEC = ConversionSpec(branches=8, fade=0.5, keep=6)
+
+
+@pytest.fixture(scope="module")
+def converted():
+    return convert(tiny_model(), SPEC)
+
+
+@pytest.fixture(scope="module")
+def made(converted, tmp_path_factory):
+    """One checkpoint, of the tiny model, for all tests that only look."""
+    folder = tmp_path_factory.mktemp("export") / "made"
+    return export(
+        converted, folder, tokenizer=byte_tokenizer(), text=TEXT, text_name="two sentences",
+        dense=tiny_model(),
+    )  # fmt: skip
+
+
+def nothing_left(folder):
+    """Whether neither the folder nor a part of it exists."""
+    return not folder.exists() and not list(folder.parent.glob(f"{folder.name}*"))
+
+
+def test_a_fresh_process_repeats_the_model(made, converted):
+    found = made.verification
+    assert found.passed and found.strict
+    assert found.relative_difference <= EXACT and found.argmax_agreement == 1
+    assert found.saved_dtypes == "F32" and found.compared_tokens > 50
+    measured = perplexity(converted, byte_tokenizer(), TEXT)
+    assert found.perplexity == pytest.approx(measured.value, rel=1e-6)
+    assert found.reloaded_perplexity == pytest.approx(measured.value, rel=1e-5)
+    assert found.scored_tokens == measured.tokens
+
+
+def test_stock_software_opens_it(made, converted):
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    ids = tokenizer("A fox", return_tensors="pt").input_ids
+    assert torch.equal(ids, byte_tokenizer()("A fox", return_tensors="pt").input_ids)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, converted(ids).logits, atol=1e-5)
+    assert model.generation_config.eos_token_id == converted.generation_config.eos_token_id
+
+
+def test_the_files(made):
+    names = {file.name for file in made.folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", RECORD} <= names
+    assert not any(name.startswith((".", "lock", "progress")) for name in names)
+    assert made.bytes == sum(file.stat().st_size for file in made.folder.iterdir())
+    assert os.stat(made.folder / "model.safetensors").st_mode & 0o044  # others may read it
+    written = "".join(file.read_text() for file in made.folder.glob("*.json"))
+    assert str(Path.home()) not in written and str(made.folder.parent) not in written
+
+
+def test_the_record_restores_the_spec(made):
+    assert read_spec_file(made.folder / RECORD) == SPEC
+    record = json.loads((made.folder / RECORD).read_text())
+    assert record["form"] == "dense" and record["verification"]["passed"] is True
+    assert record["evaluation_text"] == "two sentences"
+
+
+def test_the_card_says_how_to_load_it_and_what_was_measured(made):
+    card = ModelCard.load(made.folder / "README.md")
+    assert card.data.library_name == "transformers" and "mlpmoe" in card.data.tags
+    for words in (
+        'AutoModelForCausalLM.from_pretrained("made")',
+        SPEC.to_python(),
+        "two sentences",
+        "LlamaForCausalLM",
+        "Verified by opening it in a fresh process",
+        "licence applies",
+    ):
+        assert words in card.text
+    dense = perplexity(tiny_model(), byte_tokenizer(), TEXT)
+    assert f"{dense.value:.2f} ± {dense.stderr:.2f}" in card.text
+
+
+def test_card_and_record_know_the_base_model(tmp_path):
+    folder = save_tiny_model(tmp_path / "base")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Base\n")
+    model, tokenizer = load(folder)
+    made = export(convert(model, SPEC), tmp_path / "out", tokenizer=tokenizer)
+    assert made.record.to_dict()["base_model"] == {
+        "name": "base", "revision": None, "licence": "mit",
+    }  # fmt: skip
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit"
+    assert str(tmp_path) not in card.content
+
+
+def test_saved_is_the_dtype_of_the_base_models_files(tmp_path):
+    folder = tmp_path / "base"
+    tiny_model().to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    model, tokenizer = load(folder, dtype="float32")
+    converted = convert(model, SPEC)
+    made = export(converted, tmp_path / "a", tokenizer=tokenizer, text=TEXT, dtype="saved")
+    assert made.verification.saved_dtypes == "BF16" and not made.verification.strict
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").dtype == torch.bfloat16
+    exact = export(converted, tmp_path / "b", tokenizer=tokenizer)
+    assert exact.verification.saved_dtypes == "F32" and exact.verification.strict
+    with pytest.raises(UserError, match="dtype"):
+        export(converted, tmp_path / "c", dtype="int4")
+    assert nothing_left(tmp_path / "c")
+
+
+def test_a_checkpoint_that_says_something_else_is_deleted(converted, tmp_path, monkeypatch):
+    write = exporting.write_weights
+
+    def damaged(form, tensors, folder, *rest):
+        write(form, tensors, folder, *rest)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"][0] += 0.01
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(exporting, "write_weights", damaged)
+    with pytest.raises(ExportError, match=r"does not repeat the model and was deleted.*1\.0e-05"):
+        export(converted, tmp_path / "out", tokenizer=byte_tokenizer(), text=TEXT)
+    assert nothing_left(tmp_path / "out")
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_deleted(converted, tmp_path, monkeypatch):
+    write = exporting.write_weights
+
+    def cut(form, tensors, folder, *rest):
+        tensors = dict(tensors)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        write(form, tensors, folder, *rest)
+
+    monkeypatch.setattr(exporting, "write_weights", cut)
+    with pytest.raises(ExportError, match=r"cannot be opened again.*up_proj"):
+        export(converted, tmp_path / "out", tokenizer=byte_tokenizer())
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", ["taking", "writing", "opening", "comparing"])
+def test_cancelling_leaves_nothing(converted, tmp_path, stage):
+    class Stopped(Exception):
+        pass
+
+    def report(message, share):
+        if message.startswith(stage):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        export(converted, tmp_path / "out", tokenizer=byte_tokenizer(), on_progress=report)
+    assert nothing_left(tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(converted, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "write_weights", full)
+    with pytest.raises(ExportError, match="the disk is full"):
+        export(converted, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_too_little_space_is_known_before(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "free_disk", lambda folder: 110_000_000)
+    with pytest.raises(ExportError, match=r"takes 20 MB, but the disk has 110 MB free"):
+        export(converted, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_folders_that_are_not_free(converted, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        export(converted, tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="is a file"):
+        export(converted, tmp_path / "file")
+    with pytest.raises(ExportError, match="no folder"):
+        export(converted, tmp_path / "file" / "out")
+
+
+def test_a_folder_that_cannot_be_written(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(target.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ExportError, match="read-only"):
+        export(converted, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_an_empty_folder_and_new_parents_are_fine(converted, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert export(converted, tmp_path / "empty").folder == tmp_path / "empty"
+    assert export(converted, tmp_path / "a" / "b").verification.passed
+
+
+def test_two_at_once_do_not_mix(converted, tmp_path):
+    partial = tmp_path / f"out{target.PARTIAL}"
+    partial.mkdir()
+    with FileLock(partial / target.LOCK):
+        failed = []
+
+        def other():
+            try:
+                export(converted, tmp_path / "out")
+            except ExportError as error:
+                failed.append(str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "another process" in failed[0]
+    assert partial.is_dir()
+
+
+def test_remains_of_a_killed_export_are_no_obstacle(converted, tmp_path):
+    partial = tmp_path / f"out{target.PARTIAL}"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / "stray.txt").write_text("")
+    made = export(converted, tmp_path / "out")
+    assert not (made.folder / "stray.txt").exists() and not partial.exists()
+
+
+def test_what_cannot_be_exported(converted, tmp_path):
+    with pytest.raises(FormError, match="not converted"):
+        export(tiny_model(), tmp_path / "out")
+    with pytest.raises(FormError, match=r"no form 'gguf'.*auto, dense"):
+        export(converted, tmp_path / "out", form="gguf")
+    with pytest.raises(FormError, match="static"):
+        export(converted, tmp_path / "out", form="mixtral")
+    with pytest.raises(UserError, match="give both"):
+        export(converted, tmp_path / "out", text=TEXT)
+    assert nothing_left(tmp_path / "out")
+
+
+def test_verify_finds_another_models_checkpoint(made):
+    other = convert(tiny_model(), ConversionSpec(branches=8, keep=6, compensation="none"))
+    assert not verify(other, made.folder).passed
+    with pytest.raises(ExportError, match="cannot be opened"):
+        verify(other, made.folder.parent)
+
+
+@pytest.mark.parametrize(
+    "content, error, words",
+    [
+        ("{", UserError, "not valid JSON"),
+        ("[1]", UserError, "holds no conversion"),
+        ('{"format": 1, "mlpmoe": "0.1.0"}', UserError, "names no spec"),
+        ('{"spec": {"branches": 0}}', SpecError, "at least 1"),
+        ('{"spec": {"twigs": 3}}', SpecError, "unknown field"),
+        ('{"branches": 4, "keep": 9}', SpecError, "between 1 and"),
+    ],
+)
+def test_files_that_are_no_spec(tmp_path, content, error, words):
+    file = tmp_path / "conversion.json"
+    file.write_text(content)
+    with pytest.raises(error, match=words):
+        read_spec_file(file)
+
+
+def test_a_spec_file_may_hold_the_fields_alone(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"branches": 4, "keep": 3}')
+    assert read_spec_file(file) == ConversionSpec(branches=4, keep=3)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_spec_file(tmp_path / "missing.json")
+
+
+def test_routed_conversions_leave_in_a_stock_architecture(tmp_path):
+    spec = ConversionSpec(method="random", experts=6, active=0.5)
+    routed = convert(tiny_model(), spec)
+    made = export(routed, tmp_path / "out", tokenizer=byte_tokenizer(), text=TEXT)
+    assert made.record.form == "granite-moe" and made.verification.strict
+    assert made.verification.relative_difference <= EXACT
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(FormError, match="chosen per token"):
+        export(routed, tmp_path / "out", form="dense")
+
+
+def test_what_no_stock_architecture_holds_brings_its_code(tmp_path):
+    routed = convert(tiny_model(), ConversionSpec(method="neurons", active=0.5))
+    made = export(routed, tmp_path / "out", tokenizer=byte_tokenizer(), text=TEXT)
+    assert made.record.form == "branches" and made.record.remote_code
+    assert made.verification.relative_difference <= EXACT
+    assert any("trust_remote_code=True" in note for note in made.record.notes)
+    assert "trust_remote_code=True" in (made.folder / "README.md").read_text()
+
+
+def test_a_document_of_several_windows(converted, made):
+    found = verify(converted, made.folder, byte_tokenizer(), "A cat sat on the wall. " * 30)
+    assert found.passed and found.scored_tokens > 600
