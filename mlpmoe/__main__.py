@@ -10,18 +10,19 @@ from collections.abc import Sequence
 
 import transformers
 
-from .commands import bench, evaluate, frontier, models, sweep
+from .commands import bench, convert, evaluate, frontier, models, sweep
 from .commands.terminal import progress
 from .core.errors import UnsupportedModelError, UserError
 from .models import ModelError
 
-COMMANDS = (models, evaluate, sweep, frontier, bench)
+COMMANDS = (models, evaluate, sweep, frontier, convert, bench)
 EXAMPLES = """examples:
   python -m mlpmoe models
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
   python -m mlpmoe evaluate qwen2.5-0.5b --keep 12 --compensation none --text mine.txt --json
   python -m mlpmoe sweep demo --compare --active 0.75,0.5 --out runs.jsonl
   python -m mlpmoe frontier demo --budget 0.7
+  python -m mlpmoe convert demo demo-12 --keep 12
   python -m mlpmoe bench --layers 4 --rounds 3
 """
 EXIT_STATUS = (

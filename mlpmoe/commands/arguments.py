@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from urllib.parse import parse_qsl
 
+from ..checkpoints.record import read_spec_file
 from ..core.compensation import COMPENSATIONS, FILLS
 from ..core.order import ORDERS
 from ..core.routed.routers import ROUTERS
@@ -52,8 +54,8 @@ SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know besi
 }
 
 
-def add_setting(parser: argparse.ArgumentParser) -> None:
-    """What is measured on what, and where."""
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """What is measured on, and what methods may look at."""
     parser.add_argument(
         "--text",
         "--evaluation",
@@ -82,13 +84,26 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens from window to window (default: half a window); not for wikitext2 and c4",
     )
+
+
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """What is measured on what, and where."""
+    add_texts(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def add_spec(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of ConversionSpec, which reads and checks the values itself."""
+def add_spec(parser: argparse.ArgumentParser, file: bool = True) -> None:
+    """A flag for each field of ConversionSpec, which reads and checks the values itself, and one
+    for a file that holds a spec."""
     group = parser.add_argument_group("conversion")
+    if file:
+        group.add_argument(
+            "--spec-file",
+            type=Path,
+            metavar="FILE",
+            help="conversion.json of a checkpoint, or JSON with fields of the spec; flags win",
+        )
     for field in fields(ConversionSpec):
         default = {"keep": "all"}.get(field.name, "the method's")
         default = default if field.default is None else field.default
@@ -102,8 +117,12 @@ def add_spec(parser: argparse.ArgumentParser) -> None:
 
 
 def read_spec(arguments: argparse.Namespace) -> ConversionSpec:
+    """The spec of the flags, over that of the spec file if there is one."""
+    texts = {}
+    if arguments.spec_file:
+        texts = dict(parse_qsl(read_spec_file(arguments.spec_file).to_query()))
     names = [field.name for field in fields(ConversionSpec) if field.name in arguments]
-    return ConversionSpec.from_texts({name: getattr(arguments, name) for name in names})
+    return ConversionSpec.from_texts(texts | {name: getattr(arguments, name) for name in names})
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

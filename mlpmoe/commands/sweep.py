@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=at_least(1), metavar="N",
         help=f"of the engine ray; each holds the model (default: {DEFAULT_WORKERS})",
     )  # fmt: skip
-    add_spec(parser)
+    add_spec(parser, file=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,132 @@
+"""The command `convert`: a checkpoint that other software opens, proven to be the conversion."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..checkpoints.export import SAVED, Exported, export
+from ..checkpoints.file_export import export_files
+from ..checkpoints.forms import AUTO, DENSE, FORM_WORDS
+from ..checkpoints.source import PiecewiseError
+from ..checkpoints.streaming import streams
+from ..checkpoints.target import check_target
+from ..core.calibration import Calibration
+from ..core.conversion import convert
+from ..core.spec import ConversionSpec
+from ..models import format_bytes, load, preflight
+from ..models.host import DTYPES
+from .arguments import add_spec, add_texts, read_spec
+from .terminal import print_json, print_table, progress
+from .texts import EvaluationText, calibration_text_for, evaluation_text
+
+NAME = "convert"
+HELP = "write a conversion as a checkpoint that other software opens, and verify it"
+EXAMPLES = """examples:
+  python -m mlpmoe convert demo demo-12 --branches 16 --keep 12
+  python -m mlpmoe convert demo demo-12 --keep 12 --order least-squares --compensation refit
+  python -m mlpmoe convert qwen2.5-0.5b qwen-faded --spec-file conversion.json --dtype float32
+  python -m mlpmoe convert demo demo-experts --method expertweaver --active 0.75
+  python -m mlpmoe convert demo demo-branches --branches 8 --form branches
+
+A static spec without calibration is converted layer by layer, so the model need not fit into
+memory; after an interrupt the same command goes on.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new or empty folder")
+    forms = "; ".join(f"{name}: {words}" for name, words in FORM_WORDS.items())
+    parser.add_argument("--form", choices=FORM_WORDS, default=AUTO, metavar="FORM", help=forms)
+    parser.add_argument(
+        "--dtype", choices=(SAVED, *DTYPES), default=SAVED, metavar="DTYPE",
+        help=f"of the files: saved (as those of MODEL, the default), {', '.join(DTYPES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compute", choices=("auto", *DTYPES), default="auto", metavar="DTYPE",
+        help="that the model is measured in (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; where it is measured"
+    )
+    add_texts(parser)
+    add_spec(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    spec = read_spec(arguments)
+    check_target(arguments.folder)
+    text = evaluation_text(arguments)
+    made = None
+    if streams(spec) and arguments.form in (AUTO, DENSE):
+        try:
+            made = _from_files(arguments, spec, text)
+        except PiecewiseError as error:
+            progress(str(error))
+    if made is None:
+        made = _from_memory(arguments, spec, text)
+    progress("")
+    if arguments.json:
+        print_json({"folder": str(made.folder), "bytes": made.bytes} | made.record.to_dict())
+    else:
+        _print(made, spec)
+
+
+def _from_files(
+    arguments: argparse.Namespace, spec: ConversionSpec, text: EvaluationText
+) -> Exported:
+    checked = preflight(
+        arguments.model, device=arguments.device, dtype=arguments.compute, in_memory=False
+    )
+    return export_files(
+        checked, arguments.folder, spec, dtype=arguments.dtype,
+        encode=lambda tokenizer, model: text.encode(tokenizer, model)[0], text_name=text.name,
+        on_progress=progress,
+    )  # fmt: skip
+
+
+def _from_memory(
+    arguments: argparse.Namespace, spec: ConversionSpec, text: EvaluationText
+) -> Exported:
+    calibration, calibration_name = None, None
+    if spec.needs_calibration:
+        path, content = calibration_text_for(arguments, text.content)
+        calibration_name = path.name
+    dense, tokenizer = load(
+        arguments.model, arguments.compute, arguments.device, on_progress=progress
+    )
+    if spec.needs_calibration:
+        calibration = Calibration.from_text(tokenizer, content)
+    model = convert(dense, spec, calibration, on_progress=progress)
+    return export(
+        model, arguments.folder, tokenizer=tokenizer,
+        text=text.encode(tokenizer, dense)[0], text_name=text.name, dense=dense,
+        calibration_name=calibration_name, form=arguments.form, dtype=arguments.dtype,
+        on_progress=progress,
+    )  # fmt: skip
+
+
+def _print(made: Exported, spec: ConversionSpec) -> None:
+    found, record = made.verification, made.record
+    print(f"{made.folder}: {format_bytes(made.bytes)}, {record.architecture}, {found.saved_dtypes}")
+    print(f"converted with {spec.to_flags()}\n")
+    rows = [
+        ["largest difference of a logit", f"{found.max_logit_difference:.2g}"],
+        ["  of the largest logit", f"{found.relative_difference:.1e}"],
+        ["  allowed", f"{found.allowed:.1e}"],
+        ["same likeliest token", f"{found.argmax_agreement:.2%} of {found.compared_tokens:,}"],
+    ]
+    if found.perplexity is not None:
+        if record.measured:
+            rows.append(["perplexity, dense", f"{record.measured.dense.value:,.4f}"])
+        rows += [
+            ["perplexity, converted, in memory", f"{found.perplexity:,.4f}"],
+            ["perplexity, reloaded", f"{found.reloaded_perplexity:,.4f}"],
+            [f"  tokens of {record.text}", f"{found.scored_tokens:,}"],
+        ]
+    print_table(rows, align="<>")
+    for note in record.notes:
+        print(f"\n{note}")
+    code = ", trust_remote_code=True" if record.remote_code else ""
+    print(f'\nAutoModelForCausalLM.from_pretrained("{made.folder}"{code})')
