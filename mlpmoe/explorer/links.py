@@ -20,6 +20,7 @@ TABS = {  # key in a link -> name on the page
     "suggest": "Suggest",
     "experts": "Experts",
     "how": "How it works",
+    "export": "Export",
 }
 FIRST_TAB = "branches"
 DEFAULT_TEXT = "stories"

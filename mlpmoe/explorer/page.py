@@ -27,8 +27,11 @@ from .endpoints import add_endpoints
 from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
 from .experts import ExpertHandlers
 from .experts_panel import experts_panel, wire_experts
+from .export_panel import export_panel, wire_export
+from .exporting import ExportHandlers
 from .generations import GenerationHandlers
 from .generations_panel import generations_panel, wire_generations
+from .glossary import WORDS
 from .handlers import Handlers
 from .lesson import LessonHandlers
 from .lesson_panel import lesson_panel, wire_lesson
@@ -53,28 +56,6 @@ Cut the MLPs of a language model into branches, zero or drop some, and see what 
 what it saves. Nothing is trained."""
 FOOTER = """Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089). \
 Perplexity and speed are measured, parameters and compute are counted, on this server."""
-WORDS = """
-* **Perplexity**: among how many tokens the model hesitates, on average. Lower is better.
-* **Bits per byte**: how many bits the model needs to guess one byte of the text. Lower is better.
-* **MLP**: the part of each layer that treats every token by itself. It has two or three matrices: \
-**gate** and **up** compute the neurons, **down** adds up what they say.
-* **d_model, d_ff**: numbers a token is made of between layers; neurons of one MLP.
-* **Branch**: a group of neurons. Each branch has a factor **α**, 1 at first.
-* **Compensation**: what makes up for the dropped branches; as published the factor √(B/K) on \
-those that are kept.
-* **Calibration text**: text that a recipe may look at before it cuts. It is never the text that \
-perplexity is measured on.
-* **Down refitted**: down is computed anew, by least squares, so that the neurons that stay say \
-as nearly as possible what all said.
-* **Wanda, SparseGPT, FLAP**: published ways to choose what to remove by looking at activations.
-* **Squared weights**: the share of the sum of w², in which large weights count more.
-* **Run**: settings with what was measured for them. **Front**: the runs that no other beats.
-* **Loss**: how surprised the model is by a token, in nats; its mean is the logarithm of the \
-perplexity.
-* **Drift**: how far the numbers that stand for a token have moved from those of the dense model.
-* **WikiText-2, C4**: the public texts that published perplexities are measured on.
-* **Proxy mixture**: a short artificial text, as in the paper; it shows whether a model \
-broke, not which one is better."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +140,8 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
                         experts = experts_panel(len(first.mlps))
                     with opened["how"]:
                         lesson = lesson_panel(len(first.mlps))
+                    with opened["export"]:
+                        export = export_panel()
         with gr.Accordion("Words", open=False, elem_id="words"):
             gr.Markdown(WORDS)
         gr.Markdown(FOOTER, elem_id="footer")
@@ -197,6 +180,10 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             opened["tokens"], state.tab,
         )  # fmt: skip
         wire_lesson(LessonHandlers(workbench), model, lesson, opened["how"])
+        wire_export(
+            ExportHandlers(workbench), export, model, convert.text,
+            [*convert.settings, *experts.settings], state.tab, state.taken, demo,
+        )  # fmt: skip
         opened["branches"].select(None, js=RESIZE, **PRIVATE)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 

@@ -12,6 +12,7 @@ SHOWN = {  # key of a tab -> what tells that it is filled in
     "suggest": "#front .point",
     "experts": "#tradeoff .point",
     "how": "#lesson .katex",
+    "export": "#export-plan p",
 }
 # outlines per trace: plotly leaves out traces without points
 COUNT_OUTLINES = """() => {
