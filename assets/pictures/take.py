@@ -110,6 +110,11 @@ def lesson(page: Page) -> None:
     page.wait_for_selector("#lesson .katex")
 
 
+def export(page: Page) -> None:
+    page.click("#make-checkpoint")
+    contains(page, "#export-status", "Made and verified")
+
+
 # picture -> query, key of the tab, what is done there
 PICTURES = {
     "page": ("fade=0.9", "branches", None),
@@ -120,6 +125,7 @@ PICTURES = {
     "suggest": ("keep=12", "suggest", suggest),
     "experts": ("keep=12", "experts", experts),
     "lesson": ("keep=12", "how", lesson),
+    "export": ("keep=12&fade=0.5", "export", export),
 }
 
 
