@@ -20,6 +20,7 @@ from ..version import VERSION
 from .dense_form import NAME
 from .export import SAVED, SMALL_FILES, Exported, folder_size, refuse_unless_same
 from .record import Measured, Record
+from .reload import answers
 from .source import Source
 from .streaming import STATE, FileConversion, copy_small_files, streams
 from .target import check_target, target_folder
@@ -28,7 +29,6 @@ from .verification import (
     Verification,
     answers_of,
     compared,
-    own_answers,
     random_ids,
     verify,
 )
@@ -69,8 +69,7 @@ def export_files(
     files = fetch_weights(checked, token=token, on_progress=on_progress)
     wanted = None if dtype == SAVED else parse_dtype(dtype)
     conversion = FileConversion(Source(files, checked.weight_files), spec, wanted)
-    size = sum(conversion.sizes[name] for names in conversion.shards.values() for name in names)
-    with target_folder(folder, size + SMALL_FILES, keep_partial=True) as partial:
+    with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
         copy_small_files(files, checked.small_files, partial)
         found, measured = _verified(conversion, checked, partial, tokenizer, encode, report)
@@ -110,9 +109,9 @@ def _verified(
         pieces = list(windows(model, encode(tokenizer, model)))
         ids, first = max(pieces, key=lambda piece: len(piece[0]))
         pieces = [(ids[:FORWARD_TOKENS], first)]
-    dtype = next(iter(conversion.source.dtypes.values()))
+    dtype = conversion.source.dtype
     theirs, dtypes = answers_of(folder, pieces, dtype, "disk", False, report)
     report("running the conversion from the base model's files", None)
     running = conversion.source.running(conversion.as_saved)
-    mine = own_answers(running, pieces, "cpu")
+    mine = answers(running, pieces, "cpu")
     return compared(mine, theirs, dtypes, dtype, scored=encode is not None), None

@@ -12,6 +12,7 @@ code. Nothing of mlpmoe is imported: this is what another person's software sees
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ LOGIT_TOKENS = 256
 ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
 
-@torch.inference_mode()
-def answers(folder: str, windows: dict, dtype: str, device: str, code: bool) -> dict:
+def opened(folder: str, dtype: str, device: str, code: bool) -> transformers.PreTrainedModel:
+    """The model of the checkpoint; the process ends if a tensor is missing or too many."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -39,16 +40,26 @@ def answers(folder: str, windows: dict, dtype: str, device: str, code: bool) -> 
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         sys.exit(f"{len(wrong)} tensors are missing or too many, such as {wrong[0]}")
-    model.eval()
+    return model.eval()
+
+
+@torch.inference_mode()
+def answers(
+    model: transformers.PreTrainedModel,
+    pieces: Sequence[tuple[torch.Tensor, int]],
+    device: str | torch.device,
+) -> dict[str, torch.Tensor]:
+    """Losses of the scored tokens (tokens,), and logits of the first LOGIT_TOKENS (n, vocabulary),
+    float32. pieces: the ids of each window, and the index of the first scored one."""
     losses, logits, kept = [], [], 0
-    for index, first in enumerate(windows["firsts"].tolist()):
-        ids = windows[f"ids.{index}"].to("cpu" if device == "disk" else device)
+    for ids, first in pieces:
+        ids = ids.to(device)
         said = model(ids[None], use_cache=False).logits[0]
         if kept < LOGIT_TOKENS:
             logits.append(said[: LOGIT_TOKENS - kept].float().cpu())
             kept += len(logits[-1])
-        pieces = zip(said[first - 1 : -1].split(ROWS), ids[first:].split(ROWS), strict=True)
-        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in pieces]
+        rows = zip(said[first - 1 : -1].split(ROWS), ids[first:].split(ROWS), strict=True)
+        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in rows]
     return {"losses": torch.cat(losses), "logits": torch.cat(logits)}
 
 
@@ -68,5 +79,8 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder, windows, target, dtype, device, code = sys.argv[1:]
-    found = answers(folder, load_file(windows), dtype, device, code == "yes")
+    asked = load_file(windows)
+    pieces = [(asked[f"ids.{i}"], first) for i, first in enumerate(asked["firsts"].tolist())]
+    model = opened(folder, dtype, device, code == "yes")
+    found = answers(model, pieces, "cpu" if device == "disk" else device)
     save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})

@@ -69,6 +69,16 @@ class Source:
             self.dtypes[name] = DTYPES[part.get_dtype()]
         self._places[name] = file, key
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor, and so of most."""
+        return next(iter(self.dtypes.values()))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors of the model, sorted."""
+        return sorted({file for file, _ in self._places.values()})
+
     def read(self, name: str) -> Tensor:
         """The tensor that the model calls `name`. It is a view of the file, which stays in memory
         for as long as the tensor is used, and no longer."""
@@ -92,7 +102,7 @@ class Source:
     def running(self, replace: Replace) -> PreTrainedModel:
         """A model that reads a layer when it is needed and forgets it again, with the MLPs that
         `replace(path, weights)` makes of its own. It computes in the dtype of the files."""
-        dtype = next(iter(self.dtypes.values()))
+        dtype = self.dtype
         model = copy.deepcopy(self.model)
         for parameter in model.parameters():  # not buffers: rotary frequencies stay float32
             parameter.data = parameter.data.to(dtype)

@@ -104,16 +104,19 @@ class FileConversion:
         places = self.plan.skeleton.state_dict()
         return {name: places[name].numel() * self._dtype(name).itemsize for name in places}
 
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(self.sizes[name] for names in self.shards.values() for name in names)
+
     def _dtype(self, name: str) -> torch.dtype:
-        usual = next(iter(self.source.dtypes.values()))
-        return self.dtype or self.source.dtypes.get(name, usual)
+        return self.dtype or self.source.dtypes.get(name, self.source.dtype)
 
     @property
     def fingerprint(self) -> str:
         """What tells this conversion from any other, so that only its own files are kept."""
         files = [
-            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-            for file in sorted({file for file, _ in self.source._places.values()})
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.source.files
         ]
         known = [VERSION, self.spec.to_dict(), str(self.dtype), files, sorted(self.shards.items())]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -126,7 +129,7 @@ class FileConversion:
         readers = {path: read for path, read in self.source.mlps()}
         done = 0
         for file, names in self.shards.items():
-            report("converting", done / sum(self.sizes[n] for n in _all(self.shards)))
+            report("converting", done / self.bytes)
             done += sum(self.sizes[name] for name in names)
             if (folder / file).exists():
                 continue
@@ -140,7 +143,7 @@ class FileConversion:
             self._write_index(folder)
         skeleton = self.plan.skeleton
         config = skeleton.config
-        config.dtype = self._dtype(next(iter(located)) + ".")
+        config.dtype = self.dtype or self.source.dtype
         config.architectures = [type(skeleton).__name__]
         config.save_pretrained(folder)
 
@@ -166,8 +169,7 @@ class FileConversion:
 
     def _write_index(self, folder: Path) -> None:
         weight_map = {name: file for file, names in self.shards.items() for name in names}
-        total = sum(self.sizes[name] for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -198,7 +200,3 @@ def _width(d_ff: int, spec: ConversionSpec) -> int:
     row = torch.ones(d_ff, 1)
     stand_in = MLPWeights(row, row, row.T, None, None, None, nn.functional.silu)
     return sum(build_static(stand_in, spec).sizes)
-
-
-def _all(shards: Mapping[str, list[str]]) -> Iterator[str]:
-    return (name for names in shards.values() for name in names)

@@ -98,7 +98,7 @@ def verify(
     )
     if on_progress:
         on_progress("comparing with the model in memory", None)
-    mine = own_answers(twin_of(model).eval(), pieces)
+    mine = reload.answers(twin_of(model).eval(), pieces, model.device)
     return compared(mine, theirs, dtypes, model.dtype, exact, scored)
 
 
@@ -135,28 +135,6 @@ def compared(
         saved_dtypes=dtypes,
         dtype=str(dtype).removeprefix("torch."),
     )
-
-
-@torch.inference_mode()
-def own_answers(
-    model: PreTrainedModel,
-    pieces: Sequence[tuple[Tensor, int]],
-    device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
-    """What the fresh process computes, from the model in memory. device: of the ids, if it is not
-    the model's."""
-    losses, logits, kept = [], [], 0
-    for ids, first in pieces:
-        ids = ids.to(device or model.device)
-        said = model(ids[None], use_cache=False).logits[0]
-        if kept < reload.LOGIT_TOKENS:
-            logits.append(said[: reload.LOGIT_TOKENS - kept].float().cpu())
-            kept += len(logits[-1])
-        rows = zip(
-            said[first - 1 : -1].split(reload.ROWS), ids[first:].split(reload.ROWS), strict=True
-        )
-        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in rows]
-    return {"losses": torch.cat(losses), "logits": torch.cat(logits)}
 
 
 def answers_of(
