@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.on_the_page import wait_until_measured
+from tests.browser.on_the_page import PATIENCE, wait_until_measured
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = Path(__file__).resolve().parent / "screenshots"
@@ -37,7 +37,6 @@ START_SECONDS = 120  # until the page has to answer
 FAILED = pytest.StashKey[bool]()
 # Gradio's page aborts its own event stream as it is left, and logs that as an error
 SILENT_ONCE_LEFT = "addEventListener('beforeunload', () => { console.error = () => {} })"
-PATIENCE = 60_000  # milliseconds for anything awaited; a busy machine may pause anywhere
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@ never for time."""
 
 from __future__ import annotations
 
+PATIENCE = 60_000  # milliseconds for anything awaited; a busy machine may pause anywhere
+
 TRACES = ("dropped by K", "removed by fade", "stays", "fade threshold")
 SHOWN = {  # key of a tab -> what tells that it is filled in
     "branches": "#histograms .js-line",
@@ -41,7 +43,7 @@ def slider(page, control: str):
 
 def wait_for_value(page, control: str, expected: float) -> None:
     page.wait_for_function(
-        "([id, value]) => Number(document.querySelector(`#${id} input[type=number]`).value)"
+        "([id, value]) => Number(document.querySelector(`#${id} input[type=number]`)?.value)"
         " === value",
         arg=[control, expected],
     )
@@ -79,20 +81,16 @@ def wait_for_new_figure(page, card: str, old: str) -> str:
 
 def wait_until_still(page, selector: str) -> str:
     """The text of a box or a block, once it has not changed for a second."""
-    page.wait_for_function(
+    seen = page.wait_for_function(
         """selector => {
-            const shown = document.querySelector(selector), now = shown.value ?? shown.innerText;
+            const shown = document.querySelector(selector), now = shown?.value ?? shown?.innerText;
             if (window.lastSeen !== now) [window.lastSeen, window.since] = [now, Date.now()];
-            return Date.now() - window.since > 1000;
+            return now !== undefined && Date.now() - window.since > 1000 && {now};
         }""",
         arg=selector,
         polling=50,
     )
-    return page.evaluate(
-        "selector => { const shown = document.querySelector(selector);"
-        " return shown.value ?? shown.innerText; }",
-        selector,
-    )
+    return seen.json_value()["now"]
 
 
 def notice(page) -> str:
@@ -133,7 +131,7 @@ def choose(page, dropdown: str, label: str) -> None:
 
 def wait_for_choice(page, dropdown: str, label: str) -> None:
     page.wait_for_function(
-        "([id, label]) => document.querySelector(`#${id} input`).value === label",
+        "([id, label]) => document.querySelector(`#${id} input`)?.value === label",
         arg=[dropdown, label],
     )
 
@@ -194,8 +192,22 @@ def cards(page) -> list[str]:
     ]
 
 
-def wait_for_text(page, selector: str, text: str) -> None:
-    page.wait_for_function(
-        "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)",
-        arg=[selector, text],
-    )
+def wait_for_text(page, selector: str, text: str, timeout: int = PATIENCE) -> None:
+    """The element is there, and this is part of its text."""
+    _expected(page, selector).to_contain_text(text, timeout=timeout)
+
+
+def wait_for_exactly(page, selector: str, text: str) -> None:
+    """The element is there, and this is all that it shows."""
+    _expected(page, selector).to_have_text(text, use_inner_text=True, timeout=PATIENCE)
+
+
+def wait_for_other_text(page, selector: str, old: str) -> None:
+    """The element is there, and shows something else than before."""
+    _expected(page, selector).not_to_have_text(old, use_inner_text=True, timeout=PATIENCE)
+
+
+def _expected(page, selector: str):
+    from playwright.sync_api import expect  # where it is missing, tests are skipped
+
+    return expect(page.locator(selector).first)

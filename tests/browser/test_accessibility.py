@@ -11,7 +11,9 @@ from tests.browser.on_the_page import (
     open_accordion,
     open_tab,
     slider,
+    wait_for_other_text,
     wait_for_rows,
+    wait_for_text,
     wait_for_value,
     wait_until_measured,
 )
@@ -171,9 +173,7 @@ def test_nothing_jumps(open_page):
         page.keyboard.press("ArrowLeft")
     wait_for_value(page, "keep", 12)
     wait_until_measured(page)
-    page.wait_for_function(
-        "document.querySelector('#histograms .legend').textContent.includes('dropped')"
-    )
+    wait_for_text(page, "#histograms .legend", "dropped")
     heights = page.evaluate("heights")
     assert len(heights) == 7
     assert {name: ends for name, ends in heights.items() if ends[1] - ends[0] > 2} == {}
@@ -187,10 +187,7 @@ def test_nothing_jumps(open_page):
         before = page.inner_text("#card-nonzero .converted")
         slider(page, "keep").focus()
         page.keyboard.press("ArrowLeft")
-        page.wait_for_function(
-            "old => document.querySelector('#card-nonzero .converted').innerText !== old",
-            arg=before,
-        )
+        wait_for_other_text(page, "#card-nonzero .converted", before)
         wait_until_measured(page)
         heights = page.evaluate("heights")
         assert len(heights) == len(watched) + 4

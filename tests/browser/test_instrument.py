@@ -13,8 +13,8 @@ import pytest
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.explorer.links import TABS
 from mlpmoe.explorer.run_words import short_recipe
-from tests.browser.conftest import PATIENCE
 from tests.browser.on_the_page import (
+    PATIENCE,
     SHOWN,
     cards,
     choose,
@@ -27,7 +27,9 @@ from tests.browser.on_the_page import (
     slider,
     stored_runs,
     value,
+    wait_for_exactly,
     wait_for_new_figure,
+    wait_for_other_text,
     wait_for_rows,
     wait_for_spec,
     wait_for_stored_runs,
@@ -77,10 +79,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
 
     press_in_row(page, 1, "restore")
     wait_for_spec(page, branches=16, fade=0, keep=12)
-    page.wait_for_function(
-        "said => document.querySelector('#card-perplexity .converted').innerText === said",
-        arg=second[1],
-    )
+    wait_for_exactly(page, "#card-perplexity .converted", second[1])
     wait_until_measured(page)
     assert cards(page) == second
     assert sorted(row[1] for row in rows(page)) == sorted(recipes)  # no run twice
@@ -98,7 +97,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
             "id => document.querySelector(id)?.value.length > 20", arg=f"#text-{letter} textarea"
         )
         page.wait_for_selector(f"#histograms-{letter} .js-line")
-    page.wait_for_function("document.querySelector('#compare-status').innerText.trim() === ''")
+    wait_for_exactly(page, "#compare-status", "")
     texts = [page.input_value(f"#text-{letter} textarea") for letter in "ab"]
     assert texts[0] != texts[1]
     take_picture(page, "compared")
@@ -153,10 +152,7 @@ def test_runs_outlive_the_server(open_page, new_window, app):
     wait_for_rows(page, 2)
     press_in_row(page, 1, "restore")
     wait_for_spec(page, fade=0, keep=9)
-    page.wait_for_function(
-        "said => document.querySelector('#card-perplexity .converted').innerText === said",
-        arg=found[1],
-    )
+    wait_for_exactly(page, "#card-perplexity .converted", found[1])
     assert cards(page) == found
 
 
@@ -170,7 +166,7 @@ def test_a_link_is_shared(open_page, new_window):
     page.wait_for_function("document.querySelector('#link textarea')?.value.endsWith('tab=tokens')")
     link = page.input_value("#link textarea")
     assert "fade=0.4" in link
-    page.wait_for_function("document.querySelector('#snippet').innerText.includes('keep=11')")
+    wait_for_text(page, "#snippet", "keep=11")
     shown, worst = cards(page), page.inner_text("#worst-sentences ol")
     page.close()
 
@@ -321,7 +317,7 @@ def test_own_text(open_page, take_picture):
     open_accordion(page, "text-choice")
     page.fill("#own-text textarea", STORY * 20)
     page.click("#use-own-text")
-    page.wait_for_function("document.querySelector('#text input').value.startsWith('Own text')")
+    page.wait_for_function("document.querySelector('#text input')?.value.startsWith('Own text')")
     name = page.input_value("#text input")
     page.click("#measure")  # by itself only where that is predicted to be quick
     wait_for_stored_runs(page, 2)
@@ -351,7 +347,9 @@ def test_own_text(open_page, take_picture):
         "#own-file input[type=file]",
         {"name": "tale.txt", "mimeType": "text/plain", "buffer": f"{STORY}The end.\n".encode()},
     )
-    page.wait_for_function("name => document.querySelector('#text input').value !== name", arg=name)
+    page.wait_for_function(
+        "name => (document.querySelector('#text input')?.value ?? name) !== name", arg=name
+    )
     page.click("#measure")
     wait_for_stored_runs(page, 3)
     wait_until_measured(page)
@@ -366,10 +364,7 @@ def test_own_text(open_page, take_picture):
     assert "needs a network once" in said
     assert page.locator("[data-testid=toast-text]").count() == 0
     choose(page, "text", "Evaluation stories")
-    page.wait_for_function(
-        "said => document.querySelector('#card-perplexity .converted').innerText === said",
-        arg=on_stories,
-    )
+    wait_for_exactly(page, "#card-perplexity .converted", on_stories)
 
 
 def test_where_the_text_breaks(open_page, take_picture):
@@ -403,9 +398,7 @@ def test_where_the_text_breaks(open_page, take_picture):
     first = page.inner_text("#branch-figures")
     slider(page, "tokens-layer").focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        "old => document.querySelector('#branch-figures').innerText !== old", arg=first
-    )
+    wait_for_other_text(page, "#branch-figures", first)
     take_picture(page, "tokens")
 
     choose(page, "preset", "All 16 branches")

@@ -18,9 +18,11 @@ from tests.browser.on_the_page import (
     slider,
     value,
     wait_for_choice,
+    wait_for_exactly,
     wait_for_new_figure,
     wait_for_outlines,
     wait_for_spec,
+    wait_for_text,
     wait_for_value,
     wait_until_measured,
     wait_until_still,
@@ -70,13 +72,13 @@ def test_first_visit(open_page, take_picture):
     page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] / 2, steps=5)
     page.mouse.up()
     page.wait_for_function(
-        "Number(document.querySelector('#branches input[type=number]').value) < 12"
+        "Number(document.querySelector('#branches input[type=number]')?.value) < 12"
     )
     branches = int(value(page, "branches"))
     wait_for_value(page, "keep", branches)
     wait_for_outlines(page, stays=branches, zeroed=branches - 1, thresholds=branches - 1)
     assert page.get_attribute("#keep input[type=range]", "max") == str(branches)
-    page.wait_for_function("!document.querySelector('#cards').innerText.includes('…')")
+    wait_until_measured(page)
     assert page.locator("[data-testid=toast-text]").count() == 0
     take_picture(page, "moved-by-mouse")
 
@@ -97,9 +99,7 @@ def test_two_models_write(open_page, take_picture):
     open_tab(page, "Generations")
     page.fill("#prompt textarea", "Once upon a time, there was a dragon who liked")
     page.click("#write")
-    page.wait_for_function(
-        "document.querySelector('#writing-report').innerText.includes('part at token')"
-    )
+    wait_for_text(page, "#writing-report", "part at token")
     dense, converted = (
         page.input_value(f"#{pane}-text textarea") for pane in ("dense", "converted")
     )
@@ -116,8 +116,8 @@ def test_two_models_write(open_page, take_picture):
     page.keyboard.press("End")
     page.click("#write")
     page.wait_for_function(
-        "old => { const now = document.querySelector('#dense-text textarea').value;"
-        " return now !== old && now.length > 3; }",
+        "old => { const now = document.querySelector('#dense-text textarea')?.value;"
+        " return now && now !== old && now.length > 3; }",
         arg=dense,
     )
     page.click("#stop-writing")
@@ -132,9 +132,7 @@ def test_two_models_write(open_page, take_picture):
     page.keyboard.press("Home")
     page.fill("#prompt textarea", "The end")
     page.click("#write")  # nothing is in the way any more
-    page.wait_for_function(
-        "document.querySelector('#writing-report').innerText.includes('16 tokens')"
-    )
+    wait_for_text(page, "#writing-report", "16 tokens")
 
     open_tab(page, "How it works")
     page.wait_for_selector("#lesson-split-words .katex")
@@ -238,9 +236,7 @@ def test_another_model(open_page, take_picture, tmp_path: Path):
     status = page.inner_text("#status")
     load_model(page, "no such model")
     assert "does not name a model" in notice(page)
-    page.wait_for_function(
-        "status => document.querySelector('#status').innerText === status", arg=status
-    )
+    wait_for_exactly(page, "#status", status)
     shown = figure(page, "nonzero")
     slider(page, "fade").focus()
     page.keyboard.press("End")
@@ -248,28 +244,22 @@ def test_another_model(open_page, take_picture, tmp_path: Path):
 
     folder = save_tiny_model(tmp_path / "my-model")
     load_model(page, str(folder))
-    page.wait_for_function("document.querySelector('#status').innerText.startsWith('my-model')")
+    wait_for_text(page, "#status", "my-model")
     assert f"d_ff {D_FF}" in page.inner_text("#status")
     wait_for_value(page, "branches", D_FF)
     wait_for_value(page, "keep", D_FF)
     for control, most in (("branches", D_FF), ("keep", D_FF), ("layer", LAYERS - 1)):
         assert page.get_attribute(f"#{control} input[type=range]", "max") == str(most)
     wait_for_outlines(page, stays=D_FF, zeroed=D_FF - 1, thresholds=D_FF - 1)
-    page.wait_for_function("!document.querySelector('#cards').innerText.includes('…')")
+    wait_until_measured(page)
     take_picture(page, "own-model")
     slider(page, "layer").focus()
     page.keyboard.press("End")
-    page.wait_for_function(
-        "document.querySelector('#histograms .xtitle').textContent.includes('layer 1')"
-    )
+    wait_for_text(page, "#histograms .xtitle", "layer 1")
 
     load_model(page, "demo")
-    page.wait_for_function(
-        "status => document.querySelector('#status').innerText === status", arg=status
-    )
-    page.wait_for_function(
-        "document.querySelector('#histograms .xtitle').textContent.includes('layer 0')"
-    )
+    wait_for_exactly(page, "#status", status)
+    wait_for_text(page, "#histograms .xtitle", "layer 0")
     assert page.get_attribute("#branches input[type=range]", "max") == "64"
     assert page.locator("[data-testid=toast-text]").count() == 0
 
@@ -282,10 +272,7 @@ def test_experts_are_converted_and_measured(open_page, take_picture):
     assert "Convert and measure" in page.inner_text("#experts-result")
     page.wait_for_function("document.querySelectorAll('#tradeoff .points path.point').length > 1")
     page.click("#measure-experts")
-    page.wait_for_function(
-        "document.querySelector('#experts-result').innerText.includes('multiply-adds')",
-        timeout=120_000,
-    )
+    wait_for_text(page, "#experts-result", "multiply-adds", timeout=120_000)
     assert "ExpertWeaver" in page.inner_text("#experts-result")
     page.wait_for_selector("#expert-load .hm")
     page.wait_for_selector("#variation .js-line")
@@ -322,9 +309,7 @@ def test_a_better_recipe_is_found_and_taken(open_page, take_picture):
     page.locator("#seconds input[type=number]").fill("10")
     page.get_by_label("May look at a calibration text").uncheck()
     page.click("#suggest")
-    page.wait_for_function(
-        "document.querySelector('#suggestion').innerText.includes('recipes tried')"
-    )
+    wait_for_text(page, "#suggestion", "recipes tried")
     first = page.locator("#front-table [role=gridcell][data-row='0']")
     first.nth(3).wait_for()
     perplexity, nonzero, compute, recipe = first.all_inner_texts()
@@ -337,8 +322,8 @@ def test_a_better_recipe_is_found_and_taken(open_page, take_picture):
     page.wait_for_function(
         """([perplexity, nonzero, compute]) => {
             const said = card => document.querySelector(`#card-${card} .difference`)?.innerText;
-            return said('perplexity') === perplexity && said('nonzero').includes(nonzero)
-                && said('compute').includes(compute);
+            return said('perplexity') === perplexity && said('nonzero')?.includes(nonzero)
+                && said('compute')?.includes(compute);
         }""",
         arg=[perplexity, nonzero, compute],
     )
