@@ -22,7 +22,7 @@ from .form import Form, FormError, converted_mlps
 from .forms import AUTO, make_form
 from .record import Measured, Record
 from .target import check_target, target_folder
-from .verification import ExportError, Progress, Verification, verify
+from .verification import ExportError, Progress, Verification, verify_and_score
 
 SAVED = "saved"  # the dtype of the base model's own files
 SHARD = "5GB"  # as large as a file of the checkpoint becomes
@@ -90,14 +90,14 @@ def export(
             del tensors
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            found = verify(
-                model, partial, tokenizer, text, exact=made.exact,
+            found, perplexity = verify_and_score(
+                model, partial, text, exact=made.exact,
                 trust_remote_code=made.remote_code, on_progress=report,
             )  # fmt: skip
             refuse_unless_same(found, made.name)
             measured = None
-            if dense is not None and text is not None:
-                measured = Measured.of(dense, model, text, report)
+            if dense is not None and text is not None and perplexity is not None:
+                measured = Measured.of(dense, model, text, perplexity, report)
             record = Record(
                 version=VERSION, spec=spec_of(model), origin=origin_of(model),
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.conversion import convert
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
-from ..measure.perplexity import EncodedText, windows
+from ..measure.perplexity import EncodedText, summarise, windows
 from ..models import Preflight, load_checked
 from ..models.host import parse_dtype
 from ..models.loading import fetch_weights, read_tokenizer
@@ -30,7 +30,7 @@ from .verification import (
     answers_of,
     compared,
     random_ids,
-    verify,
+    verify_and_score,
 )
 
 Encode = Callable[[PreTrainedTokenizerBase, PreTrainedModel], EncodedText]
@@ -56,10 +56,10 @@ def export_files(
     For static specs that need no calibration. Beside the largest layer hardly anything is in
     memory. Where the model fits, it is then loaded and converted as usual, and the checkpoint is
     compared with that on all of the text that `encode(tokenizer, model)` gives; where not, both
-    run from their files, on FORWARD_TOKENS tokens of its longest window. text_name: what the card
-    calls it. What was written before an interrupt is kept in FOLDER.partial, and
-    another call goes on from there. Raises PiecewiseError for files that can be read as a whole
-    only, else as `export`.
+    run from their files, as does the dense one, on FORWARD_TOKENS tokens of its longest window.
+    text_name: what the card calls it. What was written before an interrupt is kept in
+    FOLDER.partial, and another call goes on from there. Raises PiecewiseError for files that can
+    be read as a whole only, else as `export`.
     """
     if not streams(spec):
         raise UserError(f"{spec.to_flags()} looks at activations, for which the model has to run.")
@@ -73,7 +73,6 @@ def export_files(
         conversion.write(partial, report)
         copy_small_files(files, checked.small_files, partial)
         found, measured = _verified(conversion, checked, partial, tokenizer, encode, report)
-        refuse_unless_same(found, NAME)
         record = Record(
             version=VERSION, spec=spec, origin=checked.origin, form=NAME,
             architecture=type(conversion.plan.skeleton).__name__, remote_code=False,
@@ -93,15 +92,19 @@ def _verified(
     encode: Encode | None,
     report: Progress,
 ) -> tuple[Verification, Measured | None]:
-    """The checkpoint beside the same conversion in memory, or beside one that runs from files."""
+    """The checkpoint beside the same conversion in memory, or beside one that runs from files; and
+    the dense model, if there is a text."""
     room = checked.memory_available
     if room is None or checked.memory_needed * ROOM <= room:
         report("loading the base model to compare", None)
         dense, _ = load_checked(checked)
         model = convert(dense, conversion.spec)
         encoded = None if encode is None else encode(tokenizer, dense)
-        found = verify(model, folder, tokenizer, encoded, on_progress=report)
-        return found, None if encoded is None else Measured.of(dense, model, encoded, report)
+        found, perplexity = verify_and_score(model, folder, encoded, on_progress=report)
+        refuse_unless_same(found, NAME)
+        if encoded is None or perplexity is None:
+            return found, None
+        return found, Measured.of(dense, model, encoded, perplexity, report)
     model = conversion.source.model
     if encode is None:
         pieces = [(random_ids(model), 1)]
@@ -112,6 +115,12 @@ def _verified(
     dtype = conversion.source.dtype
     theirs, dtypes = answers_of(folder, pieces, dtype, "disk", False, report)
     report("running the conversion from the base model's files", None)
-    running = conversion.source.running(conversion.as_saved)
-    mine = answers(running, pieces, "cpu")
-    return compared(mine, theirs, dtypes, dtype, scored=encode is not None), None
+    mine = answers(conversion.source.running(conversion.as_saved), pieces, "cpu")
+    found = compared(mine, theirs, dtypes, dtype, scored=encode is not None)
+    refuse_unless_same(found, NAME)
+    if encode is None:
+        return found, None
+    report("running the base model from its files", None)
+    dense = answers(conversion.source.running(), pieces, "cpu")
+    before, after = (summarise(said["losses"], 1) for said in (dense, mine))
+    return found, Measured(before, after, parameters=None)

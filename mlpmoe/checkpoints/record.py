@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
@@ -15,7 +16,14 @@ from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.notation import difference, signed_percent
 from ..measure.parameters import ParameterReport, parameter_report
-from ..measure.perplexity import EncodedText, Perplexity, compare, measure
+from ..measure.perplexity import (
+    EncodedText,
+    Perplexity,
+    compare,
+    summarise,
+    window_losses,
+    windows,
+)
 from ..models import Origin
 from ..models.errors import shorten
 from .verification import Progress, Verification
@@ -32,19 +40,25 @@ class Measured:
 
     dense: Perplexity
     converted: Perplexity
-    dense_parameters: ParameterReport
-    parameters: ParameterReport
+    # of the dense and of the converted model; None where they do not fit into memory
+    parameters: tuple[ParameterReport, ParameterReport] | None
 
     @classmethod
     def of(
-        cls, dense: PreTrainedModel, model: PreTrainedModel, text: EncodedText, report: Progress
+        cls,
+        dense: PreTrainedModel,
+        model: PreTrainedModel,
+        text: EncodedText,
+        converted: Perplexity,
+        report: Progress,
     ) -> Measured:
-        """Measure both models."""
-        report("measuring the dense model", None)
-        before = measure(dense, text)
-        report("measuring the converted model", None)
-        after = measure(model, text)
-        return cls(before, after, parameter_report(dense), parameter_report(model))
+        """Measure the dense model too. converted: the perplexity of `model` on `text`."""
+        losses, count = [], sum(1 for _ in windows(dense, text))
+        for found in window_losses(dense, text):
+            report("measuring the dense model", len(losses) / count)
+            losses.append(found)
+        before = summarise(torch.cat(losses), text.scored_bytes)
+        return cls(before, converted, (parameter_report(dense), parameter_report(model)))
 
 
 @dataclass(frozen=True)
@@ -166,9 +180,9 @@ class Record:
                 ("mlp_nonzero", "… in MLPs"),
                 ("macs_per_token", "multiply-adds per token"),
             ):
-                old = getattr(measured.dense_parameters, field)
-                new = getattr(measured.parameters, field)
-                rows.append(f"| {name} | {old:,} | {new:,} | {signed_percent(new / old - 1)} |")
+                if measured.parameters:
+                    old, new = (getattr(report, field) for report in measured.parameters)
+                    rows.append(f"| {name} | {old:,} | {new:,} | {signed_percent(new / old - 1)} |")
             lines.append("\n".join(rows))
         if found:
             on = f" Perplexity on {self.text}, {found.scored_tokens:,} tokens: "

@@ -12,7 +12,7 @@ code. Nothing of mlpmoe is imported: this is what another person's software sees
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,11 +48,15 @@ def answers(
     model: transformers.PreTrainedModel,
     pieces: Sequence[tuple[torch.Tensor, int]],
     device: str | torch.device,
+    on_share: Callable[[float], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses of the scored tokens (tokens,), and logits of the first LOGIT_TOKENS (n, vocabulary),
-    float32. pieces: the ids of each window, and the index of the first scored one."""
+    float32. pieces: the ids of each window, and the index of the first scored one. on_share: told
+    before each window how much is done."""
     losses, logits, kept = [], [], 0
-    for ids, first in pieces:
+    for index, (ids, first) in enumerate(pieces):
+        if on_share:
+            on_share(index / len(pieces))
         ids = ids.to(device)
         said = model(ids[None], use_cache=False).logits[0]
         if kept < LOGIT_TOKENS:

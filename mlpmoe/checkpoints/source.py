@@ -99,14 +99,14 @@ class Source:
         twin.load_state_dict({n: self.read(f"{path}.{n}") for n in names}, assign=True)
         return read_mlp(path, twin, layout)
 
-    def running(self, replace: Replace) -> PreTrainedModel:
-        """A model that reads a layer when it is needed and forgets it again, with the MLPs that
-        `replace(path, weights)` makes of its own. It computes in the dtype of the files."""
+    def running(self, replace: Replace | None = None) -> PreTrainedModel:
+        """A model that reads a layer when it is needed and forgets it again, with its own MLPs or
+        those that `replace(path, weights)` makes of them. It computes in the dtype of the files."""
         dtype = self.dtype
         model = copy.deepcopy(self.model)
         for parameter in model.parameters():  # not buffers: rotary frequencies stay float32
             parameter.data = parameter.data.to(dtype)
-        for path, read in self.mlps():
+        for path, read in self.mlps() if replace else ():
             model.set_submodule(path, _OnDemand(path, read, replace))
         path, layers = decoder_layers(model)
         inside = f"{path}."

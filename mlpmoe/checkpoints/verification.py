@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,35 @@ def verify(
     may run its own code. Raises ExportError if it cannot be opened.
     """
     encoded = encode_text(tokenizer, text) if isinstance(text, str) and tokenizer else text
-    scored = isinstance(encoded, EncodedText)
-    pieces = list(windows(model, encoded)) if scored else [(random_ids(model), 1)]
+    return verify_and_score(
+        model, folder, encoded if isinstance(encoded, EncodedText) else None, exact=exact,
+        trust_remote_code=trust_remote_code, on_progress=on_progress,
+    )[0]  # fmt: skip
+
+
+def verify_and_score(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    text: EncodedText | None,
+    *,
+    exact: bool = True,
+    trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
+) -> tuple[Verification, Perplexity | None]:
+    """`verify`, and the perplexity of the model in memory that it takes on the way."""
+    pieces = [(random_ids(model), 1)] if text is None else list(windows(model, text))
     theirs, dtypes = answers_of(
         folder, pieces, model.dtype, str(model.device), trust_remote_code, on_progress
     )
-    if on_progress:
-        on_progress("comparing with the model in memory", None)
-    mine = reload.answers(twin_of(model).eval(), pieces, model.device)
-    return compared(mine, theirs, dtypes, model.dtype, exact, scored)
+    report = on_progress or (lambda message, share: None)
+    mine = reload.answers(
+        twin_of(model).eval(),
+        pieces,
+        model.device,
+        partial(report, "comparing with the model in memory"),
+    )
+    found = compared(mine, theirs, dtypes, model.dtype, exact, scored=text is not None)
+    return found, None if text is None else summarise(mine["losses"], text.scored_bytes)
 
 
 def compared(

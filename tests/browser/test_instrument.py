@@ -88,7 +88,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
         page.get_by_role("button", name=f"compare: {recipe}", exact=True).click()
         page.get_by_role("button", name=f"do not compare: {recipe}", exact=True).wait_for()
     page.wait_for_selector("#comparison table")
-    compared = page.inner_text("#comparison")
+    compared = page.inner_text("#comparison table")
     assert all(recipe in compared for recipe in recipes[1:])
     assert second[2] in compared
     page.click("#compare")
@@ -108,8 +108,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
     open_tab(page, "Trade-offs")
     wait_for_rows(page, 3)
     assert sorted(row[1] for row in rows(page)) == sorted(row[1] for row in kept)
-    page.wait_for_selector("#comparison table")
-    assert page.inner_text("#comparison") == compared
+    wait_for_exactly(page, "#comparison table", compared)
 
     other = open_page("?branches=8&keep=4", window=window)
     wait_for_stored_runs(other, 4)
@@ -207,7 +206,10 @@ def test_a_link_to_routed_experts(open_page):
 
 
 def fill_sweep(page, **values: str) -> None:
+    """Once the plan stands: what is filled in sooner may be overwritten as the fields appear."""
     open_accordion(page, "sweep")
+    wait_for_text(page, "#sweep-plan", "runs")
+    wait_until_still(page, "#sweep-plan")
     for name, text in values.items():
         page.fill(f"#sweep-{name} textarea, #sweep-{name} input", text)
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,9 @@ def test_the_card_says_how_to_load_it_and_what_was_measured(made):
         "licence applies",
     ):
         assert words in card.text
-    dense = perplexity(tiny_model(), byte_tokenizer(), TEXT)
-    assert f"{dense.value:.2f} ± {dense.stderr:.2f}" in card.text
+    for model in (tiny_model(), convert(tiny_model(), SPEC)):
+        found = perplexity(model, byte_tokenizer(), TEXT)
+        assert f"{found.value:.2f} ± {found.stderr:.2f}" in card.text
 
 
 def test_card_and_record_know_the_base_model(tmp_path):
@@ -310,3 +312,19 @@ def test_what_no_stock_architecture_holds_brings_its_code(tmp_path):
 def test_a_document_of_several_windows(converted, made):
     found = verify(converted, made.folder, byte_tokenizer(), "A cat sat on the wall. " * 30)
     assert found.passed and found.scored_tokens > 600
+
+
+@pytest.mark.parametrize(
+    "work", ["comparing with the model in memory", "measuring the dense model"]
+)
+def test_a_stop_is_heard_within_a_text(converted, tmp_path, work):
+    def stop(message, share):
+        if message == work and share:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        export(
+            converted, tmp_path / "out", tokenizer=byte_tokenizer(), dense=tiny_model(),
+            text="A cat sat on the wall. " * 30, on_progress=stop,
+        )  # fmt: skip
+    assert nothing_left(tmp_path / "out")

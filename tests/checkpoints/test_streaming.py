@@ -1,6 +1,7 @@
 """From files to files: the same as in memory, within little of it, and safe to kill."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -133,12 +134,24 @@ def test_the_whole_of_it(base, tmp_path):
 def test_a_model_that_does_not_fit_is_compared_as_it_runs_from_files(base, tmp_path, monkeypatch):
     monkeypatch.setattr(file_export, "ROOM", 1e9)
     made = export_files(
-        preflight(base), tmp_path / "out", ConversionSpec(branches=8, keep=6), encode=encode
-    )
+        preflight(base), tmp_path / "out", ConversionSpec(branches=8, keep=6), encode=encode,
+        text_name="the longer sentence",
+    )  # fmt: skip
     found = made.verification
     assert found.strict and found.relative_difference <= EXACT
     longest = max(len(ids) for ids in encode_text(byte_tokenizer(), TEXT).documents)
     assert found.compared_tokens == longest and found.scored_tokens == longest - 1
+
+    ids = max(encode_text(byte_tokenizer(), TEXT).documents, key=len)[None]
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.inference_mode():
+        loss = dense(ids, labels=ids).loss.item()
+    measured = made.record.measured
+    assert measured.dense.value == pytest.approx(math.exp(loss), rel=1e-5)
+    assert measured.converted.value == pytest.approx(found.reloaded_perplexity, rel=1e-5)
+    card = (made.folder / "README.md").read_text()
+    row = f"| perplexity, the longer sentence ({longest - 1} tokens) | {math.exp(loss):.2f} ±"
+    assert row in card and "multiply-adds" not in card
 
 
 def test_a_damaged_result_is_found_and_deleted(base, tmp_path, monkeypatch):
