@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..core.branched import BranchedMLP
 from ..core.mlps import located_mlps, write_mlp
-from .form import Form, FormError, converted_mlps, other_tensors, skeleton_of
+from .form import Form, FormError, converted_mlps, is_static, other_tensors, skeleton_of
 
 NAME = "dense"
 # Fields of a config that may say how wide the MLPs are; whether one does is tried.
@@ -55,21 +54,26 @@ def dense_form(model: PreTrainedModel) -> Form:
     Tensors that did not change are the model's own. Raises FormError for a routed conversion, and
     if no dense architecture has a place for the biases.
     """
-    mlps = converted_mlps(model)
-    if not all(isinstance(mlp, BranchedMLP) for mlp in mlps.values()):
+    if not is_static(model):
         raise FormError(
             "routed experts are chosen per token, so no dense checkpoint says the same."
         )
-    widths = [sum(mlp.sizes) for mlp in mlps.values()]
-    biased = any(mlp.down_proj.bias is not None for mlp in mlps.values())
-    plan = plan_dense(model.config, type(model), widths, biased)
+    plan = plan_of(model)
     tensors = other_tensors(model)
-    located = located_mlps(plan.skeleton).items()
-    for (path, (module, layout)), mlp in zip(located, mlps.values(), strict=True):
+    located, mlps = located_mlps(plan.skeleton).items(), converted_mlps(model).values()
+    for (path, (module, layout)), mlp in zip(located, mlps, strict=True):
         write_mlp(module, layout, mlp.folded(layout.d_ff(module)))
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
         module.to("meta")  # again: the weights are in `tensors` now
     return Form(NAME, plan.skeleton, tensors | plan.zeros(tensors, model.dtype), notes=plan.notes)
+
+
+def plan_of(model: PreTrainedModel) -> DensePlan:
+    """The dense architecture for a static conversion in memory. Raises FormError."""
+    mlps = converted_mlps(model).values()
+    widths = [sum(mlp.sizes) for mlp in mlps]
+    biased = any(mlp.down_proj.bias is not None for mlp in mlps)
+    return plan_dense(model.config, type(model), widths, biased)
 
 
 def plan_dense(

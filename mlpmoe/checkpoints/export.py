@@ -96,7 +96,7 @@ def export(
             )  # fmt: skip
             refuse_unless_same(found, made.name)
             measured = None
-            if dense is not None and text is not None and perplexity is not None:
+            if dense is not None and perplexity is not None:
                 measured = Measured.of(dense, model, text, perplexity, report)
             record = Record(
                 version=VERSION, spec=spec_of(model), origin=origin_of(model),

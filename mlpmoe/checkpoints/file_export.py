@@ -102,7 +102,7 @@ def _verified(
         encoded = None if encode is None else encode(tokenizer, dense)
         found, perplexity = verify_and_score(model, folder, encoded, on_progress=report)
         refuse_unless_same(found, NAME)
-        if encoded is None or perplexity is None:
+        if perplexity is None:
             return found, None
         return found, Measured.of(dense, model, encoded, perplexity, report)
     model = conversion.source.model

@@ -67,6 +67,11 @@ def converted_mlps(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
+def is_static(model: PreTrainedModel) -> bool:
+    """Whether the same branches run for every token. FormError for a dense model."""
+    return all(isinstance(mlp, BranchedMLP) for mlp in converted_mlps(model).values())
+
+
 def other_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state_dict of a converted model without its MLPs and without tied copies."""
     prefixes = tuple(f"{name}." for name in converted_mlps(model))

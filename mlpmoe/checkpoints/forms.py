@@ -7,10 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..core.branched import BranchedMLP
 from . import dense_form
 from .branch_form import branch_form
-from .form import Form, FormError, converted_mlps
+from .form import Form, FormError, is_static
 from .moe_forms import MOE_FORMS, moe_form, possible_moe_forms, score_bounds
 
 AUTO, DENSE, BRANCHES = "auto", dense_form.NAME, "branches"
@@ -39,9 +38,7 @@ def make_form(
         raise FormError(f"there is no form {name!r:.60}; allowed: {', '.join(FORMS)}.")
     if name == BRANCHES:
         return branch_form(model, workspace)
-    if name in MOE_FORMS:
-        return _moe(model, name, ids)
-    if is_static(model):
+    if name not in MOE_FORMS and is_static(model):
         try:
             return dense_form.dense_form(model)
         except FormError as error:
@@ -50,19 +47,19 @@ def make_form(
             return branch_form(model, workspace, str(error))
     if name == DENSE:
         return dense_form.dense_form(model)  # which refuses it
+    stock, reason = stock_moe(model, name)
+    if stock is None:
+        return branch_form(model, workspace, reason)
+    return moe_form(model, stock, None if ids is None else score_bounds(model, ids))
+
+
+def stock_moe(model: PreTrainedModel, name: str) -> tuple[str | None, str | None]:
+    """The one of MOE_FORMS that `name`, itself one or "auto", stands for; None, and why, where
+    auto finds none. Raises FormError if `name` cannot hold the model."""
     possible = possible_moe_forms(model)
-    for stock in STOCK_ORDER:
-        if possible[stock] is None:
-            return _moe(model, stock, ids)
-    return branch_form(model, workspace, possible[STOCK_ORDER[-1]])
-
-
-def is_static(model: PreTrainedModel) -> bool:
-    """Whether the same branches run for every token."""
-    return all(isinstance(mlp, BranchedMLP) for mlp in converted_mlps(model).values())
-
-
-def _moe(model: PreTrainedModel, name: str, ids: Sequence | None) -> Form:
-    if reason := possible_moe_forms(model)[name]:
+    if reason := possible.get(name):
         raise FormError(reason)
-    return moe_form(model, name, None if ids is None else score_bounds(model, ids))
+    for stock in (name,) if name in MOE_FORMS else STOCK_ORDER:
+        if possible[stock] is None:
+            return stock, None
+    return None, possible[STOCK_ORDER[-1]]

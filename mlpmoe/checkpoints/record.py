@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..core.errors import UserError
-from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.notation import difference, signed_percent
 from ..measure.parameters import ParameterReport, parameter_report
@@ -151,18 +150,20 @@ class Record:
             )
         )
 
-    def _loading(self, name: str) -> str:
+    def opening(self, name: str) -> str:
+        """Python that opens the checkpoint in the folder `name`."""
         code = ", trust_remote_code=True" if self.remote_code else ""
         return (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f'model = AutoModelForCausalLM.from_pretrained("{name}"{code})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{code})\n```\n\n'
-            f"Opens as `{self.architecture}`"
-            + (
-                ", with the Python file in this folder: read it before you allow it."
-                if self.remote_code
-                else ", with stock transformers and no code of its own."
-            )
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{code})\n'
+        )
+
+    def _loading(self, name: str) -> str:
+        return f"```python\n{self.opening(name)}```\n\nOpens as `{self.architecture}`" + (
+            ", with the Python file in this folder: read it before you allow it."
+            if self.remote_code
+            else ", with stock transformers and no code of its own."
         )
 
     def _figures(self) -> str:
@@ -185,18 +186,18 @@ class Record:
                     rows.append(f"| {name} | {old:,} | {new:,} | {signed_percent(new / old - 1)} |")
             lines.append("\n".join(rows))
         if found:
-            on = f" Perplexity on {self.text}, {found.scored_tokens:,} tokens: "
-            on += (
-                f"{found.perplexity:.4f} in memory, {found.reloaded_perplexity:.4f} reloaded."
-                if found.perplexity is not None
-                else ""
-            )
+            on = ""
+            if found.perplexity is not None:
+                on = (
+                    f" Perplexity on {self.text}, {found.scored_tokens:,} tokens: "
+                    f"{found.perplexity:.4f} in memory, {found.reloaded_perplexity:.4f} reloaded."
+                )
             lines.append(
                 f"Verified by opening it in a fresh process ({found.dtype}, saved as "
                 f"{found.saved_dtypes}): largest difference of a logit "
                 f"{found.max_logit_difference:.1e} ({found.relative_difference:.1e} of the "
                 f"largest logit), same likeliest token for {found.argmax_agreement:.1%} of "
-                f"{found.compared_tokens:,} tokens.{on if found.perplexity is not None else ''}"
+                f"{found.compared_tokens:,} tokens.{on}"
             )
         if self.calibration:
             lines.append(f"Calibrated on: {self.calibration}.")
@@ -241,6 +242,4 @@ def _routed(spec: ConversionSpec | None) -> bool:
 
 
 def _method(spec: ConversionSpec | None) -> str:
-    if spec is None or not spec.routed:
-        return "MLPMoE"
-    return ROUTED_METHODS[spec.method].label
+    return spec.routed.label if spec and spec.routed else "MLPMoE"

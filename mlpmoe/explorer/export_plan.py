@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.dense_form import plan_dense
+from ..checkpoints.dense_form import plan_of
 from ..checkpoints.export import SAVED, saved_dtype
 from ..checkpoints.form import FormError, converted_mlps
-from ..checkpoints.forms import AUTO, BRANCHES, DENSE, FORMS, STOCK_ORDER
-from ..checkpoints.moe_forms import possible_moe_forms
+from ..checkpoints.forms import AUTO, BRANCHES, DENSE, FORMS, stock_moe
 from ..checkpoints.moe_targets import TARGETS
 from ..checkpoints.target import DISK_RESERVE
 from ..core.errors import UserError
@@ -157,17 +156,15 @@ def form_words(loaded: LoadedModel, wanted: Wanted) -> tuple[str, bool]:
 
 def _static(loaded: LoadedModel, wanted: Wanted, family: str) -> str:
     model, spec = loaded.converted(wanted.asked), wanted.spec
-    mlps = converted_mlps(model).values()
-    widths = [sum(mlp.sizes) for mlp in mlps]
-    biased = any(mlp.down_proj.bias is not None for mlp in mlps)
     try:
-        found = plan_dense(model.config, type(model), widths, biased)
+        found = plan_of(model)
     except FormError as error:
         if wanted.form == DENSE:
             raise
         return f"{_branches(family, False)} {error}"
     name = type(found.skeleton).__name__.removesuffix("ForCausalLM")
-    narrow, whole = max(widths), loaded.d_ff
+    narrow = max(sum(mlp.sizes) for mlp in converted_mlps(model).values())
+    whole = loaded.d_ff
     neurons = f" with {narrow:,} of {whole:,} neurons per MLP" if narrow < whole else ""
     zeros = spec.fades and spec.fade_unit != "neuron"
     if narrow < whole:
@@ -181,18 +178,9 @@ def _static(loaded: LoadedModel, wanted: Wanted, family: str) -> str:
 
 
 def _routed(loaded: LoadedModel, wanted: Wanted, family: str) -> str:
-    possible = possible_moe_forms(loaded.converted(wanted.asked))
-    if wanted.form in TARGETS:
-        if reason := possible[wanted.form]:
-            raise FormError(reason)
-        return _moe(wanted.form)
-    for form in STOCK_ORDER:
-        if possible[form] is None:
-            return _moe(form)
-    return f"{_branches(family, True)} {possible[STOCK_ORDER[-1]]}"
-
-
-def _moe(form: str) -> str:
+    form, reason = stock_moe(loaded.converted(wanted.asked), wanted.form)
+    if form is None:
+        return f"{_branches(family, True)} {reason}"
     return f"A stock {TARGETS[form].title} model: {TARGETS[form].note}"
 
 

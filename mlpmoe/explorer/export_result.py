@@ -65,16 +65,6 @@ def stale_note(made: Made) -> str:
     )
 
 
-def opening(made: Made) -> str:
-    """How to open it, in Python."""
-    code = ", trust_remote_code=True" if made.record.remote_code else ""
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{made.name}"{code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{made.name}"{code})\n'
-    )
-
-
 def zipped_files(file: Path) -> tuple[tuple[str, int], ...]:
     """Names inside the top folder, and bytes."""
     with ZipFile(file) as archive:

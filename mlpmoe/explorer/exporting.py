@@ -26,7 +26,7 @@ from .expert_settings import read_spec as read_routed
 from .experts import calibration_text
 from .export_panel import BRANCHES, EXPERTS, TAB
 from .export_plan import Wanted, check_room, command, dtype_choices, folder_name, plan
-from .export_result import Made, opening, result, stale_note, zipped_files
+from .export_result import Made, result, stale_note, zipped_files
 from .handed_out import HandedOut, workspace, zip_folder
 from .links import Link
 from .loaded import Calibrated, LoadedModel, calibration_stories
@@ -139,7 +139,7 @@ class ExportHandlers:
             "",
             result(made),
             gr.update(value=str(made.zip), label=download, visible=True),
-            gr.update(value=opening(made), visible=True),
+            gr.update(value=made.record.opening(made.name), visible=True),
         )
 
     def open_record(self, path: str | None, model: str, text: str) -> tuple:

@@ -89,11 +89,11 @@ def instant(monkeypatch) -> None:
         folder.mkdir()
         (folder / "weights").write_bytes(b"w" * 1000)
         on_progress("comparing", None)
-        return SimpleNamespace(folder=folder, bytes=1000, record=None)
+        record = SimpleNamespace(opening=lambda name: name)
+        return SimpleNamespace(folder=folder, bytes=1000, record=record)
 
     monkeypatch.setattr(exporting, "export", export)
     monkeypatch.setattr(exporting, "result", lambda made: "made")
-    monkeypatch.setattr(exporting, "opening", lambda made: made.name)
 
 
 @pytest.mark.parametrize(
