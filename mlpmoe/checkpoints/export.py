@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conversion import spec_of
 from ..core.errors import UserError
-from ..measure.perplexity import EncodedText, encode_text, windows
+from ..measure.encoding import EncodedText, encode_text, windows
 from ..models import origin_of
 from ..models.host import parse_dtype
 from ..version import VERSION
@@ -80,7 +80,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix="mlpmoe-form-") as workspace:
         ids = None
         if text is not None:
-            ids = torch.cat([ids for ids, _ in windows(model, text)])[:SCALING_TOKENS]
+            ids = torch.cat([part.ids for part in windows(model, text)])[:SCALING_TOKENS]
         made = make_form(model, form, Path(workspace), ids)
         tensors = as_dtype(made, saved)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

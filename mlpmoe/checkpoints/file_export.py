@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.conversion import convert
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
-from ..measure.perplexity import EncodedText, summarise, windows
+from ..measure.encoding import EncodedText, windows
+from ..measure.perplexity import summarise
 from ..models import Preflight, load_checked
 from ..models.host import parse_dtype
 from ..models.loading import fetch_weights, read_tokenizer
@@ -29,7 +30,7 @@ from .verification import (
     Verification,
     answers_of,
     compared,
-    random_ids,
+    pieces_of,
     verify_and_score,
 )
 
@@ -106,21 +107,21 @@ def _verified(
             return found, None
         return found, Measured.of(dense, model, encoded, perplexity, report)
     model = conversion.source.model
-    if encode is None:
-        pieces = [(random_ids(model), 1)]
-    else:
-        pieces = list(windows(model, encode(tokenizer, model)))
-        ids, first = max(pieces, key=lambda piece: len(piece[0]))
-        pieces = [(ids[:FORWARD_TOKENS], first)]
+    parts = None
+    if encode is not None:
+        text = encode(tokenizer, model)
+        longest = max(range(len(text.documents)), key=lambda n: len(text.documents[n]))
+        parts = windows(model, text.beginnings([longest], FORWARD_TOKENS))[:1]
+    pieces = pieces_of(parts, model)
     dtype = conversion.source.dtype
     theirs, dtypes = answers_of(folder, pieces, dtype, "disk", False, report)
     report("running the conversion from the base model's files", None)
     mine = answers(conversion.source.running(conversion.as_saved), pieces, "cpu")
-    found = compared(mine, theirs, dtypes, dtype, scored=encode is not None)
+    found = compared(mine, theirs, dtypes, dtype, parts=parts)
     refuse_unless_same(found, NAME)
-    if encode is None:
+    if parts is None:
         return found, None
     report("running the base model from its files", None)
     dense = answers(conversion.source.running(), pieces, "cpu")
-    before, after = (summarise(said["losses"], 1) for said in (dense, mine))
+    before, after = (summarise(said["losses"], parts) for said in (dense, mine))
     return found, Measured(before, after, parameters=None)

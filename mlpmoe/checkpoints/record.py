@@ -13,16 +13,11 @@ from transformers import PreTrainedModel
 
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
+from ..measure.encoding import EncodedText, windows
+from ..measure.head import token_losses
 from ..measure.notation import difference, signed_percent
 from ..measure.parameters import ParameterReport, parameter_report
-from ..measure.perplexity import (
-    EncodedText,
-    Perplexity,
-    compare,
-    summarise,
-    window_losses,
-    windows,
-)
+from ..measure.perplexity import Perplexity, compare, summarise
 from ..models import Origin
 from ..models.errors import shorten
 from .verification import Progress, Verification
@@ -52,11 +47,11 @@ class Measured:
         report: Progress,
     ) -> Measured:
         """Measure the dense model too. converted: the perplexity of `model` on `text`."""
-        losses, count = [], sum(1 for _ in windows(dense, text))
-        for found in window_losses(dense, text):
-            report("measuring the dense model", len(losses) / count)
-            losses.append(found)
-        before = summarise(torch.cat(losses), text.scored_bytes)
+        losses, parts = [], windows(dense, text)
+        for part in parts:
+            report("measuring the dense model", len(losses) / len(parts))
+            losses.append(token_losses(dense, part.ids, part.first))
+        before = summarise(torch.cat(losses), parts)
         return cls(before, converted, (parameter_report(dense), parameter_report(model)))
 
 

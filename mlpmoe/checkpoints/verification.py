@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conversion import twin_of
 from ..core.errors import UserError
-from ..measure.perplexity import EncodedText, Perplexity, encode_text, summarise, windows
+from ..measure.encoding import EncodedText, Window, encode_text, windows
+from ..measure.perplexity import Perplexity, summarise
 from . import reload
 from .form import EXACT
 
@@ -108,7 +109,8 @@ def verify_and_score(
     on_progress: Progress | None = None,
 ) -> tuple[Verification, Perplexity | None]:
     """`verify`, and the perplexity of the model in memory that it takes on the way."""
-    pieces = [(random_ids(model), 1)] if text is None else list(windows(model, text))
+    parts = None if text is None else windows(model, text)
+    pieces = pieces_of(parts, model)
     theirs, dtypes = answers_of(
         folder, pieces, model.dtype, str(model.device), trust_remote_code, on_progress
     )
@@ -119,22 +121,29 @@ def verify_and_score(
         model.device,
         partial(report, "comparing with the model in memory"),
     )
-    found = compared(mine, theirs, dtypes, model.dtype, exact, scored=text is not None)
-    return found, None if text is None else summarise(mine["losses"], text.scored_bytes)
+    found = compared(mine, theirs, dtypes, model.dtype, exact, parts)
+    return found, None if parts is None else summarise(mine["losses"], parts)
+
+
+def pieces_of(parts: Sequence[Window] | None, model: PreTrainedModel) -> list[tuple[Tensor, int]]:
+    """Ids and first scored token of each window; without a text, of random tokens."""
+    if parts is None:
+        return [(random_ids(model), 1)]
+    return [(part.ids, part.first) for part in parts]
 
 
 def compared(
     mine: dict[str, Tensor], theirs: dict[str, Tensor], dtypes: str, dtype: torch.dtype,
-    exact: bool = True, scored: bool = True,
+    exact: bool = True, parts: Sequence[Window] | None = None,
 ) -> Verification:  # fmt: skip
-    """The two sets of answers side by side; `scored`: whether they are for a text."""
+    """The two sets of answers side by side; parts: the windows of the text they are for, if any."""
     logits, other = mine["logits"], theirs["logits"]
     by_token = (logits - other).abs().amax(-1)  # (tokens,)
     largest = logits.abs().max().item() or 1.0
     same = (logits.argmax(-1) == other.argmax(-1)).float().mean().item()
     values: list[Perplexity | None] = [None, None]
-    if scored:
-        values = [summarise(said["losses"], 1) for said in (mine, theirs)]
+    if parts is not None:
+        values = [summarise(said["losses"], parts) for said in (mine, theirs)]
     rounding = _rounding(dtypes, dtype)
     strict = exact and not rounding
     return Verification(
@@ -152,7 +161,7 @@ def compared(
         perplexity=values[0] and values[0].value,
         reloaded_perplexity=values[1] and values[1].value,
         stderr=values[0] and values[0].stderr,
-        scored_tokens=len(mine["losses"]) if scored else 0,
+        scored_tokens=0 if parts is None else len(mine["losses"]),
         saved_dtypes=dtypes,
         dtype=str(dtype).removeprefix("torch."),
     )

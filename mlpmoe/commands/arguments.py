@@ -22,6 +22,7 @@ from ..core.spec import (
     ConversionSpec,
     flag_of,
 )
+from ..measure.encoding import PROTOCOLS
 
 SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
     "method": ("NAME", f"method of conversion: {', '.join(METHODS)}"),
@@ -62,8 +63,7 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a file, UTF-8, or a name: stories (ours, the default), proxy, wikitext2, c4. A name "
         "wins; write a file that is called like one with its folder, ./c4. wikitext2 and c4 need "
-        "a network once and are cut into windows of 2048 tokens without overlap, as for "
-        "published figures",
+        "a network once",
     )
     parser.add_argument(
         "--calibration",
@@ -72,17 +72,24 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         help="text that methods may look at, UTF-8; default: other stories of ours",
     )
     parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="documents: each document is scored by itself, in as many windows as it needs; "
+        "stream: all is joined and cut into full windows without overlap, as most published "
+        "figures are taken (default: documents; stream for wikitext2 and c4)",
+    )
+    parser.add_argument(
         "--window",
         type=int,
         metavar="N",
-        help="tokens per window (default: 1024, or 2048 "
-        "for wikitext2 and c4, or the model's context if shorter)",
+        help="tokens per window (default: 1024, or 2048 for a stream, or the model's context if "
+        "shorter)",
     )
     parser.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help="tokens from window to window (default: half a window); not for wikitext2 and c4",
+        help="tokens from window to window, at most a window (default: a window, no overlap)",
     )
 
 

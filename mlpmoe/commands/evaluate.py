@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -11,14 +12,10 @@ from torch import Tensor
 
 from ..core.calibration import Calibration
 from ..core.conversion import convert, mlp_modules
+from ..measure.encoding import Window, scored_tokens, windows
+from ..measure.head import token_losses
 from ..measure.parameters import parameter_report
-from ..measure.perplexity import (
-    EncodedText,
-    Perplexity,
-    compare,
-    summarise,
-    window_losses,
-)
+from ..measure.perplexity import Perplexity, compare, summarise
 from ..measure.speed import decode_speed
 from ..models import load
 from .arguments import add_setting, add_spec, read_spec
@@ -56,13 +53,14 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
     encoded, window, stride = text.encode(tokenizer, dense)
+    parts = windows(dense, encoded, window, stride)
     progress("converting")
     calibration = None
     if spec.needs_calibration:
         calibration = Calibration.from_text(tokenizer, calibration_text)
     converted = convert(dense, spec, calibration, on_progress=progress)
     perplexities = [
-        _perplexity(name, model, encoded, window, stride)
+        _perplexity(name, model, parts)
         for name, model in (("dense", dense), ("converted", converted))
     ]
     speed = None
@@ -84,8 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
         "text_digest": text.digest,
         "protocol": text.protocol,
         "documents": len(encoded.documents),
-        "bytes": encoded.scored_bytes,
-        "tokens": encoded.scored_tokens,
+        "bytes": sum(part.size for part in parts),
+        "tokens": scored_tokens(parts),
         "window": window,
         "stride": stride,
         "calibration": calibration_path.name if calibration else None,
@@ -108,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         "{text}: {documents} {pieces}, {bytes:,} bytes, {tokens:,} tokens, {windows}".format(
             **setting,
             pieces="windows" if text.stream else "documents",
-            windows=in_windows(encoded, window, stride),
+            windows=in_windows(window, stride),
         )
     )
     if calibration:
@@ -124,16 +122,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _perplexity(
-    name: str, model: transformers.PreTrainedModel, text: EncodedText, window: int, stride: int
+    name: str, model: transformers.PreTrainedModel, parts: Sequence[Window]
 ) -> Perplexity:
     losses: list[Tensor] = []
-    done = 0
-    progress(f"perplexity, {name}", 0)
-    for piece in window_losses(model, text, window, stride):
-        losses.append(piece)
-        done += len(piece)
-        progress(f"perplexity, {name}", done / text.scored_tokens)
-    return summarise(torch.cat(losses), text.scored_bytes)
+    for number, part in enumerate(parts):
+        progress(f"perplexity, {name}", number / len(parts))
+        losses.append(token_losses(model, part.ids, part.first))
+    return summarise(torch.cat(losses), parts)
 
 
 def _perplexity_fields(measured: Perplexity) -> dict[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from ..core.calibration import Calibration
 from ..core.conversion import observe
+from ..measure.encoding import scored_tokens, windows
 from ..measure.notation import change, signed_percent
 from ..measure.search import (
     COSTS,
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
         some = Calibration.from_text(tokenizer, calibration_text, SEARCH_TOKENS)
         observed = observe(model, some)
     scoring = scoring_text(tokenizer, calibration_text)
+    searched = scored_tokens(windows(model, scoring))
+    tokens = scored_tokens(windows(model, encoded, window, stride))
     tried: list[Run] = []
     for budget in budgets:
         tried += search(
@@ -93,8 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         setting = {
             "model": arguments.model, "text": text.name, "text_digest": text.digest,
-            "protocol": text.protocol, "tokens": encoded.scored_tokens,
-            "searched_on": calibration_path.name, "searched_tokens": scoring.scored_tokens,
+            "protocol": text.protocol, "tokens": tokens,
+            "searched_on": calibration_path.name, "searched_tokens": searched,
             "calibrated": arguments.calibrated, "seconds": arguments.seconds,
             "seed": arguments.seed, "tried": len(tried), "window": window, "stride": stride,
         }  # fmt: skip
@@ -106,9 +109,9 @@ def run(arguments: argparse.Namespace) -> None:
             {"setting": setting, "front": [r.to_dict() for r in shown], "suggested": suggested}
         )
     print(
-        f"{arguments.model}: {len(tried)} recipes tried on {scoring.scored_tokens:,} tokens of "
+        f"{arguments.model}: {len(tried)} recipes tried on {searched:,} tokens of "
         f"{calibration_path.name}; {len(runs)} measured on {text.name}, "
-        f"{encoded.scored_tokens:,} tokens, {in_windows(encoded, window, stride)}\n"
+        f"{tokens:,} tokens, {in_windows(window, stride)}\n"
     )
     rows = [["perplexity", "to dense", "MLP non-zero", "MLP compute", "conversion"]]
     rows += [_row(run) for run in shown]

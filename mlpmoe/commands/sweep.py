@@ -15,6 +15,7 @@ from ..core.calibration import Calibration
 from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
+from ..measure.encoding import scored_tokens, windows
 from ..measure.engines import DEFAULT_WORKERS, ENGINES, Job, run_locally, run_on_ray
 from ..measure.grid import grid, read_grid, read_values
 from ..measure.notation import change, signed_percent
@@ -97,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     specs = specs or _compared(model, budgets)
     encoded, window, stride = text.encode(tokenizer, model)
+    tokens = scored_tokens(windows(model, encoded, window, stride))
     calibration, calibrated_on = None, None
     if any(spec.needs_calibration for _, spec in specs):
         path, content = calibration_text_for(arguments, text.content)
@@ -134,18 +136,18 @@ def run(arguments: argparse.Namespace) -> None:
         for run in measuring:
             known[run.spec] = run
             if file:
-                file.append(run, encoded.scored_tokens)
+                file.append(run, tokens)
     progress("")
     runs = [(name, known[spec]) for name, spec in specs]
     if arguments.csv:
-        about_all = {"model": arguments.model, "text": text.name, "tokens": encoded.scored_tokens}
+        about_all = {"model": arguments.model, "text": text.name, "tokens": tokens}
         print(to_csv([{"name": name, **about_all, **run.to_dict()} for name, run in runs]), end="")
     elif arguments.json:
         print_json({"setting": setting, "runs": [{"name": n} | r.to_dict() for n, r in runs]})
     else:
         print(
-            f"{arguments.model} on {text.name}, {encoded.scored_tokens:,} tokens, "
-            f"{in_windows(encoded, window, stride)}; {len(missing)} measured now, "
+            f"{arguments.model} on {text.name}, {tokens:,} tokens, "
+            f"{in_windows(window, stride)}; {len(missing)} measured now, "
             f"{len(specs) - len(missing)} before{_left_out(left_out)}"
         )
         print_table([HEADER, *(_row(name, run) for name, run in runs)], align=">>>><")

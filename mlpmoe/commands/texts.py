@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.calibration import check_disjoint
 from ..core.errors import UserError
-from ..measure.perplexity import (
-    STREAM_WINDOW,
+from ..measure.encoding import (
     EncodedText,
     choose_window,
     context_length,
@@ -29,7 +28,7 @@ class EvaluationText:
     content: str
     window: int | None = None  # tokens, as asked for
     stride: int | None = None
-    protocol: str = "documents"  # or "stream": windows without overlap, as published figures are
+    protocol: str = "documents"  # or "stream": joined and cut, as most published figures are
     most_windows: int | None = None  # of a stream
 
     @property
@@ -58,31 +57,34 @@ def evaluation_text(arguments: argparse.Namespace) -> EvaluationText:
     """The text of --text: one that has a name, or a file. A name wins: a file that is called like
     one is written with its folder, such as ./c4."""
     chosen = arguments.text or "stories"
-    if chosen not in TEXTS:
+    if chosen in TEXTS:
+        entry = TEXTS[chosen]
+        progress(f"reading {entry.label}")
+        name, content = chosen, named_text(chosen)
+        protocol, most_windows = entry.protocol, entry.most_windows
+    else:
         path = Path(chosen)
         if not path.exists() and path.name == chosen and not path.suffix:
             raise UserError(
                 f"there is no file {chosen}, and no text of that name: {', '.join(TEXTS)}."
             )
-        return EvaluationText(path.name, read_text(path), arguments.window, arguments.stride)
-    entry = TEXTS[chosen]
-    if entry.protocol == "stream" and arguments.stride is not None:
-        raise UserError(f"{chosen} is cut into windows without overlap: leave out --stride.")
-    progress(f"reading {entry.label}")
+        name, content = path.name, read_text(path)
+        protocol, most_windows = "documents", None
+    protocol = arguments.protocol or protocol
+    if protocol == "stream" and arguments.stride not in (None, arguments.window):
+        raise UserError(
+            "a stream is cut into windows without overlap: leave out --stride, or choose "
+            "--protocol documents."
+        )
     return EvaluationText(
-        chosen, named_text(chosen), arguments.window, arguments.stride, entry.protocol,
-        entry.most_windows,
+        name, content, arguments.window, arguments.stride, protocol, most_windows
     )  # fmt: skip
 
 
-def in_windows(encoded: EncodedText, window: int, stride: int) -> str:
-    """How a text is scored, in words."""
-    if not encoded.window:
-        return f"windows of {window} every {stride}"
-    known = "as in the Wanda code base" if encoded.comparable else (
-        f"where published figures mostly have {STREAM_WINDOW}"
-    )  # fmt: skip
-    return f"windows of {window}, each by itself, {known}"
+def in_windows(window: int, stride: int) -> str:
+    """How a text is scored, in numbers."""
+    overlap = "without overlap" if stride == window else f"every {stride:,}"
+    return f"windows of {window:,} tokens {overlap}"
 
 
 def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tuple[Path, str]:

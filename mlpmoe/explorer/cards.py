@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from html import escape
 
 from ..core.spec import ConversionSpec
+from ..measure.encoding import STREAM_WINDOW
 from ..measure.notation import count, difference, number, signed_percent, speedup
 from ..measure.parameters import ParameterReport
-from ..measure.perplexity import STREAM_WINDOW, Perplexity
+from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
 from .loaded import Evaluation, LoadedModel, Zeros
 from .texts import text_name

@@ -24,19 +24,19 @@ from ..core.mlps import DenseMLP, read_mlps
 from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
 from ..core.visiting import Observed
-from ..measure.magnitudes import branch_sums, branched_mlps
-from ..measure.parameters import ParameterReport, parameter_report
-from ..measure.perplexity import (
+from ..measure.encoding import (
     EncodedText,
-    Perplexity,
-    PerplexityChange,
-    compare,
+    Window,
     context_length,
     encode_protocol,
     encode_text,
-    summarise,
-    window_losses,
+    scored_tokens,
+    windows,
 )
+from ..measure.head import token_losses
+from ..measure.magnitudes import branch_sums, branched_mlps
+from ..measure.parameters import ParameterReport, parameter_report
+from ..measure.perplexity import Perplexity, PerplexityChange, compare, summarise
 from ..measure.speed import SpeedReport, decode_speed, forward
 from ..measure.sweep import Run, run_of
 from ..measure.words import joined
@@ -265,6 +265,10 @@ class LoadedModel:
         with self._lock:
             return self._texts.get_or_make(key, lambda: self._encode(key))
 
+    def windows(self, key: str) -> list[Window]:
+        """What is run to score a text."""
+        return windows(self.model, self.text(key))
+
     def _encode(self, key: str) -> EncodedText:
         text, entry = self.texts.read(key), TEXTS.get(key)
         if entry is None:
@@ -275,7 +279,7 @@ class LoadedModel:
     def seconds_to_measure(self, spec: Conversion, text: str) -> float:
         """A prediction, from the speed of one forward pass; 0 for what is known already."""
         missing = [s for s in (None, spec) if (s, text) not in self._perplexities]
-        return len(missing) * self.text(text).scored_tokens / self.tokens_per_second
+        return len(missing) * scored_tokens(self.windows(text)) / self.tokens_per_second
 
     def known_evaluation(self, spec: Conversion, text: str) -> Evaluation | None:
         """What was measured before, if it was."""
@@ -298,20 +302,20 @@ class LoadedModel:
 
         Closing the iterator stops the measurement after the window in progress.
         """
-        encoded = self.text(text)
+        parts = self.windows(text)
         if isinstance(spec, Calibrated) and text.startswith(OWN_PREFIX):
             check_disjoint(spec.text, self.texts.read(text))
         models = {None: lambda: self.model, spec: lambda: self.converted(spec)}
         known = {s: self._perplexities.get((s, text)) for s in models}
         missing = [s for s in models if known[s] is None]
-        total, done = len(missing) * encoded.scored_tokens, 0
+        total, done = len(missing) * scored_tokens(parts), 0
         for key in missing:
             losses: list[Tensor] = []
-            for piece in window_losses(models[key](), encoded):
-                losses.append(piece)
-                done += len(piece)
+            for part in parts:
+                losses.append(token_losses(models[key](), part.ids, part.first))
+                done += part.scored
                 yield Progress(done, total)
-            known[key] = summarise(torch.cat(losses), encoded.scored_bytes)
+            known[key] = summarise(torch.cat(losses), parts)
             self._remember(key, text, known[key])
         self._remember(None, text, known[None])  # used last, so that others make room first
         yield Evaluation(known[None], known[spec], compare(known[None], known[spec]))

@@ -121,7 +121,10 @@ def snippet(model: str, spec: ConversionSpec, text: str, calibration: str = "cal
     lines = [
         f"from mlpmoe import {', '.join(sorted(names))}",
         *(
-            ["from mlpmoe.measure.perplexity import context_length, encode_stream, measure"]
+            [
+                "from mlpmoe.measure.encoding import context_length, encode_stream",
+                "from mlpmoe.measure.perplexity import measure",
+            ]
             if stream
             else []
         ),

@@ -16,6 +16,7 @@ from ..core.conversion import observe
 from ..core.errors import UserError
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
+from ..measure.encoding import scored_tokens
 from ..measure.notation import change, signed_percent
 from ..measure.search import (
     COSTS,
@@ -177,7 +178,7 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
             "budget.</p>"
         )
     words = in_words(chosen.spec)
-    tokens = loaded.text(TEXT).scored_tokens
+    tokens = scored_tokens(loaded.windows(TEXT))
     text = (
         f"<p><strong>{escape(words[:1].upper() + words[1:])}.</strong> Perplexity "
         f"{change(chosen.ratio, chosen.stderr)}, non-zero MLP parameters "

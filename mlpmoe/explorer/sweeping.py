@@ -14,6 +14,7 @@ import gradio as gr
 
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec, flag_of
+from ..measure.encoding import scored_tokens
 from ..measure.grid import grid, read_values
 from ..measure.pace import about
 from .events import sentence
@@ -153,7 +154,7 @@ def in_words(plan: Plan, loaded: LoadedModel, text: str) -> str:
     if not loaded.has_text(text):
         words.append("the text is read first")
     elif plan.missing:
-        each = loaded.text(text).scored_tokens / loaded.tokens_per_second
+        each = scored_tokens(loaded.windows(text)) / loaded.tokens_per_second
         words.append(about(each * len(plan.missing)))
         if calibrated := sum(spec.needs_calibration for spec in plan.missing):
             words.append(f"and longer for {calibrated} that calibrate first")

@@ -50,7 +50,9 @@ class TokenHandlers:
         if measured is None or not loaded.is_converted(asked):
             return EMPTY, "", *(gr.skip(),) * (NOT_OPEN - 2)
         encoded = loaded.text(text)
-        changes = token_changes(measured.dense, measured.converted, encoded, loaded.tokenizer)
+        changes = token_changes(
+            measured.dense, measured.converted, encoded, loaded.windows(text), loaded.tokenizer
+        )
         ids = encoded.documents[0][:DRIFT_TOKENS]
         return (
             worst_html(worst(sentences(changes), WORST), measured.dense.tokens),

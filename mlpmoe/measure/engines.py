@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ..core.calibration import Calibration
 from ..core.errors import SpecError, UserError
 from ..core.spec import ConversionSpec
+from .encoding import EncodedText
 from .pace import Pace
-from .perplexity import EncodedText
 from .sweep import AT_ONCE, Baseline, Report, Run, runs_first, sweep
 
 ENGINES = ("local", "ray")

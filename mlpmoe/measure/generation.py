@@ -18,7 +18,7 @@ from transformers import (
 
 from ..core.errors import UserError
 from .decoding import read_on
-from .perplexity import context_length
+from .encoding import context_length
 
 TOP_P = 0.95  # share of probability that sampling chooses from
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from ..core.calibration import Calibration
 from ..core.spec import ConversionSpec
-from .perplexity import EncodedText, window_losses
+from .encoding import EncodedText, windows
+from .head import token_losses
 
 
 class Pace:
@@ -56,21 +57,16 @@ def forecast(
     """
     if not specs:
         return 0.0
-    longest = max(text.documents, key=len)[:window]
+    parts = windows(model, text, window, stride)
+    longest = max(parts, key=lambda part: len(part.ids))
     started = perf_counter()
-    next(window_losses(model, EncodedText((longest,), 1, text.window), window, stride))
-    each = (perf_counter() - started) / len(longest)
+    token_losses(model, longest.ids, longest.first)
+    each = (perf_counter() - started) / len(longest.ids)
     passes = 1 + len(specs)  # the dense model's too
-    tokens = passes * sum(_tokens_run(len(d), window, stride) for d in text.documents)
+    tokens = passes * sum(len(part.ids) for part in parts)
     if calibration is not None:
         calibrated = [spec for spec in specs if spec.needs_calibration]
         alone = sum(spec.progressive for spec in calibrated)
         passes = alone + -(-(len(calibrated) - alone) // together)
         tokens += passes * calibration.samples.numel()
     return each * tokens
-
-
-def _tokens_run(length: int, window: int, stride: int) -> int:
-    """Tokens that the windows over a document of this length hold together."""
-    more = -(-max(0, length - window) // stride)  # windows after the first
-    return length + more * (window - stride)

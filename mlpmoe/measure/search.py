@@ -18,8 +18,9 @@ from ..core.presets import PRESETS
 from ..core.schedule import branch_sparsities
 from ..core.spec import MAX_FADE, MAX_SEED, ConversionSpec
 from ..core.visiting import Observed
+from .encoding import EncodedText, encode_text
 from .parameters import parameter_report
-from .perplexity import EncodedText, encode_text, measure
+from .perplexity import measure
 from .sweep import Run, run_of
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     documents = [document for document in text.split(DOCUMENT_SEPARATOR) if document.strip()]
     for count in range(1, len(documents) + 1):
         encoded = encode_text(tokenizer, DOCUMENT_SEPARATOR.join(documents[-count:]))
-        if encoded.scored_tokens >= SCORING_TOKENS:
+        if sum(map(len, encoded.documents)) >= SCORING_TOKENS:
             return encoded
     return encode_text(tokenizer, text)
 

@@ -17,9 +17,10 @@ from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
 from ..core.visiting import Observed
+from .encoding import EncodedText
 from .pace import Pace
 from .parameters import ParameterReport, parameter_report
-from .perplexity import EncodedText, Perplexity, compare, measure
+from .perplexity import Perplexity, compare, measure
 
 MAY_BE_INFINITE = ("perplexity", "ratio", "stderr", "bits_per_byte")  # of a broken model
 AT_ONCE = 4  # conversions held at a time; they share the passes over the calibration text

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import isnan
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import UserError
-from .perplexity import EncodedText, Perplexity
+from .encoding import EncodedText, Window, scored_tokens
+from .perplexity import Perplexity
 
 # of a sentence; closing quotes and brackets belong to it
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*$")
@@ -48,27 +50,38 @@ class Sentence:
 
 
 def token_changes(
-    dense: Perplexity, converted: Perplexity, text: EncodedText, tokenizer: PreTrainedTokenizerBase
+    dense: Perplexity,
+    converted: Perplexity,
+    text: EncodedText,
+    parts: Sequence[Window],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[TokenChange]:
-    """Every predicted token with what the conversion does to its loss, in order.
+    """Every token after the first of its document with what the conversion does to its loss, in
+    order. parts: the windows of `text` that were measured. A token that only serves as context,
+    the first of a window, changes by 0.
 
     Where a character is spread over several tokens, its text stands at the token that completes it;
     the others have none. The context that opens a document (its first token, if that is a word) is
     left out. Infinite and undefined losses are passed on. Raises UserError if the perplexities
     have another number of tokens than this text.
     """
-    if not dense.tokens == converted.tokens == text.scored_tokens:
+    if not dense.tokens == converted.tokens == scored_tokens(parts):
         raise UserError("these perplexities were not measured on this text.")
-    changes, done = [], 0
+    losses = [torch.zeros(2, len(document)) for document in text.documents]
+    done = 0
+    for part in parts:
+        at = slice(part.start + part.first, part.start + len(part.ids))
+        for row, measured in enumerate((dense, converted)):
+            losses[part.document][row, at] = measured.losses[done : done + part.scored]
+        done += part.scored
+    changes = []
     for number, document in enumerate(text.documents):
-        count = len(document) - 1
-        losses = (measured.losses[done : done + count] for measured in (dense, converted))
         pieces = _pieces(document.tolist(), tokenizer)
-        for position, (piece, before, after) in enumerate(
-            zip(pieces, *(some.tolist() for some in losses), strict=True), 1
+        before_after = losses[number][:, 1:].T.tolist()
+        for position, (piece, (before, after)) in enumerate(
+            zip(pieces, before_after, strict=True), 1
         ):
             changes.append(TokenChange(piece, after - before, before, number, position))
-        done += count
     return changes
 
 

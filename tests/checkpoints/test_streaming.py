@@ -24,7 +24,7 @@ from mlpmoe.checkpoints.form import EXACT
 from mlpmoe.checkpoints.record import RECORD, read_spec_file
 from mlpmoe.checkpoints.source import PiecewiseError, Source
 from mlpmoe.checkpoints.streaming import STATE, FileConversion
-from mlpmoe.measure.perplexity import encode_text
+from mlpmoe.measure.encoding import encode_text
 from mlpmoe.models import preflight
 from tests.checkpoints.large import SHAPE_8B, write_random_llama
 from tests.families import FAMILIES, VOCABULARY, build

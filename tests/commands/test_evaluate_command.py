@@ -13,8 +13,9 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import speed
+from mlpmoe.measure.encoding import encode_stream
 from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, encode_stream, measure, perplexity
+from mlpmoe.measure.perplexity import compare, measure, perplexity
 from mlpmoe.models import texts as named_texts
 from tests.commands.common import STORIES, TEXT, refused, row, strictly
 from tests.tiny import CONTEXT, byte_tokenizer, save_tiny_model, tiny_model

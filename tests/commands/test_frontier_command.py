@@ -13,8 +13,9 @@ from mlpmoe.core.conversion import convert
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import search as search_module
+from mlpmoe.measure.encoding import encode_stream
 from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, encode_stream, measure, perplexity
+from mlpmoe.measure.perplexity import compare, measure, perplexity
 from mlpmoe.measure.search import Budget
 from mlpmoe.measure.words import in_words
 from tests.commands.common import STORIES, TEXT, refused, strictly

@@ -23,8 +23,9 @@ from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
 from mlpmoe.explorer.suggest import SuggestHandlers, _Found, read_budget, sentence
 from mlpmoe.explorer.suggest_panel import COLUMNS, GOALS
+from mlpmoe.measure.encoding import encode_text
 from mlpmoe.measure.notation import change, signed_percent
-from mlpmoe.measure.perplexity import compare, encode_text, measure
+from mlpmoe.measure.perplexity import compare, measure
 from mlpmoe.measure.search import ALLOWANCE, Budget
 from mlpmoe.measure.sweep import Run
 from mlpmoe.measure.words import in_words

@@ -6,8 +6,8 @@ import torch
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import pace as pace_module
+from mlpmoe.measure.encoding import EncodedText
 from mlpmoe.measure.pace import Pace, about, forecast
-from mlpmoe.measure.perplexity import EncodedText
 from tests.tiny import VOCABULARY, tiny_model
 
 

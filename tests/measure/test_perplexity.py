@@ -14,19 +14,15 @@ from tokenizers import processors
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.perplexity import (
+from mlpmoe.measure.encoding import (
     DEFAULT_WINDOW,
     STREAM_WINDOW,
     choose_window,
-    compare,
     encode_protocol,
     encode_stream,
     encode_text,
-    measure,
-    perplexity,
-    summarise,
-    window_losses,
 )
+from mlpmoe.measure.perplexity import compare, measure, perplexity, summarise, window_losses
 from mlpmoe.models.catalogue import assets_folder
 from tests.families import build
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model

@@ -19,8 +19,9 @@ from mlpmoe.core.errors import UserError
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import search as search_module
+from mlpmoe.measure.encoding import EncodedText, encode_text
 from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import EncodedText, compare, encode_text, measure
+from mlpmoe.measure.perplexity import compare, measure
 from mlpmoe.measure.search import (
     ALLOWANCE,
     AROUND,

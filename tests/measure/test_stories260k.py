@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mlpmoe.core.calibration import Calibration, check_disjoint
+from mlpmoe.core.calibration import DOCUMENT_SEPARATOR, Calibration, check_disjoint
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.perplexity import DOCUMENT_SEPARATOR, compare, encode_text, perplexity
+from mlpmoe.measure.encoding import encode_text
+from mlpmoe.measure.perplexity import compare, perplexity
 from mlpmoe.measure.recipes import recipes
 from mlpmoe.measure.sweep import sweep
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from mlpmoe import ConversionSpec, UserError, convert
-from mlpmoe.measure.perplexity import EncodedText, Perplexity, encode_text, measure, summarise
+from mlpmoe.measure.encoding import EncodedText, encode_text
+from mlpmoe.measure.perplexity import Perplexity, measure, summarise
 from mlpmoe.measure.tokens import HALF_A_CHARACTER as HALF
 from mlpmoe.measure.tokens import LONGEST, Sentence, TokenChange, sentences, token_changes, worst
 from tests.tiny import byte_tokenizer, tiny_model
