@@ -17,10 +17,6 @@ from ..core.errors import UserError
 DEFAULT_WINDOW = 1024  # tokens; less if the model's context is shorter
 STREAM_WINDOW = 2048  # tokens, of most published figures on WikiText-2 and C4
 PROTOCOLS = ("documents", "stream")
-# The losses of neighbouring tokens are alike, so an error is taken over blocks of tokens: over
-# documents, or over parts of this many tokens of long ones.
-BLOCK = 1024
-LEAST_BLOCKS = 8  # shorter texts are cut into shorter blocks
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,11 @@ class Window:
     document: int
     start: int  # position of the first token in the document
     size: int  # UTF-8 bytes of the scored tokens
-    blocks: Tensor  # (scored tokens,) int64: the block that each belongs to
+
+    @property
+    def end(self) -> int:
+        """The position in the document after the last token."""
+        return self.start + len(self.ids)
 
     @property
     def scored(self) -> int:
@@ -159,16 +159,11 @@ def windows(
         window = stride = text.window
     else:
         window, stride = choose_window(model, window, stride)
-    found, blocks = [], _blocks(text)
+    found = []
     for number, (document, sizes) in enumerate(zip(text.documents, text.sizes, strict=True)):
         for start, first, end in _spans(len(document), window, stride):
-            at = slice(start + first, end)
-            found.append(
-                Window(
-                    document[start:end], first, number, start,
-                    int(sizes[at].sum()), blocks[number][at],
-                )
-            )  # fmt: skip
+            size = int(sizes[start + first : end].sum())
+            found.append(Window(document[start:end], first, number, start, size))
     return found
 
 
@@ -188,19 +183,6 @@ def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, in
         scored = end
         if end == length:
             break
-
-
-def _blocks(text: EncodedText) -> list[Tensor]:
-    """For each document the block of each token, numbered through the whole text."""
-    tokens = sum(len(document) - 1 for document in text.documents)
-    length = max(1, min(BLOCK, tokens // LEAST_BLOCKS))
-    found, before = [], 0
-    for document in text.documents:
-        # the first token is context: a document of 1 + BLOCK tokens is one block
-        block = before + (torch.arange(len(document)) - 1).clamp(min=0) // length
-        found.append(block)
-        before = int(block[-1]) + 1
-    return found
 
 
 def _check_window(window: int, limit: int | None) -> None:

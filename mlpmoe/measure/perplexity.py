@@ -11,8 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import UserError
-from .encoding import EncodedText, Window, encode_text, windows
+from .encoding import EncodedText, Window, encode_text, scored_tokens, windows
 from .head import token_losses
+
+# The losses of neighbouring tokens are alike, so an error is taken over blocks of tokens: over
+# documents, or over parts of this many tokens of long ones. On WikiText-2 the error of a ratio
+# over blocks of 1,023 tokens is 3.5 times that over single tokens, and 1.3 times that over 512.
+BLOCK = 1024
+LEAST_BLOCKS = 8  # where there are fewer tokens, blocks are shorter
+LONGEST = 2**40  # tokens of a document: more than any has
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Perplexity:
     """exp of the mean loss per predicted token."""
 
     value: float
-    stderr: float  # standard error of the value, over blocks of text (see `encoding.BLOCK`)
+    stderr: float  # standard error of the value, over blocks of text: see BLOCK
     tokens: int  # predicted tokens
     bits_per_byte: float  # total loss in bits / UTF-8 bytes of the predicted text
     losses: Tensor = field(repr=False, compare=False)  # (tokens,) float32, nats
@@ -46,7 +53,7 @@ def window_losses(
 
 def summarise(losses: Tensor, parts: Sequence[Window]) -> Perplexity:
     """The perplexity that the token losses of these windows amount to, joined in their order."""
-    blocks = torch.cat([part.blocks for part in parts])
+    blocks = _blocks(parts)
     mean, stderr, _ = _mean(losses, blocks)
     value = exp(mean) if mean < 700 else float("inf")
     return Perplexity(
@@ -112,6 +119,17 @@ def student_t(freedom: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
+
+
+def _blocks(parts: Sequence[Window]) -> Tensor:
+    """(scored tokens,) int64: the block of text that each token of these windows belongs to."""
+    length = max(1, min(BLOCK, scored_tokens(parts) // LEAST_BLOCKS))
+    found = [
+        # the first token of a document is context: 1 + BLOCK tokens are one block
+        part.document * LONGEST + torch.arange(part.start + part.first - 1, part.end - 1) // length
+        for part in parts
+    ]
+    return torch.cat(found)
 
 
 def _mean(values: Tensor, blocks: Tensor) -> tuple[float, float, int]:
