@@ -18,7 +18,7 @@ from .measure.magnitudes import magnitudes
 from .measure.parameters import parameter_report
 from .measure.perplexity import compare, perplexity
 from .models import CATALOGUE, ModelError, load
-from .models.texts import named_text
+from .models.texts import named_calibration, named_text
 from .version import VERSION
 
 __version__ = VERSION
@@ -38,6 +38,7 @@ __all__ = [
     "export",
     "load",
     "magnitudes",
+    "named_calibration",
     "named_text",
     "parameter_report",
     "perplexity",

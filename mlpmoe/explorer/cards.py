@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from html import escape
 
 from ..core.spec import ConversionSpec
-from ..measure.encoding import STREAM_WINDOW
+from ..measure.estimate import LOOK_PIECES, LOOK_TOKENS, Evaluation
 from ..measure.notation import count, difference, number, signed_percent, speedup
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
-from .loaded import Evaluation, LoadedModel, Zeros
+from .loaded import LoadedModel, Zeros
 from .texts import text_name
 
 COMPENSATION_NAMES = {
@@ -67,17 +67,21 @@ def describe(spec: ConversionSpec) -> str:
 
 
 def perplexity_card(evaluation: Evaluation, text: str, window: int | None = None) -> Card:
-    """window: tokens, of a text that is cut into windows as published figures are."""
+    """What is known so far, with its error and on how many tokens. window: tokens, of a text that
+    is cut into windows."""
     dense, converted = evaluation.dense, evaluation.converted
-    windows = f" in windows of {window:,}" if window else ""
-    if window and window != STREAM_WINDOW:
-        windows += f" (published: {STREAM_WINDOW:,})"
+    tokens = f"{dense.tokens:,} tokens"
+    if evaluation.look:
+        tokens = f"first look: {LOOK_PIECES} pieces of {LOOK_TOKENS} tokens"
+    elif not evaluation.complete:
+        tokens = f"{dense.tokens:,} of {evaluation.total:,} tokens"
+    windows = f" in windows of {window:,}" if window and not evaluation.look else ""
     return Card(
         "Perplexity",
         number(dense.value),
         number(converted.value),
         difference(evaluation.change),
-        f"{text_name(text)}, {dense.tokens:,} tokens{windows}; "
+        f"{text_name(text)}, {tokens}{windows}; "
         f"{dense.bits_per_byte:.2f} → {number(converted.bits_per_byte)} bits per byte",
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from ..core.spec import PROJECTIONS
 from ..models import CATALOGUE
 from ..models.catalogue import DEMO_KEY
 from .preview import QUANTITY_NAMES
@@ -17,6 +18,7 @@ class ModelPanel:
     name: gr.Dropdown
     load: gr.Button
     status: gr.HTML
+    note: gr.HTML
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def model_panel(any_model: bool) -> ModelPanel:
         )
         load = gr.Button("Load", scale=0, min_width=120, elem_id="load")
     status = gr.HTML("", elem_id="status")
-    return ModelPanel(name, load, status)
+    note = gr.HTML("", visible=False, elem_id="model-note")
+    return ModelPanel(name, load, status, note)
 
 
 def cards_panel() -> CardsPanel:
@@ -65,7 +68,7 @@ def cards_panel() -> CardsPanel:
     return CardsPanel(*cards)
 
 
-def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
+def branches_panel() -> BranchesPanel:
     gr.Markdown(
         "#### Size of the weights, branch by branch\n"
         "Each ridge is one branch: how many of its weights have which size. "
@@ -73,9 +76,9 @@ def branches_panel(layers: int, projections: list[str]) -> BranchesPanel:
         "As published, fade works on gate and up only."
     )
     with gr.Row():
-        layer = LimitedSlider(0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
+        layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
         projection = gr.Radio(
-            projections, value=projections[0], label="Projection", elem_id="projection"
+            list(PROJECTIONS), value="gate", label="Projection", elem_id="projection"
         )
     histograms = gr.Plot(show_label=False, elem_id="histograms")
     gr.Markdown("#### What each branch loses, layer by layer")

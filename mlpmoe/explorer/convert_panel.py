@@ -13,11 +13,12 @@ from ..core.presets import PRESETS
 from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import MAX_FADE, PROJECTIONS
+from ..models import default_calibration, default_text
+from ..models.catalogue import DEMO_KEY
 from ..models.texts import MAX_OWN_TEXT
-from .links import DEFAULT_TEXT
 from .settings import CONTROLS, EXPONENTS, MAX_BRANCHES
-from .sliders import KeepSlider, LimitedSlider
-from .texts import text_choices
+from .sliders import LimitedSlider, OpenSlider
+from .texts import calibration_choices, text_choices
 
 CUSTOM = "custom"
 UNIT_CHOICES = [
@@ -48,9 +49,11 @@ class ConvertPanel:
     fade_unit: gr.Dropdown
     allocation: gr.Radio
     progressive: gr.Checkbox
+    calibration: gr.Dropdown
     text: gr.Dropdown
     own_text: gr.Textbox
     use_text: gr.Button
+    use_calibration: gr.Button
     own_file: gr.File
     measure: gr.Button
     stop: gr.Button
@@ -59,22 +62,22 @@ class ConvertPanel:
 
     @property
     def settings(self) -> list:
-        """The inputs that make the spec."""
-        return [getattr(self, name) for name in CONTROLS]
+        """The inputs that make the conversion, see `settings.SETTINGS`."""
+        return [*(getattr(self, name) for name in CONTROLS), self.calibration]
 
 
 def convert_panel() -> ConvertPanel:
     gr.Markdown("### Convert")
     preset = gr.Dropdown([*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset")
-    branches = LimitedSlider(
+    branches = OpenSlider(
         1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
         info="parts each MLP is cut into",
     )  # fmt: skip
-    fade = LimitedSlider(
+    fade = OpenSlider(
         0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
         info="zeroes small weights",
     )  # fmt: skip
-    keep = KeepSlider(
+    keep = OpenSlider(
         1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
         info="the others are dropped",
     )  # fmt: skip
@@ -82,7 +85,6 @@ def convert_panel() -> ConvertPanel:
         measure = gr.Button("Measure", variant="primary", min_width=100, elem_id="measure")
         stop = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
     with gr.Accordion("More: every stage, in order", open=False, elem_id="more"):
-        gr.Markdown("Choices with a * look at a calibration text: stories of ours.")
         order = gr.Dropdown(
             _choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
             info="decides which are in the first branches, and so which K keeps",
@@ -124,17 +126,26 @@ def convert_panel() -> ConvertPanel:
             False, label="Layer by layer *", elem_id="progressive",
             info="stages with a * see each layer on the converted ones before it",
         )  # fmt: skip
+        calibration = gr.Dropdown(
+            calibration_choices(), value=default_calibration(DEMO_KEY), label="Calibration text *",
+            info="what choices with a * look at; the same kind of text as is measured on is best",
+            filterable=False, elem_id="calibration-text",
+        )  # fmt: skip
     with gr.Accordion("Text that is measured on", open=False, elem_id="text-choice"):
         text = gr.Dropdown(
-            text_choices(), value=DEFAULT_TEXT, label="Text", filterable=False, elem_id="text",
-            info="WikiText-2 and C4 need a network once, and patience",
+            text_choices(), value=default_text(DEMO_KEY), label="Text", filterable=False,
+            elem_id="text", info="WikiText-2 and C4 need a network once, and patience",
         )  # fmt: skip
         own_text = gr.Textbox(
             label="Own text", lines=3, max_lines=8, max_length=MAX_OWN_TEXT, elem_id="own-text",
             info="a few hundred tokens at least, or the error hides every effect; stays in this "
             "server's memory, and whoever has the link can use it",
         )  # fmt: skip
-        use_text = gr.Button("Measure on this text", size="sm", elem_id="use-own-text")
+        with gr.Row():
+            use_text = gr.Button("Measure on it", size="sm", min_width=100, elem_id="use-own-text")
+            use_calibration = gr.Button(
+                "Calibrate on it", size="sm", min_width=100, elem_id="calibrate-on-own-text"
+            )
         own_file = gr.File(
             label="… or a text file, UTF-8", file_types=[".txt", ".md"], height=120,
             elem_id="own-file",
@@ -151,8 +162,8 @@ def convert_panel() -> ConvertPanel:
         )  # fmt: skip
     return ConvertPanel(
         preset, branches, fade, keep, compensation, order, fade_schedule, fade_exponent,
-        fade_projections, fade_score, fade_unit, allocation, progressive, text, own_text,
-        use_text, own_file, measure, stop, link, snippet,
+        fade_projections, fade_score, fade_unit, allocation, progressive, calibration, text,
+        own_text, use_text, use_calibration, own_file, measure, stop, link, snippet,
     )  # fmt: skip
 
 

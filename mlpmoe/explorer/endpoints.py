@@ -15,10 +15,10 @@ from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.generation import parted_at, write_side_by_side
-from ..models import CATALOGUE
-from .events import MODEL_QUEUE, readable
+from ..models import CATALOGUE, default_text
+from .events import IN_TURNS, MODEL_QUEUE, readable
 from .generations import check_writing
-from .loaded import Conversion, Evaluation, LoadedModel, spec_of
+from .loaded import Conversion, LoadedModel, spec_of
 from .preview import summary
 from .workbench import Workbench
 
@@ -79,16 +79,18 @@ def add_endpoints(workbench: Workbench) -> None:
         fade: float = 0.0,
         keep: int | None = None,
         compensation: str = "sqrt",
-        text: str = "stories",
+        text: str | None = None,
         more: dict | None = None,
     ) -> Iterator[dict]:
-        """Perplexity of both models on a text: "stories", "proxy", "wikitext2" or "c4".
+        """Perplexity of both models on a text: "stories", "prose", "proxy", "wikitext2" or "c4";
+        None is the one of the model's kind.
 
         Streams {"done", "total"} tokens; the last message holds the result.
         """
         loaded, asked = find(model, branches, fade, keep, compensation, more)
+        text = text or default_text(loaded.key)
         for step in loaded.evaluate(asked, text):
-            if isinstance(step, Evaluation):
+            if step.complete:
                 yield {
                     "spec": spec_of(asked).to_dict(),
                     "text": text,
@@ -103,7 +105,7 @@ def add_endpoints(workbench: Workbench) -> None:
                     "bits_per_byte": step.converted.bits_per_byte,
                 }
             else:
-                yield {"done": step.done, "total": step.total}
+                yield {"done": 0 if step.look else step.dense.tokens, "total": step.total}
 
     @readable
     def generate(
@@ -137,5 +139,5 @@ def add_endpoints(workbench: Workbench) -> None:
 
     gr.api(models, api_name="models")
     gr.api(preview, api_name="preview", concurrency_limit=2)
-    gr.api(evaluate, api_name="evaluate", **MODEL_QUEUE)
+    gr.api(evaluate, api_name="evaluate", **IN_TURNS)
     gr.api(generate, api_name="generate", **MODEL_QUEUE)

@@ -17,6 +17,8 @@ PRIVATE = {"api_visibility": "private"}
 QUIET = {**PRIVATE, "show_progress": "hidden"}
 # one at a time: whatever runs a model over a text
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
+# what takes turns step by step (see `turns.Turns`) needs no queue of its own
+IN_TURNS = {"concurrency_id": "in-turns", "concurrency_limit": 16}
 # a plot that was redrawn while its tab was hidden had no width to fit into
 RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50) }"
 

@@ -12,8 +12,8 @@ import torch
 from ..core.conversion import mlp_modules
 from ..core.routed import RoutedMLP
 from ..measure.routing import LayerRouting
+from ..models import default_text
 from .expert_plots import expert_load, shared_split, variation_histogram
-from .links import DEFAULT_TEXT
 from .loaded import LoadedModel
 
 SHOWN_TOKENS = 160  # of the evaluation stories, coloured
@@ -83,4 +83,4 @@ def coloured_tokens(loaded: LoadedModel, found: Sequence[LayerRouting], layer: i
 
 def story_ids(loaded: LoadedModel) -> torch.Tensor:
     """The evaluation stories, one after the other, as tokens."""
-    return torch.cat(loaded.text(DEFAULT_TEXT).documents)
+    return torch.cat(loaded.text(default_text(loaded.key)).documents)

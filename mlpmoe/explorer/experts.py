@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from html import escape
@@ -20,20 +19,20 @@ from ..measure.notation import count, difference, number, signed_percent
 from ..measure.parameters import ParameterReport
 from ..measure.routing import routing
 from ..measure.sweep import BOUND, STATIC, comparison
-from ..models import assets_folder
-from ..models.catalogue import DEMO_KEY
+from ..models import default_text
 from ..models.texts import check_own_text
 from .expert_figures import coloured_tokens, load_plot, split_plot, story_ids, variation_plot
 from .expert_plots import Point, tradeoff
 from .expert_settings import OWN, read_spec
 from .experts_panel import EMPTY
-from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories
+from .loaded import Calibrated, Evaluation, LoadedModel
 from .preview import snippet
 from .records import measured_record, write_records
+from .shipped import shipped
+from .texts import text_name
 from .workbench import Workbench
 
 BUDGETS = (0.875, 0.75, 0.5)  # active shares of the comparison that comes with the demo model
-TEXT = "stories"  # that perplexity is measured on
 LOAD_TOKENS = 512  # of that text, for the load of experts
 SHOWN_POINTS = 12  # measured here, the latest
 ABOUT = {
@@ -64,7 +63,7 @@ class ExpertHandlers:
         try:
             spec = read_spec(*settings[:-2])
             seen = "own-calibration.txt" if settings[-2] == OWN else "calibration"
-            shown = snippet(loaded.key, spec, TEXT, seen)
+            shown = snippet(loaded.key, spec, default_text(loaded.key), seen)
         except UserError as error:
             shown = f"# {error}"
         method = settings[0]
@@ -92,11 +91,11 @@ class ExpertHandlers:
         loaded = self.workbench.loaded(model)
         spec = read_spec(*settings[:-2])
         spec.check_fits(loaded.d_ff)
-        asked = Calibrated(spec, calibration_text(*settings[-2:]))
+        asked = calibrated(loaded, spec, *settings[-2:])
         kind = BOUND if spec.router == "oracle" else "here"
         for message in self._measure(loaded, asked, ROUTED_METHODS[spec.method].label, kind):
             yield _status(message), *(gr.skip(),) * 8
-        evaluation = loaded.known_evaluation(asked, TEXT)
+        evaluation = loaded.known_evaluation(asked, default_text(loaded.key))
         converted = loaded.converted(asked)
         report, share = loaded.converted_report(asked), loaded.points[asked].compute
         found = routing(converted, story_ids(loaded)[:LOAD_TOKENS])
@@ -116,11 +115,10 @@ class ExpertHandlers:
     def measure_static(self, model: str, active: float) -> Iterator[tuple]:
         """Status and trade-off, with the calibrated static recipes at the same share of neurons."""
         loaded = self.workbench.loaded(model)
-        text = calibration_text("stories", "")
         for name, (kind, spec) in comparison(active).items():
             if kind != STATIC or not spec.needs_calibration:
                 continue
-            asked = Calibrated(spec, text)
+            asked = loaded.asked(spec)
             for message in self._measure(loaded, asked, name, STATIC):
                 yield _status(f"{name}: {message}"), gr.skip(), gr.skip()
             yield _status(""), tradeoff(points(loaded)), self._record(loaded, asked)
@@ -128,9 +126,9 @@ class ExpertHandlers:
     def _record(self, loaded: LoadedModel, asked: Calibrated) -> str:
         """The run for the browser to keep; none on a calibration text of the visitor's own, which
         a link cannot carry."""
-        if asked.text != calibration_stories():
+        if asked.key == OWN:
             return gr.skip()
-        return write_records([measured_record(loaded, asked, TEXT, "experts")])
+        return write_records([measured_record(loaded, asked, default_text(loaded.key), "experts")])
 
     def _measure(
         self, loaded: LoadedModel, asked: Calibrated, name: str, kind: str
@@ -138,9 +136,8 @@ class ExpertHandlers:
         """Convert and measure, yielding what is being done; the result becomes a point."""
         for message in loaded.convert(asked):
             yield f"{message} …"
-        for step in loaded.evaluate(asked, TEXT):
-            if not isinstance(step, Evaluation):
-                yield f"measuring perplexity, {step.done / step.total:.0%}"
+        for step in loaded.evaluate(asked, default_text(loaded.key)):
+            yield f"measuring perplexity, {step.dense.tokens / step.total:.0%}"
         report = loaded.converted_report(asked)
         share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
         loaded.points.pop(asked, None)  # so that it comes last
@@ -150,7 +147,7 @@ class ExpertHandlers:
         """The coloured words of another layer, of what was measured last with these settings."""
         loaded = self.workbench.loaded(model)
         try:
-            asked = Calibrated(read_spec(*settings[:-2]), calibration_text(*settings[-2:]))
+            asked = calibrated(loaded, read_spec(*settings[:-2]), *settings[-2:])
         except UserError:
             return EMPTY
         if asked not in loaded.points:
@@ -159,39 +156,32 @@ class ExpertHandlers:
         return coloured_tokens(loaded, found, layer)
 
 
-def calibration_text(choice: str, own: str) -> str:
-    """The calibration text; UserError if it is empty or shares a passage with what is measured."""
+def calibrated(loaded: LoadedModel, spec: ConversionSpec, choice: str, own: str) -> Calibrated:
+    """The spec with its calibration text, ours or the visitor's; UserError if that is empty or
+    shares a passage with what is measured."""
     if choice != OWN:
-        return calibration_stories()
+        return loaded.asked(spec)
     if not isinstance(own, str) or not own.strip():
-        raise UserError(
-            "there is no calibration text: paste one, choose a file, or take our stories."
-        )
-    check_disjoint(own, (assets_folder() / "texts" / "evaluation.txt").read_text(encoding="utf-8"))
-    return own
+        raise UserError("there is no calibration text: paste one, choose a file, or take ours.")
+    check_disjoint(own, loaded.texts.read(default_text(loaded.key)))
+    return Calibrated(spec, own, OWN)
 
 
-@lru_cache(maxsize=1)
-def shipped_points() -> tuple[Point, ...]:
-    """The comparison on the demo model that comes with the project (assets/sweeps)."""
+@lru_cache(maxsize=4)
+def shipped_points(model: str) -> tuple[Point, ...]:
+    """The comparison on a model that comes with the project (assets/sweeps); () for most."""
     names = {
         spec: (name, kind)
         for active in BUDGETS
         for name, (kind, spec) in comparison(active).items()
     }
-    lines = (assets_folder() / "sweeps" / "demo.jsonl").read_text(encoding="utf-8").splitlines()
-    found = []
-    for line in lines:
-        run = json.loads(line)
-        name, kind = names[ConversionSpec.from_dict(run["spec"])]
-        found.append(Point(name, kind, run["mlp_macs_share"], run["ratio"], run["stderr"]))
-    return tuple(found)
+    runs = (record.run for record in shipped(model) if record.run.spec in names)
+    return tuple(Point(*names[r.spec], r.mlp_macs_share, r.ratio, r.stderr) for r in runs)
 
 
 def points(loaded: LoadedModel) -> list[Point]:
     """What is known of a model: the shipped comparison, and what was measured on this server."""
-    shipped = shipped_points() if loaded.key == DEMO_KEY else ()
-    return [*shipped, *list(loaded.points.values())[-SHOWN_POINTS:]]
+    return [*shipped_points(loaded.key), *list(loaded.points.values())[-SHOWN_POINTS:]]
 
 
 def best_static(known: Sequence[Point], compute: float) -> float | None:
@@ -271,7 +261,7 @@ def result(
         f"<table><tr><th></th><td>dense</td><td>converted</td><td>difference</td></tr>{body}"
         f"</table><p>{verdict(known, spec, changed.ratio, share, changed.stderr)}</p>"
         f'<p class="note">{escape(ROUTED_METHODS[spec.method].label)}, {dense.tokens:,} tokens of '
-        f"the evaluation stories. Routers are counted.</p>"
+        f"the {text_name(default_text(loaded.key))}. Routers are counted.</p>"
     )
 
 

@@ -65,7 +65,7 @@ class ExpertsPanel:
         ]  # fmt: skip
 
 
-def experts_panel(layers: int) -> ExpertsPanel:
+def experts_panel() -> ExpertsPanel:
     gr.Markdown(
         "#### Experts, chosen token by token\n"
         "Instead of the same branches for every token, a **router** picks a few groups of neurons, "
@@ -116,8 +116,8 @@ def experts_panel(layers: int) -> ExpertsPanel:
                     value="none", label="What stands in for the others", elem_id="fill",
                 )  # fmt: skip
                 calibration = gr.Radio(
-                    [("our stories, 145 kB", "stories"), ("own text", OWN)],
-                    value="stories", label="Calibration text", elem_id="calibration",
+                    [("ours", "ours"), ("own text", OWN)],
+                    value="ours", label="Calibration text", elem_id="calibration",
                 )  # fmt: skip
                 own_text = gr.Textbox(
                     label="Own calibration text", lines=3, max_lines=6,
@@ -146,9 +146,7 @@ def experts_panel(layers: int) -> ExpertsPanel:
             split = gr.Plot(show_label=False, elem_id="split", min_width=320)
             variation = gr.Plot(show_label=False, elem_id="variation", visible=False, min_width=320)
         gr.Markdown("#### The words of a story, coloured by their favourite expert")
-        layer = LimitedSlider(
-            0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="experts-layer"
-        )
+        layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="experts-layer")
         tokens = gr.HTML("", elem_id="tokens-by-expert")
     return ExpertsPanel(
         method, about, active, experts, shared, own_share, router, selection, fill, calibration,

@@ -20,11 +20,10 @@ from ..checkpoints.moe_targets import TARGETS
 from ..checkpoints.target import DISK_RESERVE
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
-from ..models import format_bytes
+from ..models import CALIBRATIONS, default_calibration, default_text, format_bytes
 from ..models.host import available_memory, free_disk
 from ..models.names import on_space
-from .links import DEFAULT_TEXT
-from .loaded import Calibrated, Conversion, LoadedModel, calibration_stories, spec_of
+from .loaded import Calibrated, Conversion, LoadedModel, spec_of
 from .run_words import model_name, short_recipe
 from .texts import OWN_PREFIX
 
@@ -218,11 +217,12 @@ def _more_flags(loaded: LoadedModel, wanted: Wanted, text: str) -> Iterator[str]
         yield f"--form {wanted.form}"
     if wanted.dtype != SAVED:
         yield f"--dtype {_name(wanted_dtype(loaded, wanted.dtype))}"
-    if isinstance(wanted.asked, Calibrated) and wanted.asked.text != calibration_stories():
-        yield "--calibration own-calibration.txt"
+    asked = wanted.asked
+    if isinstance(asked, Calibrated) and asked.key != default_calibration(wanted.model):
+        yield f"--calibration {asked.key if asked.key in CALIBRATIONS else 'own-calibration.txt'}"
     if text.startswith(OWN_PREFIX):
         yield "--text own-text.txt"
-    elif text != DEFAULT_TEXT:
+    elif text != default_text(wanted.model):
         yield f"--text {text}"
 
 

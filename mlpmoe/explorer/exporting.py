@@ -18,20 +18,20 @@ from ..checkpoints.export import SAVED, Exported, export
 from ..checkpoints.record import read_spec_file
 from ..core.calibration import check_disjoint
 from ..core.errors import UserError
-from ..models import find_entry, format_bytes
+from ..models import CALIBRATIONS, find_entry, format_bytes
 from .background import in_thread
 from .events import sentence
 from .expert_settings import check_shown as check_routed
 from .expert_settings import read_spec as read_routed
-from .experts import calibration_text
+from .experts import calibrated
 from .export_panel import BRANCHES, EXPERTS, TAB
 from .export_plan import Wanted, check_room, command, dtype_choices, folder_name, plan
 from .export_result import Made, result, stale_note, zipped_files
 from .handed_out import HandedOut, workspace, zip_folder
 from .links import Link
-from .loaded import Calibrated, LoadedModel, calibration_stories
+from .loaded import Calibrated, LoadedModel
 from .run_words import model_name, short_recipe
-from .settings import check_shown, parted, read_spec
+from .settings import check_shown, parted, read_asked
 from .texts import OWN_PREFIX, text_name
 from .workbench import Workbench
 
@@ -173,11 +173,9 @@ def _wanted(loaded: LoadedModel, source: str, form: str, dtype: str, settings: t
     if source == EXPERTS:
         spec = read_routed(*experts[:-2])
         spec.check_fits(loaded.d_ff)
-        asked = Calibrated(spec, calibration_text(*experts[-2:]))
+        asked = calibrated(loaded, spec, *experts[-2:])
     else:
-        spec = read_spec(static)
-        spec.check_fits(loaded.d_ff)
-        asked = loaded.asked(spec)
+        asked = read_asked(loaded, static)
     wanted = Wanted(loaded.key, asked, form, dtype)
     wanted.check()
     return wanted
@@ -207,8 +205,8 @@ def _exported(
 ) -> Generator[str, None, Exported]:
     calibration = None
     if isinstance(wanted.asked, Calibrated) and wanted.spec.needs_calibration:
-        ours = wanted.asked.text == calibration_stories()
-        calibration = "calibration stories of mlpmoe" if ours else OWN_CALIBRATION
+        ours = CALIBRATIONS.get(wanted.asked.key)
+        calibration = f"{ours.label} of mlpmoe" if ours else OWN_CALIBRATION
 
     def work(report: Any) -> Exported:
         report("converting", None)

@@ -15,8 +15,8 @@ from ..core.spec import ConversionSpec
 from ..measure.generation import Writing, parted_at, write_side_by_side
 from .cards import describe
 from .generations_panel import MAX_NEW_TOKENS, MAX_PROMPT
-from .loaded import Calibrated, LoadedModel
-from .settings import parted, read_spec
+from .loaded import Calibrated, LoadedModel, spec_of
+from .settings import parted, read_asked
 from .workbench import Workbench
 
 WRITING_SECONDS = 120.0  # after that, writing stops
@@ -34,8 +34,8 @@ class GenerationHandlers:
         settings, (prompt, tokens, temperature) = parted(values)
         check_writing(prompt, tokens, temperature)
         loaded = self.workbench.loaded(model)
-        spec = read_spec(settings)
-        asked = loaded.asked(spec)
+        asked = read_asked(loaded, settings)
+        spec = spec_of(asked)
         if isinstance(asked, Calibrated):
             for message in loaded.convert(asked):
                 yield gr.skip(), gr.skip(), f"<p>{escape(message)} …</p>"

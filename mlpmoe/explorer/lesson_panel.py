@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from .events import PRIVATE, QUIET, readable
-from .lesson import PRESENT, middle
+from .lesson import PRESENT
 from .lesson_steps import STEPS, Step
 from .sliders import LimitedSlider
 
@@ -84,14 +84,14 @@ class LessonPanel:
     steps: tuple[StepPanel, ...]
 
 
-def lesson_panel(layers: int) -> LessonPanel:
+def lesson_panel() -> LessonPanel:
     with gr.Column(elem_id="lesson"):
         with gr.Row(elem_id="lesson-top"):
             with gr.Column(scale=3, min_width=280):
                 gr.Markdown(INTRO, elem_id="lesson-intro")
             with gr.Column(scale=2, min_width=240):
                 layer = LimitedSlider(
-                    0, max(1, layers - 1), middle(layers), step=1, precision=0,
+                    0, 1, 0, step=1, precision=0,
                     label="Layer", elem_id="lesson-layer",
                 )  # fmt: skip
             present = gr.Button(

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
+from ..models import default_calibration, default_text
 from ..models.catalogue import DEMO_KEY
 from .expert_settings import check_shown as check_routed
 from .settings import check_shown
@@ -23,7 +24,6 @@ TABS = {  # key in a link -> name on the page
     "export": "Export",
 }
 FIRST_TAB = "branches"
-DEFAULT_TEXT = "stories"
 LONGEST = 4000  # characters of a query that is read
 SPEC_FIELDS = tuple(f.name for f in fields(ConversionSpec))
 
@@ -34,17 +34,33 @@ class Link:
 
     model: str = DEMO_KEY
     spec: ConversionSpec = field(default_factory=ConversionSpec)
-    text: str = DEFAULT_TEXT
+    text: str | None = None  # None: the default of the model
     tab: str | None = None  # None: where it makes sense
+    calibration: str | None = None  # None: the default of the model
+
+    @property
+    def measured_on(self) -> str:
+        """The key of the text."""
+        return self.text or default_text(self.model)
+
+    @property
+    def calibrated_on(self) -> str:
+        """The key of the calibration text, whether the spec needs one or not."""
+        return self.calibration or default_calibration(self.model)
 
     def to_query(self) -> str:
         """E.g. `model=demo&branches=16&fade=0.9&text=stories`."""
         query = f"{urlencode({'model': self.model})}&{self.spec.to_query()}"
-        query += f"&{urlencode({'text': self.text})}"
+        query += f"&{urlencode({'text': self.measured_on})}"
+        other = self.calibrated_on != default_calibration(self.model)
+        if self.spec.needs_calibration and other:
+            query += f"&{urlencode({'calibration': self.calibration})}"
         return f"{query}&{urlencode({'tab': self.tab})}" if self.tab else query
 
 
-def read_link(query: str | Mapping[str, str]) -> tuple[Link, list[str]]:
+def read_link(
+    query: str | Mapping[str, str], default_model: str = DEMO_KEY
+) -> tuple[Link, list[str]]:
     """The link that a query string asks for, and notices on what of it could not be followed: that
     part is left at its default. Names that are not ours, such as a host adds, are passed over."""
     if isinstance(query, str):
@@ -63,5 +79,5 @@ def read_link(query: str | Mapping[str, str]) -> tuple[Link, list[str]]:
         tab = None
     if spec.routed and tab is None:
         tab = "experts"
-    model = query.get("model", DEMO_KEY).strip() or DEMO_KEY
-    return Link(model, spec, query.get("text", DEFAULT_TEXT), tab), notices
+    model = query.get("model", "").strip() or default_model
+    return Link(model, spec, query.get("text"), tab, query.get("calibration")), notices

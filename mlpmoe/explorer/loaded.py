@@ -1,7 +1,8 @@
 """A model in memory with its conversions and all that was measured of them.
 
 Everything here is a function of (model, spec, text): no visitor has a "current" conversion on the
-server, and the dense model is never changed, so results are kept and shared freely.
+server, and the dense model is never changed, so results are kept and shared freely. No lock is
+held over the network, the disk or a tokenizer: see `Recent`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -17,34 +18,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.branched import branch_sizes
+from ..core.branched import BranchedMLP, branch_sizes
 from ..core.calibration import Calibration, check_disjoint
-from ..core.conversion import convert_all, observe
+from ..core.conversion import convert_all, mlp_modules, observe
 from ..core.mlps import DenseMLP, read_mlps
 from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
 from ..core.visiting import Observed
-from ..measure.encoding import (
-    EncodedText,
-    Window,
-    context_length,
-    encode_protocol,
-    encode_text,
-    scored_tokens,
-    windows,
-)
+from ..measure.encoding import EncodedText, Window, context_length, encode_protocol
+from ..measure.estimate import Evaluation, Losses, Plan, sharpen
 from ..measure.head import token_losses
-from ..measure.magnitudes import branch_sums, branched_mlps
+from ..measure.magnitudes import Magnitudes, branch_sums, branched_mlps, magnitudes, neuron_sums
 from ..measure.parameters import ParameterReport, parameter_report
-from ..measure.perplexity import Perplexity, PerplexityChange, compare, summarise
-from ..measure.speed import SpeedReport, decode_speed, forward
+from ..measure.perplexity import Perplexity
+from ..measure.speed import SpeedReport, decode_rounds, forward
 from ..measure.sweep import Run, run_of
 from ..measure.words import joined
-from ..models import Preflight, assets_folder
+from ..models import Preflight, default_calibration
 from ..models.texts import TEXTS
 from .background import in_thread
 from .recent import Recent
 from .texts import OWN_PREFIX, SHIPPED, Texts
+from .turns import Turns
 
 CONVERSIONS_HELD = 2  # per model; each may hold a copy of the MLPs
 SMALL_CONVERSIONS_HELD = 6  # of a model of at most SMALL_BYTES
@@ -53,6 +48,7 @@ RESULTS_HELD = 512  # per model
 TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
+LIVE_TOKENS = 16_384  # that a measurement takes by itself; the whole text on request
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,7 @@ class Calibrated:
 
     spec: ConversionSpec
     text: str = field(repr=False)
+    key: str = field(default="stories", compare=False)  # of the text, for links and runs
 
 
 Conversion = ConversionSpec | Calibrated
@@ -71,29 +68,12 @@ def spec_of(asked: Conversion) -> ConversionSpec:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured for a spec on a text, against the dense model on the same text."""
-
-    dense: Perplexity
-    converted: Perplexity
-    change: PerplexityChange
-
-
-@dataclass(frozen=True)
 class Zeros:
     """Sparsity that fade was asked for and what it did, over the kept branches."""
 
     what: str  # is zeroed: "gate and up", "neurons", ...
     requested: float | None  # the mean of s_i over the neurons, or n/m; None if layers differ
     realised: float  # more where several weights equal the threshold
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A measurement under way: tokens scored of those to score."""
-
-    done: int
-    total: int
 
 
 @dataclass(eq=False)
@@ -110,13 +90,15 @@ class LoadedModel:
     _reports: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _sums: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
-    _perplexities: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _plans: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
+    _losses: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _histograms: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    turns: Turns = field(default_factory=Turns)  # of all that runs the models
     # what was measured of routed conversions on this server, for the trade-off plot
     points: dict[Calibrated, Any] = field(default_factory=lambda: Recent(RESULTS_HELD))
     _observed: Recent = field(default_factory=lambda: Recent(1))
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         if self.checked.bytes_on_disk <= SMALL_BYTES:
@@ -139,6 +121,10 @@ class LoadedModel:
         return {id(p): int(torch.count_nonzero(p)) for p in self.model.parameters()}
 
     @cached_property
+    def _dense_sums(self) -> Recent:
+        return Recent(2 * 3 * len(self.mlps))
+
+    @cached_property
     def report(self) -> ParameterReport:
         """The parameters of the dense model."""
         return parameter_report(self.model, lambda tensor: self._dense_nonzero.get(id(tensor)))
@@ -151,20 +137,20 @@ class LoadedModel:
         forward(self.model, PROBE_TOKENS)
         return PROBE_TOKENS / (perf_counter() - start)
 
-    def asked(self, spec: ConversionSpec) -> Conversion:
-        """The spec with our calibration text, if it needs one."""
-        return Calibrated(spec, calibration_stories()) if spec.needs_calibration else spec
+    def asked(self, spec: ConversionSpec, calibration: str | None = None) -> Conversion:
+        """The spec, with the calibration text of this key if it needs one; None: the default of
+        this model."""
+        if not spec.needs_calibration:
+            return spec
+        key = calibration or default_calibration(self.key)
+        return Calibrated(spec, self.texts.read_calibration(key), key)
 
     def is_converted(self, asked: Conversion) -> bool:
         """Whether `converted` answers at once."""
         return not isinstance(asked, Calibrated) or asked in self._conversions
 
     def converted(self, asked: Conversion) -> PreTrainedModel:
-        if isinstance(asked, Calibrated):
-            for _ in self.convert(asked):
-                pass
-        with self._lock:
-            return self._conversions.get_or_make(asked, lambda: self._convert(asked))
+        return self._conversions.get_or_make(asked, lambda: self._convert(asked))
 
     def convert(self, asked: Calibrated) -> Iterator[str]:
         """Convert with a calibration text, yielding what is being done. Closing the iterator gives
@@ -172,8 +158,7 @@ class LoadedModel:
         if asked in self._conversions:
             return
         made = yield from in_thread(lambda report: self._convert(asked, report))
-        with self._lock:
-            self._conversions.get_or_make(asked, lambda: made)
+        self._conversions.put(asked, made)
 
     def _convert(
         self, asked: Conversion, report: Callable[[str, float], None] | None = None
@@ -200,8 +185,7 @@ class LoadedModel:
     def converted_report(self, asked: Conversion) -> ParameterReport:
         """The parameters after conversion. Nothing is counted that was counted before: tensors of
         the dense model, and branches."""
-        with self._lock:
-            return self._reports.get_or_make(asked, lambda: self._report(asked))
+        return self._reports.get_or_make(asked, lambda: self._report(asked))
 
     def _report(self, asked: Conversion) -> ParameterReport:
         model = self.converted(asked)
@@ -215,11 +199,37 @@ class LoadedModel:
         return parameter_report(model, lambda tensor: known.get(id(tensor)))
 
     def sums(self, asked: Conversion, quantity: str) -> dict[str, Tensor]:
-        """`branch_sums` of the converted model."""
-        with self._lock:
-            return self._sums.get_or_make(
-                (asked, quantity), lambda: branch_sums(self.converted(asked), quantity)
-            )
+        """`branch_sums` of the converted model; tensors of the dense model are summed once."""
+        return self._sums.get_or_make(
+            (asked, quantity),
+            lambda: branch_sums(self.converted(asked), quantity, self._neuron_sums),
+        )
+
+    def _neuron_sums(self, weight: Tensor, projection: str, quantity: str) -> Tensor:
+        place = (weight.data_ptr(), weight.stride())
+        dense = self._dense_places.get(place)
+        if dense is None:
+            return neuron_sums(weight, projection, quantity)
+        whole = self._dense_sums.get_or_make(
+            (place, quantity), lambda: neuron_sums(dense, projection, quantity)
+        )
+        return whole[: weight.shape[1 if projection == "down" else 0]]  # the first neurons
+
+    @cached_property
+    def _dense_places(self) -> dict[tuple, Tensor]:
+        """Where the projections of the dense model lie in memory: what a conversion leaves as it
+        is lies there too."""
+        tensors = [getattr(mlp.weights, name) for mlp in self.mlps for name in self.projections]
+        return {(tensor.data_ptr(), tensor.stride()): tensor for tensor in tensors}
+
+    def histogram(
+        self, asked: Conversion, layer: int, projection: str, bins: int, upper: float
+    ) -> Magnitudes:
+        """`magnitudes` of a conversion, binned once per layer and branches."""
+        return self._histograms.get_or_make(
+            (asked, layer, projection, bins, upper),
+            lambda: magnitudes(self.converted(asked), layer, projection, bins, upper),
+        )
 
     def whole(self, asked: Conversion) -> Conversion:
         """The same branches with nothing removed."""
@@ -259,89 +269,103 @@ class LoadedModel:
         return key in self._texts or key in SHIPPED or key.startswith(OWN_PREFIX)
 
     def text(self, key: str) -> EncodedText:
-        """A text, encoded. Public ones are cut into windows as their published figures have it, or
+        """A text, encoded. Public ones are cut into windows as most published figures have it, or
         shorter where the model's context is."""
         self.texts.check(key)
-        with self._lock:
-            return self._texts.get_or_make(key, lambda: self._encode(key))
-
-    def windows(self, key: str) -> list[Window]:
-        """What is run to score a text."""
-        return windows(self.model, self.text(key))
+        return self._texts.get_or_make(key, lambda: self._encode(key))
 
     def _encode(self, key: str) -> EncodedText:
         text, entry = self.texts.read(key), TEXTS.get(key)
-        if entry is None:
-            return encode_text(self.tokenizer, text)
+        protocol, most = (entry.protocol, entry.most_windows) if entry else ("documents", None)
         context = context_length(self.model)
-        return encode_protocol(self.tokenizer, text, entry.protocol, context, entry.most_windows)
+        return encode_protocol(self.tokenizer, text, protocol, context, most)
+
+    def plan(self, key: str) -> Plan:
+        """In which windows and which order a text is measured."""
+        return self._plans.get_or_make(key, lambda: Plan(self.model, self.text(key)))
+
+    def windows(self, key: str) -> list[Window]:
+        """What is run to score a text, in its order."""
+        return self.plan(key).windows
 
     def seconds_to_measure(self, spec: Conversion, text: str) -> float:
-        """A prediction, from the speed of one forward pass; 0 for what is known already."""
-        missing = [s for s in (None, spec) if (s, text) not in self._perplexities]
-        return len(missing) * scored_tokens(self.windows(text)) / self.tokens_per_second
+        """A prediction for the whole text, from the speed of one forward pass; 0 for what is known
+        already."""
+        plan = self.plan(text)
+        known = sum(len(self._known(s, text).windows) for s in (None, spec))
+        missing = 1 - known / (2 * len(plan.windows))
+        return missing * 2 * plan.tokens / self.tokens_per_second
 
-    def known_evaluation(self, spec: Conversion, text: str) -> Evaluation | None:
-        """What was measured before, if it was."""
-        dense = self._perplexities.get((None, text))
-        converted = self._perplexities.get((spec, text))
-        if dense is None or converted is None:
+    def known_evaluation(self, asked: Conversion, text: str) -> Evaluation | None:
+        """What was measured so far, if anything was."""
+        if text not in self._plans:
             return None
-        return Evaluation(dense, converted, compare(dense, converted))
+        return self.plan(text).evaluation(self._known(None, text), self._known(asked, text))
+
+    def known_dense(self, text: str) -> Perplexity | None:
+        """Of the dense model, so far."""
+        if text not in self._plans:
+            return None
+        losses = self._known(None, text)
+        known = self.plan(text).evaluation(losses, losses)
+        return known and known.dense
 
     def run(self, asked: Conversion, text: str) -> Run:
         """What was measured and counted of a conversion; it must have been measured."""
         measured, report = self.known_evaluation(asked, text), self.converted_report(asked)
         return run_of(spec_of(asked), measured.dense, measured.converted, self.report, report)
 
-    def known_dense(self, text: str) -> Perplexity | None:
-        return self._perplexities.get((None, text))
+    def evaluate(self, asked: Conversion, text: str, whole: bool = True) -> Iterator[Evaluation]:
+        """Measure dense and converted model on the same windows in turn and yield what is known
+        after each. The last is complete; with `whole` False it may also be one whose error is
+        below what is shown, or that has LIVE_TOKENS tokens.
 
-    def evaluate(self, spec: Conversion, text: str) -> Iterator[Progress | Evaluation]:
-        """Measure dense (once per text) and converted model; yields Progress, then Evaluation.
-
-        Closing the iterator stops the measurement after the window in progress.
+        Each step is a turn (see `Turns`). Closing the iterator stops after the step in progress.
         """
-        parts = self.windows(text)
-        if isinstance(spec, Calibrated) and text.startswith(OWN_PREFIX):
-            check_disjoint(spec.text, self.texts.read(text))
-        models = {None: lambda: self.model, spec: lambda: self.converted(spec)}
-        known = {s: self._perplexities.get((s, text)) for s in models}
-        missing = [s for s in models if known[s] is None]
-        total, done = len(missing) * scored_tokens(parts), 0
-        for key in missing:
-            losses: list[Tensor] = []
-            for part in parts:
-                losses.append(token_losses(models[key](), part.ids, part.first))
-                done += part.scored
-                yield Progress(done, total)
-            known[key] = summarise(torch.cat(losses), parts)
-            self._remember(key, text, known[key])
-        self._remember(None, text, known[None])  # used last, so that others make room first
-        yield Evaluation(known[None], known[spec], compare(known[None], known[spec]))
+        if isinstance(asked, Calibrated) and text.startswith(OWN_PREFIX):
+            check_disjoint(asked.text, self.texts.read(text))
+        plan, converted = self.plan(text), self.converted(asked)
+        dense = self._losses.get_or_make((None, text), Losses)
+        losses = self._losses.get_or_make((asked, text), Losses)
+        scores = self._scored_by(self.model), self._scored_by(converted)
+        for step in sharpen(plan, dense, losses, *scores):
+            self._losses.get_or_make((None, text), lambda: dense)  # others make room first
+            yield step
+            if not whole and (step.settled or step.dense.tokens >= LIVE_TOKENS):
+                break
 
-    def _remember(self, spec: Conversion | None, text: str, measured: Perplexity) -> None:
-        with self._lock:
-            self._perplexities.get_or_make((spec, text), lambda: measured)
+    def _scored_by(self, model: PreTrainedModel) -> Callable[[Window], Tensor]:
+        def score(part: Window) -> Tensor:
+            with self.turns.turn():
+                return token_losses(model, part.ids, part.first)
 
-    def known_speed(self, spec: Conversion) -> SpeedReport | None:
-        return self._speeds.get(spec)
+        return score
 
-    def speed(self, spec: Conversion, again: bool = False) -> SpeedReport:
-        """Writing speed against dense, measured once per spec, or `again`."""
-        if again or spec not in self._speeds:
-            measured = decode_speed(self.model, self.converted(spec))
-            with self._lock:
-                self._speeds.pop(spec, None)
-                self._speeds.get_or_make(spec, lambda: measured)
-            return measured
-        return self._speeds[spec]
+    def _known(self, asked: Conversion | None, text: str) -> Losses:
+        return self._losses.get((asked, text)) or Losses()
 
+    def known_speed(self, asked: Conversion) -> SpeedReport | None:
+        return self._speeds.get(self._shape(asked)) if self.is_converted(asked) else None
 
-@lru_cache(maxsize=1)
-def calibration_stories() -> str:
-    """Our own calibration text."""
-    return (assets_folder() / "texts" / "calibration.txt").read_text(encoding="utf-8")
+    def speed(self, asked: Conversion) -> Iterator[SpeedReport | None]:
+        """Writing speed against dense, round by round; the last is kept. Each round is a turn."""
+        shape = self._shape(asked)
+        rounds = decode_rounds(self.model, self.converted(asked))
+        while True:
+            with self.turns.turn():
+                report = next(rounds, "done")
+            if report == "done":
+                return
+            if report is not None:
+                self._speeds.put(shape, report)
+            yield report
+
+    def _shape(self, asked: Conversion) -> Any:
+        """Conversions of one shape write at one speed: zeros in place cost and save nothing."""
+        mlps = mlp_modules(self.converted(asked))
+        if not all(isinstance(mlp, BranchedMLP) for mlp in mlps):
+            return asked
+        return tuple((sum(mlp.sizes), mlp.down_proj.bias is not None) for mlp in mlps)
 
 
 def _requested(spec: ConversionSpec, d_ff: int) -> float | None:

@@ -11,48 +11,62 @@ import gradio as gr
 from ..core.errors import UserError
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
+from ..models import default_calibration, default_text
 from ..models.catalogue import DEMO_KEY, find_entry
 from .cards import status_line
 from .events import sentence
 from .expert_settings import CONTROLS as ROUTED_CONTROLS
 from .expert_settings import show_spec as show_routed
-from .links import DEFAULT_TEXT, Link, read_link
+from .first_model import FirstModel
+from .links import Link, read_link
 from .loaded import LoadedModel
 from .settings import CONTROLS, most_branches, show_spec
-from .texts import text_choices
+from .texts import calibration_choices, text_choices
 from .workbench import Workbench, model_key
 
-LOADED = 5  # outputs of `load`
-RESTORED = 2 + len(CONTROLS) + 1 + len(ROUTED_CONTROLS) + 1  # outputs of `_restored`
+MODEL = 5  # outputs of `_model`
+LOADED = MODEL + 3  # outputs of `load`
+RESTORED = 3 + len(CONTROLS) + 1 + len(ROUTED_CONTROLS) + 1  # outputs of `_restored`
 
 
 class OpeningHandlers:
     """The events of the page over one workbench that set its controls."""
 
-    def __init__(self, workbench: Workbench) -> None:
+    def __init__(self, workbench: Workbench, first: FirstModel | None = None) -> None:
         self.workbench = workbench
+        self.first = first or FirstModel(workbench)
 
-    def open_link(self, request: gr.Request) -> tuple:
-        """The page is open: whether it can be filled in, what to restore once its model is loaded,
-        status line, and then what `_restored` gives, from the link's query string."""
-        link, notices = read_link(dict(request.query_params))
-        demo = self.workbench.loaded(DEMO_KEY)
+    def open_link(self, request: gr.Request) -> Iterator[tuple]:
+        """Whether the page can be filled in, what to restore once its model is loaded; then what
+        `_model` and what `_restored` give, from the link's query string."""
+        link, notices = read_link(dict(request.query_params), default_model="")
         self._warn(notices)
-        other = link.model != DEMO_KEY
-        if other and (self.workbench.holds(link.model) or find_entry(link.model)):
-            nothing = (gr.skip(),) * RESTORED
-            return False, link.to_query(), status_line(demo), *nothing
-        if other:
-            gr.Info(f"This link is about {escape(link.model[:80])}. Press Load to load it.")
-        return True, "", status_line(demo), *self._restored(link, demo, link.model)
+        rest = (gr.skip(),) * (MODEL - 1 + RESTORED)
+        yield gr.skip(), gr.skip(), "<p>opening …</p>", *rest
+        if link.model and self.workbench.holds(link.model):
+            loaded = self.workbench.loaded(link.model)
+        elif link.model and find_entry(link.model):
+            yield gr.skip(), link.to_query(), gr.skip(), *rest
+            return
+        else:
+            if link.model:
+                gr.Info(f"This link is about {escape(link.model[:80])}. Press Load to load it.")
+            for step in self.first.follow():
+                if isinstance(step, str):
+                    yield gr.skip(), gr.skip(), f"<p>{escape(step)} …</p>", *rest
+            loaded = step
+        restored = self._restored(link, loaded, link.model or loaded.key)
+        yield True, "", *self._model(loaded), *restored
 
-    def load_taken(self, taken: str, model: str, branches: int) -> Iterator[tuple]:
+    def load_taken(
+        self, taken: str, model: str, branches: int, text: str, calibration: str
+    ) -> Iterator[tuple]:
         """The model of a run or a link that is to be restored, if it is another one: as `load`."""
         link, _ = read_link(_query(taken))
         if not taken or model_key(link.model) == model:
             yield (gr.skip(),) * LOADED
         else:
-            yield from self.load(link.model, branches)
+            yield from self.load(link.model, model, branches, text, calibration)
 
     def restore_taken(self, taken: str, model: str) -> tuple:
         """The page can be filled in, and what `_restored` gives."""
@@ -63,13 +77,11 @@ class OpeningHandlers:
         return True, *self._restored(link, self.workbench.loaded(model), model)
 
     def _restored(self, link: Link, loaded: LoadedModel, name: str) -> tuple:
-        """Name of the model, text, controls of static and of routed specs, tab."""
-        text, spec = link.text, link.spec
-        try:
-            self.workbench.texts.check(text)
-        except UserError as error:
-            self._warn([f"{error} The evaluation stories are used."])
-            text = DEFAULT_TEXT
+        """Name of the model, text, calibration text, controls of static and of routed specs,
+        tab."""
+        text = self._known_text(link.text, loaded, "text")
+        calibration = self._known_text(link.calibration, loaded, "calibration")
+        spec = link.spec
         try:
             spec.check_fits(loaded.d_ff)
         except UserError as error:
@@ -83,10 +95,26 @@ class OpeningHandlers:
         return (
             name,
             gr.update(choices=text_choices(text), value=text),
+            gr.update(choices=calibration_choices(calibration), value=calibration),
             *static,
             *routed,
             gr.update(selected=link.tab) if link.tab else gr.skip(),
         )
+
+    def _known_text(self, key: str | None, loaded: LoadedModel, what: str) -> str:
+        """The key, where there is such a text, else the model's default with a notice."""
+        default = {"text": default_text, "calibration": default_calibration}[what](loaded.key)
+        if key is None:
+            return default
+        try:
+            if what == "text":
+                self.workbench.texts.check(key)
+            else:
+                self.workbench.texts.check_calibration(key)
+        except UserError as error:
+            self._warn([f"{error} The {what} of the model's kind is used."])
+            return default
+        return key
 
     def _warn(self, notices: Sequence[str]) -> None:
         for notice in notices:
@@ -96,6 +124,11 @@ class OpeningHandlers:
         """The list of texts with the visitor's own, chosen."""
         key = self.workbench.texts.add(content)
         return gr.update(choices=text_choices(key), value=key)
+
+    def use_calibration(self, content: str) -> dict:
+        """The list of calibration texts with the visitor's own, chosen."""
+        key = self.workbench.texts.add(content)
+        return gr.update(choices=calibration_choices(key), value=key)
 
     def use_file(self, path: str | None) -> dict:
         if path is None:
@@ -109,24 +142,56 @@ class OpeningHandlers:
         PRESETS[name].check_fits(loaded.d_ff)
         return show_spec(PRESETS[name], loaded)
 
-    def load(self, name: str, branches: int) -> Iterator[tuple]:
-        """Status line, model key, then the limits of B, layer and projection."""
+    def load(
+        self, name: str, model: str, branches: int, text: str, calibration: str
+    ) -> Iterator[tuple]:
+        """What `_model` gives, then B and the texts.
+
+        name: what was asked for. model: the key of the one that was there before."""
         unchanged = (gr.skip(),) * (LOADED - 1)
         for step in self.workbench.load(name):
             if isinstance(step, str):
                 yield f"<p>{escape(str(name)[:80])}: {escape(step)} …</p>", *unchanged
-        loaded = step
+        loaded, most = step, most_branches(step)
+        # a text of the visitor's choice stays; else it is that of the model's kind
+        if text == default_text(model):
+            text = default_text(loaded.key)
+        if calibration == default_calibration(model):
+            calibration = default_calibration(loaded.key)
         yield (
+            *self._model(loaded),
+            gr.update(maximum=most, value=min(branches, most)),
+            gr.update(choices=text_choices(text), value=text),
+            gr.update(choices=calibration_choices(calibration), value=calibration),
+        )
+
+    def _model(self, loaded: LoadedModel) -> tuple:
+        """Status line, model key, note, and the limits of layer and projection."""
+        return (
             status_line(loaded),
             loaded.key,
-            gr.update(maximum=most_branches(loaded), value=min(branches, most_branches(loaded))),
+            self._note(loaded),
             gr.update(maximum=max(1, len(loaded.mlps) - 1), value=0),
             gr.update(choices=loaded.projections, value=loaded.projections[0]),
         )
 
-    def load_failed(self, model: str) -> tuple[str, bool]:
-        """The status line of the model that is still there, and that the page can be filled in."""
-        return status_line(self.workbench.loaded(model)), True
+    def _note(self, loaded: LoadedModel) -> dict:
+        """What to know about the model, as a line below its figures."""
+        words = []
+        if loaded.key == DEMO_KEY:
+            words = [
+                "A toy that writes children's stories. It hides most of the damage: what costs "
+                "it 12 % can make a real model useless."
+            ]
+        if self.first.note and loaded.key == DEMO_KEY:
+            words.append(self.first.note)
+        return gr.update(value=f"<p>{escape(' '.join(words))}</p>", visible=bool(words))
+
+    def load_failed(self, model: str) -> tuple[str, str, bool]:
+        """Name and status line of the model that is still there, and that the page can be filled
+        in."""
+        loaded = self.workbench.loaded(model)
+        return loaded.key, status_line(loaded), True
 
 
 def _query(taken: str) -> str:

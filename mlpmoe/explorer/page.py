@@ -11,7 +11,6 @@ from plotly.offline import get_plotlyjs
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from ..core.spec import ConversionSpec
 from ..models import assets_folder, host_allows_any_model
 from ..models.catalogue import DEMO_KEY
 from .components import (
@@ -24,11 +23,12 @@ from .components import (
 )
 from .convert_panel import ConvertPanel, convert_panel
 from .endpoints import add_endpoints
-from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
+from .events import IN_TURNS, PRIVATE, QUIET, RESIZE, readable
 from .experts import ExpertHandlers
 from .experts_panel import experts_panel, wire_experts
 from .export_panel import export_panel, wire_export
 from .exporting import ExportHandlers
+from .first_model import FirstModel
 from .generations import GenerationHandlers
 from .generations_panel import generations_panel, wire_generations
 from .glossary import WORDS
@@ -63,9 +63,9 @@ class PageState:
     """What a visitor's page remembers beside its visible controls."""
 
     model: gr.State  # key of the loaded model
-    # B at the last preview: tells whether K meant "all". A component and no gr.State, because the
+    # The share that K stands for, see `settings.Share`. A component and no gr.State, because the
     # page must send it together with the B and K it belongs to.
-    branches_before: gr.Number
+    share: gr.Textbox
     opened: gr.State  # turns true once the page can be filled in, which asks for a preview
     taken: gr.Textbox  # a run, point or link to restore: a query string, see page.js
     query: gr.Textbox  # of the link to the present settings
@@ -73,11 +73,11 @@ class PageState:
 
 
 def _page_state() -> PageState:
-    before = gr.Number(ConversionSpec().branches, precision=0, visible="hidden")
-    taken, query, tab = (
-        gr.Textbox("", visible="hidden", elem_id=name) for name in ("taken", "query", "open-tab")
+    share, taken, query, tab = (
+        gr.Textbox("", visible="hidden", elem_id=name)
+        for name in ("share-kept", "taken", "query", "open-tab")
     )
-    return PageState(gr.State(DEMO_KEY), before, gr.State(False), taken, query, tab)
+    return PageState(gr.State(DEMO_KEY), share, gr.State(False), taken, query, tab)
 
 
 def launch_kwargs() -> dict[str, Any]:
@@ -112,9 +112,10 @@ def _theme() -> gr.themes.Base:
 
 
 def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
-    """The page over a workbench. The demo model is loaded now, so that no visitor waits for it."""
+    """The page over a workbench. Its first model is loaded meanwhile, see `FirstModel`."""
     workbench = workbench or Workbench()
-    first = workbench.loaded(DEMO_KEY)
+    first = FirstModel(workbench)
+    first.start()
     with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Markdown(HEADER, elem_id="header")
         state, fields = _page_state(), run_fields()
@@ -127,19 +128,19 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
                 with gr.Tabs(elem_id="tabs") as tabs:
                     opened = {key: gr.Tab(name, id=key) for key, name in TABS.items()}
                     with opened["branches"]:
-                        branches = branches_panel(len(first.mlps), first.projections)
+                        branches = branches_panel()
                     with opened["generations"]:
                         generations = generations_panel()
                     with opened["tokens"]:
-                        tokens = tokens_panel(len(first.mlps))
+                        tokens = tokens_panel()
                     with opened["trade-offs"]:
-                        trade_offs = trade_offs_panel(len(first.mlps), first.projections)
+                        trade_offs = trade_offs_panel()
                     with opened["suggest"]:
                         suggestions = suggest_panel()
                     with opened["experts"]:
-                        experts = experts_panel(len(first.mlps))
+                        experts = experts_panel()
                     with opened["how"]:
-                        lesson = lesson_panel(len(first.mlps))
+                        lesson = lesson_panel()
                     with opened["export"]:
                         export = export_panel()
         with gr.Accordion("Words", open=False, elem_id="words"):
@@ -148,11 +149,14 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         add_endpoints(workbench)  # first, since a listener's name would be taken from them
         handlers, model = Handlers(workbench), state.model
         spec = [model, *convert.settings]
-        static = [*convert.settings, state.branches_before]
-        restored = [picker.name, convert.text, *static, *experts.settings[:8], tabs]
+        static = [*convert.settings[:-1], state.share]
+        restored = [
+            picker.name, convert.text, convert.calibration, *static, *experts.settings[:8], tabs,
+        ]  # fmt: skip
         _wire_opening(
-            demo, OpeningHandlers(workbench), state, picker, convert, branches, static, restored
-        )
+            demo, OpeningHandlers(workbench, first), state, picker, convert, branches, static,
+            restored,
+        )  # fmt: skip
         _wire_links(state, convert, opened)
         changed = _wire_preview(handlers, state, convert, cards, branches, spec)
         shown = [*_shown(cards, branches), fields.measured]
@@ -193,21 +197,25 @@ def _wire_opening(
     convert: ConvertPanel, branches: BranchesPanel, static: list, restored: list,
 ) -> None:  # fmt: skip
     """What sets the controls: the link, a run that is restored, a preset, a loaded model."""
-    loads = [picker.status, state.model, convert.branches, branches.layer, branches.projection]
+    shown = [picker.status, state.model, picker.note, branches.layer, branches.projection]
+    asked = [state.model, convert.branches, convert.text, convert.calibration]
+    loads = [*shown, convert.branches, convert.text, convert.calibration]
     loading = {"concurrency_id": "load", **QUIET}
     demo.load(
         readable(handlers.open_link), None,
-        [state.opened, state.taken, picker.status, *restored], **QUIET,
+        [state.opened, state.taken, *shown, *restored],
+        concurrency_limit=None,  # visitors wait for the same model
+        **QUIET,
     ).then(None, js="() => mlpmoe.show()", **PRIVATE)  # fmt: skip
     convert.preset.input(
         readable(handlers.choose_preset), [state.model, convert.preset], static, **QUIET
     )
     by_name = picker.load.click(
-        readable(handlers.load), [picker.name, convert.branches], loads, trigger_mode="once",
+        readable(handlers.load), [picker.name, *asked], loads, trigger_mode="once",
         **loading,
     )  # fmt: skip
     by_run = state.taken.change(
-        readable(handlers.load_taken), [state.taken, state.model, convert.branches], loads,
+        readable(handlers.load_taken), [state.taken, *asked], loads,
         **loading,
     )  # fmt: skip
     by_run.success(
@@ -216,8 +224,12 @@ def _wire_opening(
     )  # fmt: skip
     for loaded in (by_name, by_run):
         loaded.failure(
-            readable(handlers.load_failed), state.model, [picker.status, state.opened], **QUIET
-        )
+            readable(handlers.load_failed), state.model,
+            [picker.name, picker.status, state.opened], **QUIET,
+        )  # fmt: skip
+    convert.use_calibration.click(
+        readable(handlers.use_calibration), convert.own_text, convert.calibration, **QUIET
+    )
     convert.use_text.click(readable(handlers.use_text), convert.own_text, convert.text, **QUIET)
     uploaded = convert.own_file.upload(
         readable(handlers.use_file), convert.own_file, convert.text, **QUIET
@@ -244,10 +256,10 @@ def _wire_preview(
     return gr.on(
         [component.change for component in (state.opened, *spec, convert.text, *views)],
         readable(handlers.preview),
-        [*spec, convert.text, *views, state.branches_before],
+        [*spec, convert.text, *views, state.share],
         [
-            convert.keep, state.branches_before, convert.preset, state.query, convert.snippet,
-            convert.fade, convert.fade_exponent, *_shown(cards, branches),
+            convert.branches, convert.fade, convert.keep, state.share, convert.preset, state.query,
+            convert.snippet, convert.fade_exponent, *_shown(cards, branches),
         ],
         trigger_mode="always_last",
         # One after the other: setting several controls at once asks for several previews, and an
@@ -269,14 +281,14 @@ def _wire_measurement(
     handlers: Handlers, convert: ConvertPanel, branches: BranchesPanel, spec: list, shown: list,
     changed: Dependency,
 ) -> None:  # fmt: skip
-    """Perplexity and speed: by themselves when quick, else on the button."""
+    """Perplexity and speed, as they sharpen by themselves; to the end on the button."""
     inputs = [*spec, convert.text, branches.layer, branches.projection, branches.quantity]
     by_itself = changed.then(
-        readable(handlers.measure_if_quick), inputs, shown,
-        trigger_mode="multiple", **MODEL_QUEUE, **QUIET,
+        readable(handlers.measure_live), inputs, shown,
+        trigger_mode="multiple", **IN_TURNS, **QUIET,
     )  # fmt: skip
     on_button = convert.measure.click(
-        readable(handlers.measure), inputs, shown, trigger_mode="once", **MODEL_QUEUE, **QUIET
+        readable(handlers.measure), inputs, shown, trigger_mode="once", **IN_TURNS, **QUIET
     )
     convert.stop.click(
         readable(handlers.stop_measuring), inputs, shown, cancels=[by_itself, on_button], **QUIET

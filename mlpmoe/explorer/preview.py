@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from ..core.errors import UserError
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
-from ..measure.magnitudes import branch_weights, branched_mlps, magnitudes
+from ..models import default_calibration
 from ..models.texts import TEXTS
 from .cards import Card, compute_card, nonzero_card
 from .loaded import Conversion, LoadedModel, spec_of
@@ -49,15 +49,12 @@ def preview(
 
 def histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: str) -> go.Figure:
     """Branch histograms before and after, on the same bins."""
-    whole = loaded.converted(loaded.whole(asked))
-    mlps = branched_mlps(whole)
-    layer = min(layer, len(mlps) - 1)
-    weights = branch_weights(mlps[layer], projection)
-    square = sum(float(w.float().square().sum()) for w in weights)
-    upper = HISTOGRAM_REACH * (square / sum(w.numel() for w in weights)) ** 0.5 or 1.0
+    layer = min(int(layer), len(loaded.mlps) - 1)
+    weight = getattr(loaded.mlps[layer].weights, projection).detach().float()
+    upper = HISTOGRAM_REACH * float(weight.square().mean()) ** 0.5 or 1.0
     dense, converted = (
-        magnitudes(model, layer, projection, HISTOGRAM_BINS, upper)
-        for model in (whole, loaded.converted(asked))
+        loaded.histogram(each, layer, projection, HISTOGRAM_BINS, upper)
+        for each in (loaded.whole(asked), asked)
     )
     return branch_histograms(dense, converted, layer, projection, spec_of(asked).fades)
 
@@ -93,30 +90,34 @@ def effect_of(spec: ConversionSpec) -> ConversionSpec:
     return replace(spec, keep=None, compensation=spec.compensation if fitted else "sqrt")
 
 
-def snippet(model: str, spec: ConversionSpec, text: str, calibration: str = "calibration") -> str:
+def snippet(model: str, spec: ConversionSpec, text: str, calibration: str | None = None) -> str:
     """The run in Python, and in the shell as a comment; both give the figures of the page.
 
-    text, calibration: names of texts, or the file of an own one.
+    text, calibration: names of texts, or the file of an own one; calibration None: the default.
     """
+    default = default_calibration(model)
+    calibration = calibration or default
+    if calibration.startswith(OWN_PREFIX):
+        calibration = "own-calibration.txt"
     names = ["ConversionSpec", "compare", "convert", "load", "perplexity"]
     setting, argument, flag = [], "", ""
     if spec.needs_calibration:
         names.append("Calibration")
-        setting.append(f"seen = {_reading(calibration, names)}")
+        setting.append(f"seen = {_reading(calibration, names, 'named_calibration')}")
         argument = ", Calibration.from_text(tokenizer, seen)"
-        flag = "" if calibration == "calibration" else f" --calibration {calibration}"
+        flag = "" if calibration == default else f" --calibration {calibration}"
     shown = "own-text.txt" if text.startswith(OWN_PREFIX) else text
     stream = text in TEXTS and TEXTS[text].protocol == "stream"
     if stream:
         most = TEXTS[text].most_windows
         names.remove("perplexity")
         setting += [
-            f"text = {_reading(text, names)}",
+            f"text = {_reading(text, names, 'named_text')}",
             f"windows = encode_stream(tokenizer, text, context_length(model), {most})",
         ]
         measure = "measure(m, windows)"
     else:
-        setting.append(f"text = {_reading(shown, names)}")
+        setting.append(f"text = {_reading(shown, names, 'named_text')}")
         measure = "perplexity(m, tokenizer, text)"
     lines = [
         f"from mlpmoe import {', '.join(sorted(names))}",
@@ -141,13 +142,12 @@ def snippet(model: str, spec: ConversionSpec, text: str, calibration: str = "cal
     return "\n".join(lines) + "\n"
 
 
-def _reading(text: str, names: list[str]) -> str:
+def _reading(text: str, names: list[str], by_name: str) -> str:
     """The expression that reads a text; what it needs is added to the names."""
     if text.endswith(".txt"):
         return f"open({text!r}, encoding='utf-8').read()"
-    if "named_text" not in names:
-        names.append("named_text")
-    return f"named_text({text!r})"
+    names.append(by_name)
+    return f"{by_name}({text!r})"
 
 
 def _known(name: Any, allowed: Any) -> Any:

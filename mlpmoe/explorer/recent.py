@@ -1,7 +1,8 @@
-"""A mapping of bounded size."""
+"""A mapping of bounded size, shared by threads."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,17 +11,39 @@ T = TypeVar("T")
 
 
 class Recent(OrderedDict):
-    """A mapping that forgets what was used longest ago."""
+    """A mapping that forgets what was used longest ago.
+
+    What is made for one key holds up only those who ask for the same key.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self._lock = threading.Lock()
+        self._making: dict[object, threading.RLock] = {}
 
     def get_or_make(self, key: object, make: Callable[[], T]) -> T:
-        if key in self:
-            self.move_to_end(key)
-            return self[key]
-        self[key] = value = make()
-        while len(self) > self.size:
-            self.popitem(last=False)
+        """The value of the key, made now if there is none; only once, whoever asks meanwhile."""
+        with self._lock:
+            if key in self:
+                self.move_to_end(key)
+                return self[key]
+            making = self._making.setdefault(key, threading.RLock())
+        with making:
+            with self._lock:
+                if key in self:
+                    return self[key]
+            try:
+                value = make()
+                self.put(key, value)
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
         return value
+
+    def put(self, key: object, value: object) -> None:
+        with self._lock:
+            self[key] = value
+            self.move_to_end(key)
+            while len(self) > self.size:
+                self.popitem(last=False)

@@ -19,7 +19,7 @@ from ..core.spec import ConversionSpec
 from ..measure.speed import Ratio
 from ..measure.sweep import Run
 from .links import LONGEST, Link
-from .loaded import Conversion, LoadedModel
+from .loaded import Calibrated, Conversion, LoadedModel
 
 MOST_RECORDS = 300  # more are forgotten, the oldest first; see page.js
 SOURCES = ("measured", "sweep", "suggest", "experts")  # where on the page it was measured
@@ -39,6 +39,7 @@ class Record:
     speed: Ratio | None = None  # writing speed, converted / dense
     source: str = "measured"
     pinned: int = 0  # when it was pinned, in milliseconds, as page.js counts; 0: it is not
+    calibration: str | None = None  # key of the text that was looked at; None: the default
 
     @property
     def id(self) -> str:
@@ -48,7 +49,7 @@ class Record:
     @property
     def query(self) -> str:
         """The link's query string that restores the run."""
-        return Link(self.model, self.run.spec, self.text).to_query()
+        return Link(self.model, self.run.spec, self.text, calibration=self.calibration).to_query()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -62,6 +63,7 @@ class Record:
             "when": self.when,
             "source": self.source,
             "speed": None if self.speed is None else asdict(self.speed),
+            "calibration": self.calibration,
         }
 
     @classmethod
@@ -80,6 +82,7 @@ class Record:
                 speed=None if speed is None else Ratio(**{k: float(v) for k, v in speed.items()}),
                 source=values["source"],
                 pinned=int(values.get("pinned") or 0),
+                calibration=_name(values["calibration"]) if values.get("calibration") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
@@ -118,6 +121,7 @@ def measured_record(
         when=now(),
         speed=speed and speed.speedup,
         source=source,
+        calibration=asked.key if isinstance(asked, Calibrated) else None,
     )
 
 

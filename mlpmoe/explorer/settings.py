@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import floor
 from typing import Any
 
 import gradio as gr
 
 from ..core.errors import UserError
 from ..core.schedule import DEFAULT_EXPONENT
-from ..core.spec import PROJECTIONS, UNITS, ConversionSpec
-from .loaded import LoadedModel
+from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec
+from .loaded import Conversion, LoadedModel
 
 EXPONENTS = (0.25, 8.0)  # of the schedule power, on the page
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
@@ -20,6 +21,7 @@ CONTROLS = (
     "branches", "fade", "keep", "compensation", "order", "fade_schedule", "fade_exponent",
     "fade_projections", "fade_score", "fade_unit", "allocation", "progressive",
 )  # fmt: skip
+SETTINGS = len(CONTROLS) + 1  # with the calibration text, the last
 FADE_FIELDS = (
     "fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit",
 )  # fmt: skip
@@ -29,9 +31,9 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
     """The spec of the controls. What has no effect beside the other choices is left at its
     default, so that settings that do the same make the same spec.
 
-    K exceeds B for a moment while B is moved down; then all are kept, as `settle_keep` decides.
+    K exceeds B for a moment while B is moved down; then all are kept, until `settle` decides.
     """
-    chosen = dict(zip(CONTROLS, values, strict=True))
+    chosen = dict(zip(CONTROLS, values[: len(CONTROLS)], strict=True))
     names = chosen["fade_projections"]
     if not names:
         raise UserError("choose at least one matrix that fade works on: gate, up or down.")
@@ -63,14 +65,23 @@ def settled(spec: ConversionSpec) -> ConversionSpec:
     return read_spec(list(values.values()))
 
 
+def read_asked(loaded: LoadedModel, values: Sequence[Any]) -> Conversion:
+    """The spec of the controls, with the calibration text if it needs one. Values out of range
+    count as the nearest in it, as `settle` shows them."""
+    used, _ = in_range(loaded, dict(zip(CONTROLS, values, strict=False)))
+    spec = read_spec(list(used.values()))
+    spec.check_fits(loaded.d_ff)
+    return loaded.asked(spec, values[len(CONTROLS)])
+
+
 def parted(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The values of the controls that make the spec, and those after them."""
-    return values[: len(CONTROLS)], values[len(CONTROLS) :]
+    """The values of the controls that make the conversion, and those after them."""
+    return values[:SETTINGS], values[SETTINGS:]
 
 
 def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
-    """What the controls show of a spec, in the order of CONTROLS, and B again, for `settle_keep`
-    to compare with."""
+    """What the controls show of a spec, in the order of CONTROLS, and the share of the branches
+    that K stands for (see `settle`)."""
     exponent = DEFAULT_EXPONENT if spec.fade_exponent is None else spec.fade_exponent
     shown = {name: getattr(spec, name) for name in CONTROLS} | {
         "branches": gr.update(value=spec.branches, maximum=most_branches(loaded)),
@@ -78,12 +89,89 @@ def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
         "fade_exponent": exponent,
         "fade_projections": list(spec.projections),
     }
-    return *shown.values(), spec.branches
+    return *shown.values(), str(Share(spec.branches, spec.kept, spec.branches))
 
 
-def settle_keep(branches: int, keep: int, branches_before: int) -> int:
-    """K after B moved: all branches stay all, and K never exceeds B."""
-    return branches if keep == branches_before else min(keep, branches)
+@dataclass(frozen=True)
+class Share:
+    """The share of the branches that K stands for, as it was chosen, and the B it was last shown
+    for. Without it K would drift while B is dragged: 8 of 16 would pass 8 of 17 and end below
+    16 of 32."""
+
+    kept: int
+    of: int
+    branches: int
+
+    @classmethod
+    def read(cls, text: str) -> Share:
+        try:
+            share = cls(*map(int, text.split()))
+            if 1 <= share.kept <= share.of and share.branches >= 1:
+                return share
+        except (ValueError, TypeError, AttributeError):
+            pass
+        return cls(1, 1, 0)
+
+    def __str__(self) -> str:
+        return f"{self.kept} {self.of} {self.branches}"
+
+    @property
+    def shown(self) -> int:
+        """K for the B it was last shown for."""
+        return self.at(self.branches)
+
+    def at(self, branches: int) -> int:
+        """K for this B: at least one branch."""
+        return max(1, min(branches, int(branches * self.kept / self.of + 0.5)))
+
+
+def settle(
+    loaded: LoadedModel, values: Sequence[Any], share: str
+) -> tuple[list[Any], tuple[Any, ...], list[str]]:
+    """The values of the controls as they are used; what to show instead of what was sent (B, fade,
+    K and share); and sentences on what was out of range.
+
+    After B moved K stays the same share of it. Whatever is used is shown.
+    """
+    sent, before = dict(zip(CONTROLS, values, strict=False)), Share.read(share)
+    used, said = in_range(loaded, sent)
+    branches = used["branches"]
+    moved = branches != before.branches
+    if sent["keep"] == before.shown:
+        after = replace(before, branches=branches)
+        said.pop("keep", None)  # it only was on its way as B moved
+    else:
+        after = Share(used["keep"], branches, branches)
+    used["keep"] = after.shown
+    shown = (
+        gr.skip() if branches == sent["branches"] else branches,
+        gr.update(
+            interactive=sent["fade_unit"] in UNITS,
+            **({} if used["fade"] == sent["fade"] else {"value": used["fade"]}),
+        ),
+        # K is left alone where it may stay: the visitor may have moved it further meanwhile
+        gr.update(value=after.shown, maximum=max(2, branches))
+        if moved or after.shown != sent["keep"]
+        else gr.skip(),
+        gr.skip() if str(after) == share else str(after),
+    )
+    return [*used.values(), *values[len(CONTROLS) :]], shown, list(said.values())
+
+
+def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """B, fade and K as they are used of what was sent, and a sentence on each that was not taken
+    as it came."""
+    most, used, said = most_branches(loaded), dict(sent), {}
+    used["branches"] = max(1, min(most, floor(sent["branches"] + 0.5)))
+    used["fade"] = max(0.0, min(MAX_FADE, sent["fade"]))
+    used["keep"] = max(1, min(used["branches"], floor(sent["keep"] + 0.5)))
+    if used["branches"] != sent["branches"]:
+        said["branches"] = f"B is a whole number from 1 to {most}: {used['branches']} is used."
+    if used["fade"] != sent["fade"]:
+        said["fade"] = f"Fade goes from 0 to {MAX_FADE:g}: {used['fade']:g} is used."
+    if used["keep"] != sent["keep"]:
+        said["keep"] = f"K is a whole number from 1 to B: {used['keep']} is used."
+    return used, said
 
 
 def most_branches(loaded: LoadedModel) -> int:

@@ -1,7 +1,8 @@
-"""Sliders whose ends follow another control.
+"""Sliders whose value is checked by the handlers and not by Gradio.
 
-When the ends move, a value from before may be on its way from the visitor's page; plain sliders
-answer it with an error. Gradio writes a `.pyi` file beside the source of every component class.
+The ends of B, K and layer follow other controls, and a value from before may be on its way from
+the visitor's page; plain sliders answer it with an error. Gradio writes a `.pyi` file beside the
+source of every component class.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from math import isfinite
 import gradio as gr
 
 
-class LimitedSlider(gr.Slider):
-    """Takes a value beyond its ends as the end."""
+class OpenSlider(gr.Slider):
+    """Gives the handler whatever finite number the page shows: it says what is used instead, and
+    the page then shows that (`settings.settle`)."""
 
     is_template = True  # in the browser it is a plain slider
 
     def preprocess(self, payload: float) -> float:
-        payload = _number(payload, self.label)
-        return super().preprocess(min(max(payload, self.minimum), self.maximum))
+        return _number(payload, self.label)
 
 
-class KeepSlider(gr.Slider):
-    """K as the visitor's page has it, even where B has become smaller meanwhile: only so can a
-    handler tell by B before and after whether all branches were meant (`settle_keep`)."""
+class LimitedSlider(gr.Slider):
+    """Takes a value beyond its ends as the end: for what is only looked at, such as a layer."""
 
     is_template = True
 
-    def preprocess(self, payload: float) -> int:
-        return int(_number(payload, self.label))
+    def preprocess(self, payload: float) -> float:
+        payload = _number(payload, self.label)
+        return super().preprocess(min(max(payload, self.minimum), self.maximum))
 
 
 def _number(payload: object, label: str | None) -> float:

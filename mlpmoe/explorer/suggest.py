@@ -30,15 +30,16 @@ from ..measure.search import (
 )
 from ..measure.sweep import Run
 from ..measure.words import in_words
+from ..models import default_calibration, default_text, named_calibration
 from .background import in_thread
 from .front_plot import front_plot
 from .links import Link
-from .loaded import Calibrated, Evaluation, LoadedModel, calibration_stories
+from .loaded import Calibrated, LoadedModel
 from .records import Record, measured_record, write_records
 from .suggest_panel import EMPTY
+from .texts import text_name
 from .workbench import Workbench
 
-TEXT = "stories"  # that the finds are measured on
 MAX_SECONDS = 300
 
 
@@ -107,7 +108,9 @@ class SuggestHandlers:
             what = f"measuring find {number} of {len(specs)}"
             for message in _measure(loaded, spec):
                 yield _status(f"{what}: {message}"), gr.skip(), *unchanged
-            record = measured_record(loaded, loaded.asked(spec), TEXT, "suggest")
+            record = measured_record(
+                loaded, loaded.asked(spec), default_text(loaded.key), "suggest"
+            )
             found.measured.append(record.run)
             found.records.append(record)
             if session in self._stopping:
@@ -130,7 +133,7 @@ class SuggestHandlers:
         self, loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float
     ) -> Iterator[str]:
         """Fill `found.tried`, yielding what is being done; closing the iterator stops."""
-        text = calibration_stories()
+        text = named_calibration(default_calibration(loaded.key))
         scoring = scoring_text(loaded.tokenizer, text)
 
         def work(report: Any) -> None:
@@ -178,7 +181,7 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
             "budget.</p>"
         )
     words = in_words(chosen.spec)
-    tokens = scored_tokens(loaded.windows(TEXT))
+    tokens = scored_tokens(loaded.windows(default_text(loaded.key)))
     text = (
         f"<p><strong>{escape(words[:1].upper() + words[1:])}.</strong> Perplexity "
         f"{change(chosen.ratio, chosen.stderr)}, non-zero MLP parameters "
@@ -195,7 +198,7 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
         )
     return (
         f'{text}<p class="note">{len(found.tried)} recipes tried, {len(found.measured)} measured '
-        f"on {tokens:,} tokens of the evaluation stories.</p>"
+        f"on {tokens:,} tokens of the {text_name(default_text(loaded.key))}.</p>"
     )
 
 
@@ -207,9 +210,8 @@ def _measure(loaded: LoadedModel, spec: ConversionSpec) -> Iterator[str]:
     asked = loaded.asked(spec)
     if isinstance(asked, Calibrated):
         yield from loaded.convert(asked)
-    for step in loaded.evaluate(asked, TEXT):
-        if not isinstance(step, Evaluation):
-            yield f"perplexity, {step.done / step.total:.0%}"
+    for step in loaded.evaluate(asked, default_text(loaded.key)):
+        yield f"perplexity, {step.dense.tokens / step.total:.0%}"
 
 
 def _table(loaded: LoadedModel, found: _Found) -> tuple[list[list[str]], list[str]]:
@@ -223,7 +225,7 @@ def _table(loaded: LoadedModel, found: _Found) -> tuple[list[list[str]], list[st
 
 
 def _query(loaded: LoadedModel, run: Run) -> str:
-    return Link(loaded.key, run.spec, TEXT).to_query()
+    return Link(loaded.key, run.spec).to_query()
 
 
 def _row(run: Run, unbeaten: bool, chosen: bool) -> Sequence[str]:

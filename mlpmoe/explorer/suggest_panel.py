@@ -66,7 +66,7 @@ def suggest_panel() -> SuggestPanel:
             )  # fmt: skip
             calibrated = gr.Checkbox(
                 True, label="May look at a calibration text", elem_id="budget-calibrated",
-                info="other stories of ours; without, recipes see nothing but the weights",
+                info="a text of ours; without, recipes see nothing but the weights",
             )  # fmt: skip
             seconds = LimitedSlider(
                 10, 300, 20, step=10, precision=0, label="Seconds to search", elem_id="seconds",
@@ -81,7 +81,7 @@ def suggest_panel() -> SuggestPanel:
             plot = gr.Plot(front_plot([], [], Budget(share=0.7)), show_label=False, elem_id="front")
     table = gr.Dataframe(
         headers=COLUMNS, value=[], interactive=False, wrap=True, elem_id="front-table",
-        label="Measured on the evaluation stories; non-zero and compute of the MLPs",
+        label="Measured on our evaluation text; non-zero and compute of the MLPs",
         column_widths=["23%", "15%", "15%", "47%"], max_height=420,
     )  # fmt: skip
     specs = gr.State([])

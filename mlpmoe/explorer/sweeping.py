@@ -18,7 +18,7 @@ from ..measure.encoding import scored_tokens
 from ..measure.grid import grid, read_values
 from ..measure.pace import about
 from .events import sentence
-from .loaded import Calibrated, Evaluation, LoadedModel
+from .loaded import Calibrated, LoadedModel
 from .records import Record, measured_record, read_records, write_records
 from .settings import check_shown, settled
 from .sweep_panel import FIELDS
@@ -109,8 +109,7 @@ class SweepHandlers:
                 for message in loaded.convert(asked):
                     yield f"{where}: {message} …", False
             for step in loaded.evaluate(asked, text):
-                if not isinstance(step, Evaluation):
-                    yield f"{where}: perplexity, {step.done / step.total:.0%}", False
+                yield f"{where}: perplexity, {step.dense.tokens / step.total:.0%}", False
             records.append(measured_record(loaded, asked, text, "sweep"))
             yield where, True
 

@@ -6,11 +6,18 @@ from collections import OrderedDict
 from threading import Lock
 
 from ..core.errors import UserError
-from ..models.texts import TEXTS, check_own_text, named_text, text_digest
+from ..models.texts import (
+    CALIBRATIONS,
+    TEXTS,
+    check_own_text,
+    named_calibration,
+    named_text,
+    text_digest,
+)
 
 OWN_PREFIX = "own-"  # then the digest, so that a key always means the same text
 MOST_OWN = 32  # texts of visitors held in memory; the one used longest ago is forgotten
-SHIPPED = ("stories", "proxy")  # need neither a network nor time
+SHIPPED = ("stories", "prose", "proxy")  # need neither a network nor time
 
 
 class Texts:
@@ -42,6 +49,15 @@ class Texts:
             )
         raise UserError(f"no text is called {key!r:.60}; allowed: {', '.join(TEXTS)}.")
 
+    def check_calibration(self, key: str) -> None:
+        """The same for a calibration text."""
+        if not isinstance(key, str) or key not in CALIBRATIONS:
+            if isinstance(key, str) and key.startswith(OWN_PREFIX):
+                return self.check(key)
+            raise UserError(
+                f"no calibration text is called {key!r:.60}; allowed: {', '.join(CALIBRATIONS)}."
+            )
+
     def read(self, key: str) -> str:
         """The whole text; from a public dataset, if need be over the network."""
         self.check(key)
@@ -50,6 +66,12 @@ class Texts:
                 self._own.move_to_end(key)
                 return self._own[key]
         return named_text(key)
+
+    def read_calibration(self, key: str) -> str:
+        """The whole text that methods may look at: one of CALIBRATIONS, or a visitor's."""
+        if isinstance(key, str) and key.startswith(OWN_PREFIX):
+            return self.read(key)
+        return named_calibration(key)
 
 
 def text_name(key: str) -> str:
@@ -62,6 +84,14 @@ def text_name(key: str) -> str:
 def text_choices(key: str | None = None) -> list[tuple[str, str]]:
     """Labels and keys for the list of texts, with a visitor's own one, if `key` is one."""
     choices = [(_capital(entry.label), name) for name, entry in TEXTS.items()]
+    if key and key.startswith(OWN_PREFIX):
+        choices.append((_capital(text_name(key)), key))
+    return choices
+
+
+def calibration_choices(key: str | None = None) -> list[tuple[str, str]]:
+    """The same for the list of calibration texts."""
+    choices = [(_capital(entry.label), name) for name, entry in CALIBRATIONS.items()]
     if key and key.startswith(OWN_PREFIX):
         choices.append((_capital(text_name(key)), key))
     return choices

@@ -16,7 +16,7 @@ from ..measure.drift import drift
 from ..measure.notation import number
 from ..measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
 from .loaded import Calibrated, Conversion, LoadedModel
-from .settings import parted, read_spec
+from .settings import parted, read_asked
 from .style import DAMAGE
 from .token_plots import correlations_plot, drift_plot, norms_plot
 from .tokens_panel import EMPTY
@@ -45,7 +45,7 @@ class TokenHandlers:
             return (gr.skip(),) * NOT_OPEN
         settings, (text, layer) = parted(values)
         loaded = self.workbench.loaded(model)
-        asked = loaded.asked(read_spec(settings))
+        asked = read_asked(loaded, settings)
         measured = loaded.known_evaluation(asked, text)
         if measured is None or not loaded.is_converted(asked):
             return EMPTY, "", *(gr.skip(),) * (NOT_OPEN - 2)
@@ -65,7 +65,7 @@ class TokenHandlers:
         """Figures, norms and correlations of the branches of one layer."""
         settings, (text, layer) = parted(values)
         loaded = self.workbench.loaded(model)
-        asked = loaded.asked(read_spec(settings))
+        asked = read_asked(loaded, settings)
         if tab != TAB or not loaded.has_text(text) or not loaded.is_converted(asked):
             return (gr.skip(),) * 3
         return _branches(loaded, asked, loaded.text(text).documents[0][:DRIFT_TOKENS], layer)

@@ -30,7 +30,7 @@ class TokensPanel:
     correlations: gr.Plot
 
 
-def tokens_panel(layers: int) -> TokensPanel:
+def tokens_panel() -> TokensPanel:
     gr.Markdown(
         "#### Where the text breaks\n"
         "The darker a token, the more surprised the converted model is by it than the dense one. "
@@ -49,9 +49,7 @@ def tokens_panel(layers: int) -> TokensPanel:
         "#### What √(B/K) assumes, branch by branch\n"
         "The factor is right if the outputs of the branches are uncorrelated and zero on average."
     )
-    layer = LimitedSlider(
-        0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="tokens-layer"
-    )
+    layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="tokens-layer")
     branches = gr.HTML("", elem_id="branch-figures")
     with gr.Row():
         norms = gr.Plot(show_label=False, elem_id="branch-norms", min_width=320)

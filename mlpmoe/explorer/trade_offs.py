@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from html import escape
 from time import monotonic
 from typing import Any
@@ -13,18 +12,15 @@ import gradio as gr
 
 from ..core.errors import UserError
 from ..measure.generation import write_side_by_side
-from ..measure.sweep import Run
 from ..measure.tables import to_csv
-from ..models import assets_folder
-from ..models.catalogue import DEMO_KEY
 from .generations import UPDATES_PER_SECOND, WRITING_SECONDS, check_writing
-from .links import DEFAULT_TEXT
 from .loaded import Calibrated, Conversion, LoadedModel
 from .preview import histograms
 from .published import published
 from .records import Record, pinned, read_records
 from .run_words import model_name, short_recipe
 from .runs_table import comparison_table, runs_table
+from .shipped import shipped
 from .texts import text_name
 from .tradeoff_plot import AXES, tradeoff_plot
 from .workbench import Workbench
@@ -49,7 +45,7 @@ class TradeOffHandlers:
         shown: dict[str, Sequence[Record]] = {
             "runs": [record for record in here if record.source != "sweep"],
             "sweep": [record for record in here if record.source == "sweep"],
-            "shipped": shipped() if (model, text) == (DEMO_KEY, DEFAULT_TEXT) else [],
+            "shipped": shipped(model),
         }
         shown = {layer: some for layer, some in shown.items() if layer in layers}
         elsewhere = published() if "published" in layers else ()
@@ -175,20 +171,6 @@ def flat(record: Record) -> dict[str, Any]:
         "measured": record.when,
         "link": f"?{record.query}",
     }
-
-
-@lru_cache(maxsize=1)
-def shipped() -> tuple[Record, ...]:
-    """The comparison on the demo model that comes with the project (assets/sweeps)."""
-    lines = (assets_folder() / "sweeps" / "demo.jsonl").read_text(encoding="utf-8").splitlines()
-    return tuple(_shipped(json.loads(line)) for line in lines)
-
-
-def _shipped(entry: dict[str, Any]) -> Record:
-    run = Run.from_dict({name: entry[name] for name in Run.__dataclass_fields__})
-    return Record(
-        DEMO_KEY, DEFAULT_TEXT, entry["tokens"], run.perplexity / run.ratio, run, "", None
-    )
 
 
 def _status(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from ..core.spec import PROJECTIONS
 from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
 from .generations_panel import EXAMPLES, MAX_PROMPT
 from .runs_table import EMPTY, NOTHING_PINNED
@@ -71,7 +72,7 @@ def run_fields() -> RunFields:
     return RunFields(*(gr.Textbox("", visible="hidden", elem_id=name) for name in names))
 
 
-def trade_offs_panel(layers: int, projections: list[str]) -> TradeOffsPanel:
+def trade_offs_panel() -> TradeOffsPanel:
     gr.Markdown(
         "#### What it costs against what it saves\n"
         "All runs of this model on the chosen text. The line joins those that no other beats in "
@@ -113,10 +114,13 @@ def trade_offs_panel(layers: int, projections: list[str]) -> TradeOffsPanel:
         )  # fmt: skip
         with gr.Row():
             layer = LimitedSlider(
-                0, layers - 1, 0, step=1, precision=0, label="Layer", elem_id="compare-layer"
+                0, 1, 0, step=1, precision=0, label="Layer", elem_id="compare-layer"
             )
             projection = gr.Radio(
-                projections, value=projections[0], label="Projection", elem_id="compare-projection"
+                list(PROJECTIONS),
+                value="gate",
+                label="Projection",
+                elem_id="compare-projection",
             )
         with gr.Row():
             compare = gr.Button(

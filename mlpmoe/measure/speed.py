@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
@@ -12,22 +12,32 @@ from transformers import PreTrainedModel
 
 from .decoding import read_on
 
+ROUNDS = 7
+LEAST_ROUNDS = 3  # before a ratio and its quartiles say anything
+
 
 def time_in_turn(actions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each action in each round, (actions, rounds).
+    """Seconds of each action in each round, (actions, rounds), as `rounds_in_turn` takes them."""
+    return [list(times) for times in zip(*rounds_in_turn(actions, rounds), strict=True)]
+
+
+def rounds_in_turn(
+    actions: Sequence[Callable[[], object]], rounds: int
+) -> Iterator[tuple[float, ...]]:
+    """Seconds of each action, round by round.
 
     Actions take turns and every second round runs backwards, so a drift of the machine's speed
     hits all alike. One round beforehand warms up and is not counted.
     """
-    seconds: list[list[float]] = [[] for _ in actions]
     for round_ in range(-1, rounds):
+        seconds = [0.0] * len(actions)
         order = range(len(actions))
         for index in order if round_ % 2 == 0 else reversed(order):
             start = perf_counter()
             actions[index]()
-            if round_ >= 0:
-                seconds[index].append(perf_counter() - start)
-    return seconds
+            seconds[index] = perf_counter() - start
+        if round_ >= 0:
+            yield tuple(seconds)
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,29 @@ class SpeedReport:
 
 
 def decode_speed(
-    dense: PreTrainedModel, converted: PreTrainedModel, tokens: int = 16, rounds: int = 7
+    dense: PreTrainedModel, converted: PreTrainedModel, tokens: int = 16, rounds: int = ROUNDS
 ) -> SpeedReport:
     """Measure how fast the two models write, `tokens` tokens in each of `rounds` rounds."""
+    *_, report = decode_rounds(dense, converted, tokens, rounds)
+    return report
+
+
+def decode_rounds(
+    dense: PreTrainedModel, converted: PreTrainedModel, tokens: int = 16, rounds: int = ROUNDS
+) -> Iterator[SpeedReport | None]:
+    """`decode_speed` round by round: what is known after each, None before LEAST_ROUNDS. Whoever
+    takes the rounds may do something else between them."""
     actions = [lambda: decode(dense, tokens), lambda: decode(converted, tokens)]
-    dense_seconds, converted_seconds = time_in_turn(actions, rounds)
-    speedup = ratio(dense_seconds, converted_seconds)
-    base = tokens / median(dense_seconds)
-    return SpeedReport(base, base * speedup.median, speedup)
+    seconds: list[list[float]] = [[], []]
+    for spent in rounds_in_turn(actions, rounds):
+        for times, new in zip(seconds, spent, strict=True):
+            times.append(new)
+        if len(seconds[0]) < LEAST_ROUNDS:
+            yield None
+            continue
+        speedup = ratio(*seconds)
+        base = tokens / median(seconds[0])
+        yield SpeedReport(base, base * speedup.median, speedup)
 
 
 def _wait(model: PreTrainedModel) -> None:

@@ -1,6 +1,13 @@
 """Which models there are, whether one can be loaded here, and loading it. Imports core only."""
 
-from .catalogue import CATALOGUE, CatalogueEntry, assets_folder, find_entry, resolve
+from .catalogue import (
+    CATALOGUE,
+    CatalogueEntry,
+    assets_folder,
+    default_model,
+    find_entry,
+    resolve,
+)
 from .errors import ModelError, format_bytes, format_parameters
 from .hub import offline_models
 from .loading import load, load_checked
@@ -8,16 +15,21 @@ from .names import host_allows_any_model
 from .origin import Origin, origin_of
 from .preflight import MEMORY_FACTOR, Preflight, memory_needed, preflight
 from .texts import (
+    CALIBRATIONS,
     MAX_OWN_TEXT,
     TEXTS,
     TextEntry,
     check_own_text,
     decode_text,
+    default_calibration,
+    default_text,
+    named_calibration,
     named_text,
     text_digest,
 )
 
 __all__ = [
+    "CALIBRATIONS",
     "CATALOGUE",
     "MAX_OWN_TEXT",
     "MEMORY_FACTOR",
@@ -30,6 +42,9 @@ __all__ = [
     "assets_folder",
     "check_own_text",
     "decode_text",
+    "default_calibration",
+    "default_model",
+    "default_text",
     "find_entry",
     "format_bytes",
     "format_parameters",
@@ -37,6 +52,7 @@ __all__ = [
     "load",
     "load_checked",
     "memory_needed",
+    "named_calibration",
     "named_text",
     "offline_models",
     "origin_of",

@@ -89,3 +89,8 @@ def resolve(name: str) -> str | Path:
     """The source of a catalogue entry named by key, label or hub id; any other name as it is."""
     entry = find_entry(name)
     return entry.source if entry else name
+
+
+def default_model() -> tuple[str, str]:
+    """Stands in until the packaged model is here."""
+    return DEMO_KEY, ""

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from mlpmoe.core.calibration import DOCUMENT_SEPARATOR
 from mlpmoe.core.errors import UserError
 
-from .catalogue import assets_folder
+from .catalogue import DEMO_KEY, assets_folder, find_entry
 from .errors import ModelError, shorten
 
 MAX_OWN_TEXT = 1_000_000  # characters
@@ -73,6 +73,11 @@ TEXTS = {
     "stories": TextEntry(
         "evaluation stories", "19 stories written for this project", _shipped("evaluation.txt")
     ),
+    "prose": TextEntry(
+        "evaluation prose",
+        "18 encyclopedia articles written for this project",
+        _shipped("prose-evaluation.txt"),
+    ),
     "proxy": TextEntry(
         "proxy mixture (health check)",
         "a short artificial text as in the MLPMoE paper: shows whether a model broke",
@@ -97,6 +102,40 @@ TEXTS = {
 }
 
 
+CALIBRATIONS = {  # what methods may look at; never what is measured on
+    "stories": TextEntry(
+        "calibration stories", "stories written for this project", _shipped("calibration.txt")
+    ),
+    "prose": TextEntry(
+        "calibration prose",
+        "72 encyclopedia articles written for this project",
+        _shipped("prose-calibration.txt"),
+    ),
+}
+
+
+def default_text(model: str) -> str:
+    """The key of the text that a model is measured on unless another is chosen: stories for the
+    demo model, which knows nothing else, prose for all others."""
+    entry = find_entry(model)
+    return "stories" if entry is not None and entry.key == DEMO_KEY else "prose"
+
+
+def default_calibration(model: str) -> str:
+    """The key of the text that methods look at unless another is chosen: of the same kind as
+    `default_text`."""
+    return default_text(model)
+
+
+def named_calibration(name: str) -> str:
+    """The whole calibration text of that name, a key of CALIBRATIONS; UserError for others."""
+    if not isinstance(name, str) or name not in CALIBRATIONS:
+        raise UserError(
+            f"no calibration text is called {name!r:.60}; allowed: {', '.join(CALIBRATIONS)}."
+        )
+    return CALIBRATIONS[name].read()
+
+
 def named_text(name: str) -> str:
     """The whole text of that name: a key of TEXTS, or "calibration", our calibration stories.
 
@@ -104,7 +143,7 @@ def named_text(name: str) -> str:
     package datasets and, once, a network.
     """
     if name == "calibration":
-        return _shipped("calibration.txt")()
+        return named_calibration("stories")
     if not isinstance(name, str) or name not in TEXTS:
         raise UserError(
             f"no text is called {name!r:.60}; allowed: {', '.join(TEXTS)}, calibration."

@@ -1,0 +1,114 @@
+"""Perplexity as a stream: a first estimate at once, which sharpens window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import floor, log10
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .encoding import EncodedText, Window, scored_tokens, windows
+from .perplexity import Perplexity, PerplexityChange, compare, summarise
+
+# The first look: short pieces of a few documents. A model that sees fewer tokens is worse, and a
+# conversion hurts it by another factor, so its losses are never pooled with those of windows.
+LOOK_PIECES = 3
+LOOK_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of a conversion on a text, against the dense model on the same tokens."""
+
+    dense: Perplexity
+    converted: Perplexity
+    change: PerplexityChange
+    total: int  # tokens that the whole text scores
+    look: bool = False  # from pieces of at most LOOK_TOKENS tokens, not from windows
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole text was measured."""
+        return not self.look and self.dense.tokens == self.total
+
+    @property
+    def settled(self) -> bool:
+        """Whether the error is below what is shown: 0.1 % up to a doubling, then the third
+        digit."""
+        if self.look:
+            return False
+        ratio = self.change.ratio
+        step = 1e-3 if ratio < 2 else 10 ** (floor(log10(min(ratio, 1e9))) - 2)
+        return self.complete or self.change.stderr < step / 2
+
+
+@dataclass
+class Losses:
+    """The losses of one model on one text, as far as they are known: (scored tokens,) float32
+    each, by the number of the window; and those of the first look."""
+
+    look: dict[int, Tensor] = field(default_factory=dict)
+    windows: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Plan:
+    """In which order a text is measured, so that any part of it stands for the whole."""
+
+    def __init__(self, model: PreTrainedModel, text: EncodedText) -> None:
+        self.text = text
+        self.windows = windows(model, text)
+        self.order = spread(len(self.windows))
+        self.tokens = scored_tokens(self.windows)
+        self.look: list[Window] = []
+        longest = max(len(part.ids) for part in self.windows)
+        if longest > LOOK_TOKENS and self.tokens > 2 * LOOK_PIECES * LOOK_TOKENS:
+            chosen = spread(len(text.documents))[:LOOK_PIECES]
+            self.look = windows(model, text.beginnings(sorted(chosen), LOOK_TOKENS))
+
+    def evaluation(self, dense: Losses, converted: Losses) -> Evaluation | None:
+        """What both models' losses come to where both are known; None without any."""
+        common = sorted(dense.windows.keys() & converted.windows.keys())
+        if common:
+            parts = [self.windows[n] for n in common]
+            found = [torch.cat([some.windows[n] for n in common]) for some in (dense, converted)]
+        elif self.look and len(dense.look) == len(converted.look) == len(self.look):
+            parts = self.look
+            found = [torch.cat([x.look[n] for n in range(len(parts))]) for x in (dense, converted)]
+        else:
+            return None
+        before, after = (summarise(losses, parts) for losses in found)
+        return Evaluation(before, after, compare(before, after), self.tokens, look=not common)
+
+
+Score = Callable[[Window], Tensor]  # losses of the scored tokens of a window
+
+
+def sharpen(
+    plan: Plan, dense: Losses, converted: Losses, score_dense: Score, score_converted: Score
+) -> Iterator[Evaluation]:
+    """Score the windows of the plan with both models in turn, what is not known yet, and yield
+    what it comes to after each; the last is complete. Fills in the losses as it goes."""
+    sides = ((dense, score_dense), (converted, score_converted))
+    if plan.evaluation(dense, converted) is None and plan.look:
+        for losses, score in sides:
+            for number, part in enumerate(plan.look):
+                if number not in losses.look:
+                    losses.look[number] = score(part)
+        yield plan.evaluation(dense, converted)
+    for number in plan.order:
+        missing = [side for side in sides if number not in side[0].windows]
+        for losses, score in missing:
+            losses.windows[number] = score(plan.windows[number])
+        if missing or number == plan.order[-1]:
+            yield plan.evaluation(dense, converted)
+
+
+def spread(count: int) -> list[int]:
+    """The numbers below `count` in an order of which every beginning is spread evenly: those of
+    the bit-reversal sequence (van der Corput)."""
+    bits = max(1, (count - 1).bit_length())
+    turned = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [number for number in turned if number < count]
