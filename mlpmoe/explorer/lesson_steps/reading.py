@@ -12,6 +12,7 @@ from ...core.calibration import Calibration
 from ...core.conversion import convert_mlp, observe
 from ...core.mlps import MLPWeights
 from ...core.spec import ConversionSpec
+from ...models import default_text
 from ..loaded import LoadedModel
 
 TOKENS = 64  # of the evaluation text, the beginning of the text included
@@ -49,7 +50,7 @@ class Reading:
 
 def read_layers(loaded: LoadedModel) -> list[Reading]:
     """All MLPs of a model with their input, from one pass over TOKENS tokens."""
-    ids = loaded.text("stories").documents[0][:TOKENS]
+    ids = loaded.text(default_text(loaded.key)).documents[0][:TOKENS]
     special = torch.tensor(sorted(loaded.tokenizer.all_special_ids), dtype=ids.dtype)
     is_text = ~torch.isin(ids, special)
     words = tuple(_word(loaded, token) for token in ids[is_text].tolist())
