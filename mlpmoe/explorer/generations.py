@@ -13,14 +13,16 @@ import gradio as gr
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..measure.generation import Writing, parted_at, write_side_by_side
+from ..models.catalogue import DEMO_KEY
 from .cards import describe
-from .generations_panel import MAX_NEW_TOKENS, MAX_PROMPT
+from .generations_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, QUESTIONS, STORIES
 from .loaded import Calibrated, LoadedModel, spec_of
 from .settings import parted, read_asked
 from .workbench import Workbench
 
 WRITING_SECONDS = 120.0  # after that, writing stops
 UPDATES_PER_SECOND = 20  # of streamed text
+TEMPERATURE = 0.6  # for stories, which repeat themselves at 0
 
 
 class GenerationHandlers:
@@ -28,6 +30,19 @@ class GenerationHandlers:
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
+
+    def another_model(self, model: str, prompt: str) -> tuple:
+        """Prompt and examples of the model's kind, and how it is best tried; empty panes. A prompt
+        of the visitor's own stays."""
+        loaded = self.workbench.loaded(model)
+        prompts = prompts_for(loaded)
+        ours = not prompt.strip() or prompt in (*STORIES, *QUESTIONS, *BEGINNINGS)
+        return (
+            prompts[0] if ours else gr.skip(),
+            gr.update(samples=[[example] for example in prompts]),
+            TEMPERATURE if prompts is STORIES else 0,
+            *[""] * 3,
+        )
 
     def write(self, model: str, *values: Any) -> Iterator[tuple[str, str, str]]:
         """Dense text, converted text, report."""
@@ -52,6 +67,13 @@ class GenerationHandlers:
                 gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
                 break
         yield *_texts(writings), writing_report(loaded, spec, writings)
+
+
+def prompts_for(loaded: LoadedModel) -> tuple[str, ...]:
+    """What the model can go on from."""
+    if loaded.key == DEMO_KEY:
+        return STORIES
+    return QUESTIONS if loaded.tokenizer.chat_template else BEGINNINGS
 
 
 def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:

@@ -15,16 +15,28 @@ if TYPE_CHECKING:
 
 MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
-EXAMPLES = (
+# What a model can go on from: one that tells stories, one that answers, one that completes.
+STORIES = (
     "Once upon a time, there was a little fox who could not sleep.",
     "Tom and his sister found a red box under the bed.",
     "One day, a small boat wanted to see the big sea.",
+)
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue? Answer in one sentence.",
+    "Name three animals that live in the sea.",
+)
+BEGINNINGS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "In the middle of the nineteenth century, the railway",
 )
 
 
 @dataclass(frozen=True)
 class GenerationsPanel:
     prompt: gr.Textbox
+    examples: gr.Dataset
     tokens: gr.Slider
     temperature: gr.Slider
     write: gr.Button
@@ -36,7 +48,7 @@ class GenerationsPanel:
 
 def generations_panel() -> GenerationsPanel:
     prompt = gr.Textbox(
-        EXAMPLES[0],
+        STORIES[0],
         label="Prompt",
         info="both models go on from here, one token each in turn",
         lines=2,
@@ -44,10 +56,10 @@ def generations_panel() -> GenerationsPanel:
         max_length=MAX_PROMPT,
         elem_id="prompt",
     )
-    gr.Examples(
-        [[example] for example in EXAMPLES], prompt, label="Examples", elem_id="examples",
+    examples = gr.Examples(
+        [[example] for example in STORIES], prompt, label="Examples", elem_id="examples",
         api_visibility="private",
-    )  # fmt: skip
+    ).dataset  # fmt: skip
     with gr.Row():
         tokens = LimitedSlider(
             16, MAX_NEW_TOKENS, 128, step=16, precision=0, label="Tokens to write",
@@ -77,10 +89,20 @@ def generations_panel() -> GenerationsPanel:
             for label in ("Dense", "Converted")
         ]
     report = gr.HTML("", elem_id="writing-report")
-    return GenerationsPanel(prompt, tokens, temperature, write, stop, *panes, report)
+    return GenerationsPanel(prompt, examples, tokens, temperature, write, stop, *panes, report)
 
 
-def wire_generations(handlers: GenerationHandlers, panel: GenerationsPanel, spec: list) -> None:
+def wire_generations(
+    handlers: GenerationHandlers, panel: GenerationsPanel, model: gr.State, spec: list
+) -> None:
+    model.change(
+        readable(handlers.another_model), [model, panel.prompt],
+        [
+            panel.prompt, panel.examples, panel.temperature, panel.dense, panel.converted,
+            panel.report,
+        ],
+        **QUIET,
+    )  # fmt: skip
     writing = gr.on(
         [panel.write.click, panel.prompt.submit],
         readable(handlers.write),

@@ -161,7 +161,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         changed = _wire_preview(handlers, state, convert, cards, branches, spec)
         shown = [*_shown(cards, branches), fields.measured]
         _wire_measurement(handlers, convert, branches, spec, shown, changed)
-        wire_generations(GenerationHandlers(workbench), generations, spec)
+        wire_generations(GenerationHandlers(workbench), generations, model, spec)
         wire_experts(ExpertHandlers(workbench), model, experts, opened["experts"], fields.measured)
         wire_suggest(
             SuggestHandlers(workbench), model, suggestions, opened["suggest"], state.taken,

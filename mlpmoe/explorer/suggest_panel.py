@@ -50,8 +50,8 @@ class SuggestPanel:
 def suggest_panel() -> SuggestPanel:
     gr.Markdown(
         "#### The best recipe for a budget\n"
-        "The published recipe is one point; others cost less for the same. The search goes by some "
-        "stories, then measures its best finds on the evaluation stories, beside the best "
+        "The published recipe is one point; others cost less for the same. The search goes by a "
+        "calibration text, then measures its best finds on our evaluation text, beside the best "
         "presets. **Click a point or a row to take its settings.**"
     )
     with gr.Row():

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ..core.spec import PROJECTIONS
 from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
-from .generations_panel import EXAMPLES, MAX_PROMPT
+from .generations_panel import MAX_PROMPT, STORIES
 from .runs_table import EMPTY, NOTHING_PINNED
 from .sliders import LimitedSlider
 from .sweep_panel import SweepPanel, sweep_panel
@@ -109,7 +109,7 @@ def trade_offs_panel() -> TradeOffsPanel:
     comparison = gr.HTML(NOTHING_PINNED, elem_id="comparison")
     with gr.Column(visible=False) as more:
         prompt = gr.Textbox(
-            EXAMPLES[0], label="Prompt", lines=2, max_lines=4, max_length=MAX_PROMPT,
+            STORIES[0], label="Prompt", lines=2, max_lines=4, max_length=MAX_PROMPT,
             elem_id="compare-prompt",
         )  # fmt: skip
         with gr.Row():

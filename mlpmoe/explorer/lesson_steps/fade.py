@@ -10,9 +10,10 @@ from torch import Tensor
 from ...core.branched import branch_sizes
 from ...core.fade import magnitude_threshold
 from ...core.schedule import branch_sparsities
+from ...core.spec import ConversionSpec
 from ...measure.notation import number
 from ..lesson_plots import fade_ridges
-from .reading import Reading
+from .reading import Reading, price
 from .step import BRANCHES, Question, Step, View
 
 BINS = 60
@@ -81,7 +82,7 @@ Fade sets the smallest weights of {matrices} to zero. Of B = {BRANCHES} branches
 the share s · i / B: branch 0 nothing, the last one most. The threshold Q is found in each branch \
 by itself: the size |w| below which that share of its weights lies. The zeros stay in the matrix \
 and are multiplied like any other number, so fade alone saves no time.
-"""
+""" + price(reading, ConversionSpec(branches=BRANCHES, fade=0.9), "s = 0.9")
 
 
 def view(reading: Reading, strength: float) -> View:

@@ -7,9 +7,10 @@ from math import sqrt
 
 from torch import Tensor
 
+from ...core.spec import ConversionSpec
 from ...measure.notation import number
 from ..lesson_plots import keep_curves
-from .reading import Reading
+from .reading import Reading, price
 from .step import BRANCHES, Question, Step, View
 
 HALF = BRANCHES // 2
@@ -56,7 +57,7 @@ is smaller than the whole. If branches were equally large, zero on average and u
 would have √(K/B) of the size, and α = √(B/K) would restore it. The upper curves compare that \
 with what was measured. But a factor cannot turn the output: the cosine says how far its \
 direction is right (1: the same).
-"""
+""" + price(reading, ConversionSpec(branches=BRANCHES, keep=12), "K = 12")
 
 
 def view(reading: Reading, keep: float) -> View:

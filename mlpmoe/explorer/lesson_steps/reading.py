@@ -12,8 +12,10 @@ from ...core.calibration import Calibration
 from ...core.conversion import convert_mlp, observe
 from ...core.mlps import MLPWeights
 from ...core.spec import ConversionSpec
+from ...measure.notation import change
 from ...models import default_text
 from ..loaded import LoadedModel
+from ..shipped import shipped
 
 TOKENS = 64  # of the evaluation text, the beginning of the text included
 
@@ -27,6 +29,7 @@ class Reading:
     weights: MLPWeights  # without the bias of down, which belongs to no branch
     x: Tensor  # (tokens, d_model)
     words: tuple[str, ...]  # one per token
+    model: str = ""  # key
 
     @property
     def dtype(self) -> str:
@@ -61,6 +64,7 @@ def read_layers(loaded: LoadedModel) -> list[Reading]:
             replace(seen.weights, down_bias=None, adds_residual=False),
             seen.x[0, is_text.to(seen.x.device)],
             words,
+            loaded.key,
         )
         for layer, seen in enumerate(observed.layers)
     ]
@@ -69,6 +73,18 @@ def read_layers(loaded: LoadedModel) -> list[Reading]:
 def _word(loaded: LoadedModel, token: int) -> str:
     text = loaded.tokenizer.decode([token])
     return text.replace("\n", "↵").strip() or "␣"
+
+
+def price(reading: Reading, spec: ConversionSpec, what: str) -> str:
+    """A sentence on what a conversion of the whole model costs, where that was measured and comes
+    with the project."""
+    for record in shipped(reading.model):
+        if record.run.spec == spec:
+            return (
+                f"\n\nIn the whole model, {what} costs: perplexity "
+                f"**{change(record.run.ratio, record.run.stderr)}**, on {record.tokens:,} tokens."
+            )
+    return ""
 
 
 def relative_error(given: Tensor, whole: Tensor) -> float:
