@@ -18,7 +18,7 @@ DEFAULT_WINDOW = 1024  # tokens; less if the model's context is shorter
 STREAM_WINDOW = 2048  # tokens, of most published figures on WikiText-2 and C4
 PROTOCOLS = ("documents", "stream")
 # The losses of neighbouring tokens are alike, so an error is taken over blocks of tokens: over
-# documents, or over parts of this many tokens of long ones.
+# documents, or over parts of this many tokens of long ones and of a stream.
 BLOCK = 1024
 LEAST_BLOCKS = 8  # shorter texts are cut into shorter blocks
 
@@ -194,6 +194,9 @@ def _blocks(text: EncodedText) -> list[Tensor]:
     """For each document the block of each token, numbered through the whole text."""
     tokens = sum(len(document) - 1 for document in text.documents)
     length = max(1, min(BLOCK, tokens // LEAST_BLOCKS))
+    if text.window:  # these windows follow each other in one text
+        places = torch.arange(sum(map(len, text.documents)))
+        return list((places // length).split(text.window))
     found, before = [], 0
     for document in text.documents:
         # the first token is context: a document of 1 + BLOCK tokens is one block
