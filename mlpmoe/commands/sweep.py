@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "text": f"{text.name} {text.digest}",
         "calibration": calibrated_on,
+        "protocol": text.protocol,
         "window": window,
         "stride": stride,
     }

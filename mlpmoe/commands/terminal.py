@@ -32,7 +32,12 @@ def perplexity_rows(
 
     yield ["perplexity", with_error(dense), with_error(converted), difference(changed)]
     bits = dense.bits_per_byte, converted.bits_per_byte
-    yield ["bits per byte", *(f"{value:.3f}" for value in bits), f"{bits[1] - bits[0]:+.3f}"]
+    more = bits[1] - bits[0]
+    yield [
+        "bits per byte",
+        *(f"{value:.3f}" if math.isfinite(value) else number(value) for value in bits),
+        f"{more:+.3f}" if math.isfinite(more) else number(more),
+    ]
 
 
 def parameter_rows(dense: ParameterReport, converted: ParameterReport) -> Iterator[list[str]]:

@@ -57,11 +57,16 @@ def evaluation_text(arguments: argparse.Namespace) -> EvaluationText:
     """The text of --text: one that has a name, or a file. A name wins: a file that is called like
     one is written with its folder, such as ./c4."""
     chosen = arguments.text or "stories"
-    if chosen in TEXTS:
-        entry = TEXTS[chosen]
+    entry = TEXTS.get(chosen)
+    protocol = arguments.protocol or (entry.protocol if entry else "documents")
+    if protocol == "stream" and arguments.stride not in (None, arguments.window):
+        raise UserError(
+            "a stream is cut into windows without overlap: leave out --stride, or choose "
+            "--protocol documents."
+        )
+    if entry:
         progress(f"reading {entry.label}")
         name, content = chosen, named_text(chosen)
-        protocol, most_windows = entry.protocol, entry.most_windows
     else:
         path = Path(chosen)
         if not path.exists() and path.name == chosen and not path.suffix:
@@ -69,15 +74,9 @@ def evaluation_text(arguments: argparse.Namespace) -> EvaluationText:
                 f"there is no file {chosen}, and no text of that name: {', '.join(TEXTS)}."
             )
         name, content = path.name, read_text(path)
-        protocol, most_windows = "documents", None
-    protocol = arguments.protocol or protocol
-    if protocol == "stream" and arguments.stride not in (None, arguments.window):
-        raise UserError(
-            "a stream is cut into windows without overlap: leave out --stride, or choose "
-            "--protocol documents."
-        )
     return EvaluationText(
-        name, content, arguments.window, arguments.stride, protocol, most_windows
+        name, content, arguments.window, arguments.stride, protocol,
+        entry.most_windows if entry else None,
     )  # fmt: skip
 
 

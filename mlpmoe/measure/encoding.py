@@ -46,11 +46,10 @@ class Window:
     document: int
     start: int  # position of the first token in the document
     size: int  # UTF-8 bytes of the scored tokens
-
-    @property
-    def end(self) -> int:
-        """The position in the document after the last token."""
-        return self.start + len(self.ids)
+    # number of the text it is a part of, and position in that: of its document, or of the stream
+    # that was cut into windows
+    text: int
+    place: int
 
     @property
     def scored(self) -> int:
@@ -163,7 +162,8 @@ def windows(
     for number, (document, sizes) in enumerate(zip(text.documents, text.sizes, strict=True)):
         for start, first, end in _spans(len(document), window, stride):
             size = int(sizes[start + first : end].sum())
-            found.append(Window(document[start:end], first, number, start, size))
+            at = (0, number * window) if text.window else (number, start)
+            found.append(Window(document[start:end], first, number, start, size, *at))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp, isfinite, log, sqrt
+from math import exp, inf, isfinite, isnan, log, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from .encoding import EncodedText, Window, encode_text, scored_tokens, windows
 from .head import token_losses
 
 # The losses of neighbouring tokens are alike, so an error is taken over blocks of tokens: over
-# documents, or over parts of this many tokens of long ones. On WikiText-2 the error of a ratio
-# over blocks of 1,023 tokens is 3.5 times that over single tokens, and 1.3 times that over 512.
+# documents, or over parts of this many tokens of long ones and of streams. On WikiText-2 the
+# error of a ratio over blocks of 1,023 tokens is 3.5 times that over single tokens, and 1.3 times
+# that over 512.
 BLOCK = 1024
 LEAST_BLOCKS = 8  # where there are fewer tokens, blocks are shorter
-LONGEST = 2**40  # tokens of a document: more than any has
+LONGEST = 2**40  # tokens of a text: more than any has
+FEW_FREEDOM = (inf, 12.706, 4.303, 3.182)  # half-widths for 0 to 3 degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PerplexityChange:
     """How much worse one model is than another on the same tokens, pairwise."""
 
     ratio: float  # perplexity of the other / perplexity of the dense model
-    stderr: float  # standard error of the ratio, from the differences block by block
+    stderr: float  # standard error of the ratio, from the differences block by block; nan for one
     measurable: bool  # the difference is outside its 95 % interval around 0
 
 
@@ -55,7 +57,7 @@ def summarise(losses: Tensor, parts: Sequence[Window]) -> Perplexity:
     """The perplexity that the token losses of these windows amount to, joined in their order."""
     blocks = _blocks(parts)
     mean, stderr, _ = _mean(losses, blocks)
-    value = exp(mean) if mean < 700 else float("inf")
+    value = exp(mean) if mean < 700 else inf
     return Perplexity(
         value=value,
         stderr=value * stderr,
@@ -99,19 +101,16 @@ def compare(dense: Perplexity, other: Perplexity) -> PerplexityChange:
     if dense.tokens != other.tokens or not torch.equal(dense.blocks, other.blocks):
         raise UserError("perplexities of different texts cannot be compared.")
     mean, stderr, count = _mean(other.losses - dense.losses, dense.blocks)
-    ratio = exp(mean) if mean < 700 else float("inf")
-    stderr = stderr if count > 1 else 0.0
-    measurable = not abs(mean) <= student_t(count - 1) * stderr
+    ratio = exp(mean) if mean < 700 else inf
+    measurable = not isfinite(mean) or abs(mean) > student_t(count - 1) * stderr
     return PerplexityChange(ratio, ratio * stderr, measurable)
 
 
 def student_t(freedom: int) -> float:
-    """The half-width of a 95 % interval in standard errors, with so many degrees of freedom: the
-    expansion of Abramowitz and Stegun 26.7.5, within 0.2 % from 4 on (and 2.6 % at 2)."""
-    if freedom < 1:
-        return 0.0
-    if freedom == 1:
-        return 12.706
+    """The half-width of a 95 % interval in standard errors, with so many degrees of freedom: from
+    4 on the expansion of Abramowitz and Stegun 26.7.5, within 0.3 %."""
+    if freedom < len(FEW_FREEDOM):
+        return FEW_FREEDOM[freedom]
     z, v = 1.959964, freedom
     return (
         z
@@ -126,21 +125,24 @@ def _blocks(parts: Sequence[Window]) -> Tensor:
     length = max(1, min(BLOCK, scored_tokens(parts) // LEAST_BLOCKS))
     found = [
         # the first token of a document is context: 1 + BLOCK tokens are one block
-        part.document * LONGEST + torch.arange(part.start + part.first - 1, part.end - 1) // length
+        part.text * LONGEST + (part.place + torch.arange(part.first, len(part.ids)) - 1) // length
         for part in parts
     ]
     return torch.cat(found)
 
 
 def _mean(values: Tensor, blocks: Tensor) -> tuple[float, float, int]:
-    """Mean of all values, its standard error over the blocks they belong to, and the number of
-    blocks: the ratio estimator for clusters of unequal size (Cochran, Sampling Techniques)."""
+    """Mean of all values, its standard error over the blocks they belong to (nan where that is
+    unknown), and the number of blocks: the ratio estimator for clusters of unequal size (Cochran,
+    Sampling Techniques). Undefined losses of a broken model count as infinite."""
     values = values.double()
     mean = values.mean().item()
+    if isnan(mean):
+        mean = inf
     labels, at = torch.unique(blocks, return_inverse=True)
     count = len(labels)
     if count < 2 or not isfinite(mean):
-        return mean, float("nan"), count
+        return mean, nan, count
     residuals = torch.zeros(count, dtype=torch.float64).index_add_(0, at, values - mean)
     spread = residuals.square().sum().item() * count / (count - 1)
     return mean, sqrt(spread) / len(values), count

@@ -26,7 +26,7 @@ class RunsFile:
     """The runs of one setting in a file, which may hold those of others as well.
 
     setting: what a run was measured with: model, dtype, text and calibration (a name and a digest
-    of the content), window, stride.
+    of the content), protocol, window, stride.
     """
 
     path: Path

@@ -134,7 +134,7 @@ def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     documents = [document for document in text.split(DOCUMENT_SEPARATOR) if document.strip()]
     for count in range(1, len(documents) + 1):
         encoded = encode_text(tokenizer, DOCUMENT_SEPARATOR.join(documents[-count:]))
-        if sum(map(len, encoded.documents)) >= SCORING_TOKENS:
+        if sum(len(document) - 1 for document in encoded.documents) >= SCORING_TOKENS:
             return encoded
     return encode_text(tokenizer, text)
 

@@ -181,8 +181,8 @@ def run_of(
         spec=spec,
         perplexity=converted.value,
         ratio=changed.ratio,
-        stderr=_told(changed.stderr),
-        bits_per_byte=_told(converted.bits_per_byte),
+        stderr=inf if isnan(changed.stderr) else changed.stderr,  # unknown, or of a broken model
+        bits_per_byte=converted.bits_per_byte,
         nonzero=report.nonzero,
         nonzero_share=report.nonzero / dense_report.nonzero,
         mlp_nonzero_share=report.mlp_nonzero / dense_report.mlp_nonzero,
@@ -190,11 +190,6 @@ def run_of(
         macs_share=report.macs_per_token / dense_report.macs_per_token,
         mlp_macs_share=report.mlp_macs_per_token / dense_report.mlp_macs_per_token,
     )
-
-
-def _told(figure: float) -> float:
-    """The figure; where a model's losses are undefined, infinite as its perplexity is."""
-    return inf if isnan(figure) else figure
 
 
 STATIC, ROUTED, BOUND = "static", "routed", "bound"

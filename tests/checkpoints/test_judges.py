@@ -83,12 +83,12 @@ def same_windows(model, tokenizer, document):
     """
     encoded = encode_text(tokenizer, document)
     assert encoded.documents[0][0] == tokenizer.bos_token_id
-    n = encoded.scored_tokens
+    n = len(encoded.documents[0]) - 1
     stride = n - LENGTH if LENGTH < n < 2 * LENGTH else LENGTH
     assert n <= 2 * LENGTH or n % LENGTH == 0
     found = measure(model, encoded, window=LENGTH + 1, stride=stride)
     assert found.tokens == n
-    return found.losses.double().sum().item(), encoded.scored_bytes
+    return found.losses.double().sum().item(), len(document.encode())
 
 
 def of_tokens(tokenizer, document, count):

@@ -6,6 +6,7 @@ import sys
 
 import datasets
 import pytest
+import torch
 
 from mlpmoe.__main__ import main
 from mlpmoe.commands import texts
@@ -13,7 +14,7 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import speed
-from mlpmoe.measure.encoding import encode_stream
+from mlpmoe.measure.encoding import encode_stream, scored_tokens, windows
 from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import compare, measure, perplexity
 from mlpmoe.models import texts as named_texts
@@ -50,8 +51,9 @@ def test_json_holds_what_the_library_says(evaluate):
             "documents": 2,
             "bytes": measured[0].tokens,
             "tokens": measured[0].tokens,
+            "protocol": "documents",
             "window": CONTEXT,
-            "stride": CONTEXT // 2,
+            "stride": CONTEXT,
             "layers": 2,
         }
         == found["setting"]
@@ -108,12 +110,56 @@ def test_speed(evaluate, monkeypatch):
     assert strictly(out)["speed"]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
-def test_windows(evaluate):
-    _, out, _ = evaluate("--window", "16", "--stride", "3", "--json")
+@pytest.mark.parametrize(
+    ("flags", "stride"), [(["--stride", "3"], 3), (["--stride", "16"], 16), ([], 16)]
+)
+def test_windows(evaluate, flags, stride):
+    _, out, _ = evaluate("--window", "16", *flags, "--json")
     found = strictly(out)
-    assert (found["setting"]["window"], found["setting"]["stride"]) == (16, 3)
-    expected = perplexity(tiny_model(), byte_tokenizer(), TEXT, window=16, stride=3)
+    assert (found["setting"]["window"], found["setting"]["stride"]) == (16, stride)
+    expected = perplexity(tiny_model(), byte_tokenizer(), TEXT, window=16, stride=stride)
     assert found["dense"]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+    assert found["setting"]["tokens"] == expected.tokens
+    _, out, _ = evaluate("--window", "16", *flags)
+    assert f"windows of 16 tokens {'without overlap' if stride == 16 else 'every 3'}" in out
+
+
+def test_both_protocols_of_a_file(evaluate, text):
+    """Its documents one by one, or all joined, the line between them too, and cut."""
+    content = "\n<|endoftext|>\n".join(f"Goose {n} of {n * n} – a grey one." for n in range(30))
+    text.write_text(content, encoding="utf-8")
+    documents = perplexity(tiny_model(), byte_tokenizer(), content, window=64)
+    stream = encode_stream(byte_tokenizer(), content, window=64)
+    expected = {
+        "documents": (30, documents),
+        "stream": (len(byte_tokenizer()(content).input_ids) // 64, measure(tiny_model(), stream)),
+    }
+    for protocol, (count, measured) in expected.items():
+        status, out, err = evaluate("--protocol", protocol, "--window", "64", "--json")
+        assert (status, err) == (0, "")
+        found = strictly(out)
+        setting = {
+            "text": "mine.txt", "protocol": protocol, "documents": count,
+            "tokens": measured.tokens, "window": 64, "stride": 64,
+        }  # fmt: skip
+        assert found["setting"].items() >= setting.items()
+        for field, value in (("perplexity", measured.value), ("stderr", measured.stderr)):
+            assert found["dense"][field] == pytest.approx(value, rel=1e-5)
+    _, out, _ = evaluate("--protocol", "stream", "--window", "64", "--stride", "64")
+    windows = expected["stream"][0]
+    assert f"mine.txt: {windows} windows, " in out
+    assert f" {windows * 63:,} tokens, windows of 64 tokens without overlap" in out
+    done = evaluate("--protocol", "stream", "--window", "64", "--stride", "7")
+    assert refused(done, "a stream is cut into windows without overlap: leave out --stride")
+
+
+def test_a_stream_has_the_window_of_published_figures(evaluate, text):
+    text.write_text("x" * 300, encoding="utf-8")
+    _, out, _ = evaluate("--protocol", "stream", "--json")
+    setting = strictly(out)["setting"]  # 2,048 tokens, but for the context
+    assert (setting["window"], setting["tokens"]) == (CONTEXT, CONTEXT - 1)
+    done = evaluate("--protocol", "stream", "--window", "302")
+    assert refused(done, f"context of {CONTEXT} tokens")
 
 
 def test_infinite_numbers_become_null(evaluate, text):
@@ -125,6 +171,22 @@ def test_infinite_numbers_become_null(evaluate, text):
     status, out, _ = evaluate()
     assert status == 0
     assert "nan" not in out
+
+
+def test_a_model_that_overflows_is_measured(tmp_path, text, capsys):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[:] = 3e38
+    model.save_pretrained(tmp_path / "broken")
+    byte_tokenizer().save_pretrained(tmp_path / "broken")
+    flags = ["evaluate", str(tmp_path / "broken"), "--text", str(text), "--no-speed"]
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert row(out, "perplexity")[1:3] == row(out, "bits per byte")[1:3] == ["∞", "∞"]
+    assert "nan" not in out and "inf" not in out
+    assert main([*flags, "--json"]) == 0
+    found = strictly(capsys.readouterr().out)
+    assert found["dense"]["perplexity"] is found["perplexity_change"]["ratio"] is None
 
 
 def test_the_shipped_text_is_the_default(folder, capsys, monkeypatch, tmp_path):
@@ -154,9 +216,9 @@ def test_progress_is_shown_to_people_only(evaluate, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     status, out, _ = evaluate()
     assert status == 0
-    assert "perplexity, converted 100%" in terminal.getvalue()
+    assert "perplexity, converted 50%" in terminal.getvalue()  # the first of two documents
     assert terminal.getvalue().endswith("\r\033[K")  # nothing is left of it
-    assert "100%" not in out
+    assert "50%" not in out
 
 
 # Texts with a name -------------------------------------------------------------------------
@@ -195,13 +257,14 @@ def test_windows_without_overlap(named, wikitext, window):
     assert (status, err) == (0, "")
     found = strictly(out)
     expected = encode_stream(byte_tokenizer(), wikitext, window=window or CONTEXT)
+    parts = windows(tiny_model(), expected)
     setting = {
         "text": "wikitext2",
         "text_digest": hashlib.sha256(wikitext.encode()).hexdigest()[:12],
         "protocol": "stream",
         "documents": len(expected.documents),
-        "bytes": expected.scored_bytes,
-        "tokens": expected.scored_tokens,
+        "bytes": sum(part.size for part in parts),
+        "tokens": scored_tokens(parts),
         "window": window or CONTEXT,
         "stride": window or CONTEXT,
     }
@@ -210,8 +273,7 @@ def test_windows_without_overlap(named, wikitext, window):
     assert found["dense"]["perplexity"] == pytest.approx(value, rel=1e-6)
     status, out, err = named(*flags)
     assert (status, err) == (0, "")
-    assert f"windows of {window or CONTEXT}, each by itself, where published figures mostly" in out
-    assert "Wanda" not in out
+    assert f"windows of {window or CONTEXT} tokens without overlap" in out
 
 
 def test_windows_of_published_figures(named, wikitext, tmp_path):
@@ -219,7 +281,20 @@ def test_windows_of_published_figures(named, wikitext, tmp_path):
     status, out, err = named("--text", "wikitext2", model=model)
     assert (status, err) == (0, "")
     assert "wikitext2: 1 windows, " in out
-    assert "2,047 tokens, windows of 2048, each by itself, as in the Wanda code base" in out
+    assert "2,047 tokens, windows of 2,048 tokens without overlap" in out
+
+
+def test_a_public_text_by_documents(named, wikitext):
+    """As one document, since it has no lines of <|endoftext|>, with or without overlap."""
+    for stride in (64, 16):
+        flags = ["--protocol", "documents", "--window", "64", "--stride", str(stride)]
+        status, out, _ = named("--text", "wikitext2", *flags, "--json")
+        assert status == 0
+        found = strictly(out)
+        expected = perplexity(tiny_model(), byte_tokenizer(), wikitext, 64, stride)
+        setting = {"protocol": "documents", "documents": 1, "tokens": expected.tokens}
+        assert found["setting"].items() >= setting.items()
+        assert found["dense"]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
 
 
 def test_proxy_is_scored_by_documents(named):
@@ -227,14 +302,14 @@ def test_proxy_is_scored_by_documents(named):
     assert status == 0
     setting = strictly(out)["setting"]
     assert (setting["text"], setting["protocol"]) == ("proxy", "documents")
-    assert setting["stride"] == CONTEXT // 2
+    assert setting["stride"] == CONTEXT
 
 
 def test_a_stride_is_refused_where_windows_do_not_overlap(named, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", None)  # before anything is read
     for text in ("wikitext2", "c4"):
         done = named("--text", text, "--stride", "7")
-        assert refused(done, f"{text} is cut into windows without overlap: leave out --stride")
+        assert refused(done, "without overlap: leave out --stride")
 
 
 def test_a_window_longer_than_the_context_is_refused(named, wikitext):
@@ -450,6 +525,7 @@ def test_a_pattern_leaves_its_zeros_in_place(evaluate):
         (["--compensation", "magic"], "sqrt, ratio, none"),
         (["--window", "999"], f"context of {CONTEXT} tokens"),
         (["--stride", "0"], "stride must lie"),
+        (["--window", "16", "--stride", "17"], "between 1 and the window of 16, not 17"),
         (["--order", "magic"], "order must be one of"),
         (["--order", ""], "order must be one of"),
         (["--allocation", "magic"], "allocation must be one of"),

@@ -55,7 +55,8 @@ def test_a_sweep_of_all_combinations(sweep, runs):
         assert run["perplexity"] == pytest.approx(expected.value, rel=1e-6)
         assert run["mlp_macs_share"] == 1
     setting = found["setting"]
-    assert (setting["window"], setting["stride"]) == (CONTEXT, CONTEXT // 2)
+    assert (setting["protocol"], setting["window"]) == ("documents", CONTEXT)
+    assert setting["stride"] == CONTEXT
     assert setting["text"].startswith("mine.txt ")
     lines = written(runs)
     assert len(lines) == 4
@@ -123,7 +124,7 @@ def test_lines_that_are_no_runs_are_passed_over(sweep, runs):
 
 
 def test_other_settings_are_not_mixed_up(sweep, runs, text, stories):
-    """One file may hold them all: another text, calibration text, window or stride."""
+    """One file may hold them all: another text, calibration text, protocol, window or stride."""
     flags = ["--method", "cmoe", "--out", str(runs), "--json"]
     seen = set()
 
@@ -138,6 +139,8 @@ def test_other_settings_are_not_mixed_up(sweep, runs, text, stories):
     changed()
     changed("--window", "16", "--stride", "8")
     changed("--window", "16", "--stride", "4")
+    changed("--window", "16")
+    changed("--window", "16", "--protocol", "stream")
     text.write_text(TEXT.replace("fox", "dog"), encoding="utf-8")
     changed()
     stories.write_text(STORIES[300:].replace("dots", "rings"), encoding="utf-8")
@@ -146,7 +149,7 @@ def test_other_settings_are_not_mixed_up(sweep, runs, text, stories):
     stories.write_text(STORIES, encoding="utf-8")
     _, out, _ = sweep(*flags)  # the first one again
     assert strictly(out)["runs"][0]["perplexity"] == written(runs)[0]["perplexity"]
-    assert len(written(runs)) == len(seen) == 5
+    assert len(written(runs)) == len(seen) == 7
 
 
 def test_values_go_to_the_methods_that_use_them(sweep):

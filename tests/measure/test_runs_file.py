@@ -18,7 +18,7 @@ from mlpmoe.measure.sweep import Run
 ROOT = Path(__file__).resolve().parents[2]
 SETTING = {
     "model": "demo", "dtype": "float32", "text": "stories 123abc", "calibration": None,
-    "window": 512, "stride": 256,
+    "protocol": "documents", "window": 512, "stride": 512,
 }  # fmt: skip
 RUN = Run(ConversionSpec(keep=8), 12.5, 1.25, 0.01, 1.1, 900, 0.9, 0.8, 850, 0.85, 0.7)
 RUNS = [replace(RUN, spec=ConversionSpec(branches=b), nonzero=b) for b in range(1, 6)]
@@ -70,7 +70,7 @@ def test_lines_that_are_no_runs_are_passed_over(file):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("model", "other"), ("dtype", "bfloat16"), ("text", "stories 999"), ("window", 256),
-     ("stride", 128)],
+     ("stride", 128), ("protocol", "stream")],
 )  # fmt: skip
 def test_other_settings_are_not_mixed_up(file, name, value):
     file.append(RUN, 62)

@@ -32,7 +32,7 @@ def measure():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     stories = STORIES.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)[:SUBSET]
     text = DOCUMENT_SEPARATOR.join(stories)
-    return lambda model: perplexity(model, tokenizer, text, window=256)
+    return lambda model: perplexity(model, tokenizer, text, window=256, stride=128)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from mlpmoe import ConversionSpec, UserError, convert
-from mlpmoe.measure.encoding import EncodedText, encode_text
+from mlpmoe.measure.encoding import (
+    EncodedText,
+    encode_stream,
+    encode_text,
+    scored_tokens,
+    windows,
+)
 from mlpmoe.measure.perplexity import Perplexity, measure, summarise
 from mlpmoe.measure.tokens import HALF_A_CHARACTER as HALF
 from mlpmoe.measure.tokens import LONGEST, Sentence, TokenChange, sentences, token_changes, worst
+from tests.parts import parts_of
 from tests.tiny import byte_tokenizer, tiny_model
+
+MODEL = tiny_model()
 
 CORPUS = [
     "Ein Fuchs – ein grauer – schlief. “Näher!”, rief sie.\n",
@@ -78,8 +87,18 @@ TOKENIZERS = {
 
 
 def random_losses(text: EncodedText, seed: int) -> Perplexity:
-    generator = torch.Generator().manual_seed(seed)
-    return summarise(torch.rand(text.scored_tokens, generator=generator), 1)
+    generator, parts = torch.Generator().manual_seed(seed), windows(MODEL, text)
+    return summarise(torch.rand(scored_tokens(parts), generator=generator), parts)
+
+
+def changes_of(text: EncodedText, tokenizer: PreTrainedTokenizerFast) -> list[TokenChange]:
+    """The changes of random losses, for their texts."""
+    losses = random_losses(text, 1), random_losses(text, 2)
+    return token_changes(*losses, text, windows(MODEL, text), tokenizer)
+
+
+def one_document(ids: list[int], window: int | None = None) -> EncodedText:
+    return EncodedText((torch.tensor(ids),), (torch.ones(len(ids), dtype=torch.long),), window)
 
 
 def decoded(tokenizer, ids) -> str:
@@ -97,9 +116,8 @@ def test_the_texts_of_the_tokens_are_the_document(kind, content):
         text = encode_text(tokenizer, content)
     except UserError:
         return  # nothing to predict
-    before, after = random_losses(text, 1), random_losses(text, 2)
-    changes = token_changes(before, after, text, tokenizer)
-    assert len(changes) == text.scored_tokens
+    changes = changes_of(text, tokenizer)
+    assert len(changes) == sum(len(document) - 1 for document in text.documents)
     for number, document in enumerate(text.documents):
         found = "".join(change.text for change in changes if change.document == number)
         context = decoded(tokenizer, document[:1].tolist())
@@ -111,9 +129,7 @@ def test_the_texts_of_the_tokens_are_the_document(kind, content):
 def test_a_character_stands_where_it_becomes_whole(kind):
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer("One fox. 日🦊🐻 语")["input_ids"]
-    text = EncodedText((torch.tensor(ids),), 1)
-    losses = random_losses(text, 1)
-    texts = [change.text for change in token_changes(losses, losses, text, tokenizer)]
+    texts = [change.text for change in changes_of(one_document(ids), tokenizer)]
     for end in range(1, len(ids) + 1):
         whole = decoded(tokenizer, ids[:end])
         if not whole.endswith(HALF):  # these tokens say whole characters
@@ -129,9 +145,8 @@ def test_windows_may_cut_characters(kind, data, content):
     ids = tokenizer(content)["input_ids"]
     first = data.draw(st.integers(0, len(ids) - 2))
     window = ids[first : data.draw(st.integers(first + 2, len(ids)))]
-    text = EncodedText((torch.tensor(window),), 1, window=len(window))
-    losses = random_losses(text, 1)
-    found = "".join(change.text for change in token_changes(losses, losses, text, tokenizer))
+    changes = changes_of(one_document(window, len(window)), tokenizer)
+    found = "".join(change.text for change in changes)
     context = decoded(tokenizer, window[:1])
     assert context.rstrip(HALF) + found == decoded(tokenizer, window)
 
@@ -140,9 +155,8 @@ def test_a_window_that_cuts_a_character_keeps_those_before_it():
     tokenizer = TOKENIZERS["byte-fallback"]
     ids = tokenizer("fox 🦊🐻")["input_ids"][:-1]
     assert HALF * 7 in decoded(tokenizer, ids)  # decoded in one go, both are lost
-    text = EncodedText((torch.tensor(ids),), 1, window=len(ids))
-    losses = random_losses(text, 1)
-    found = "".join(change.text for change in token_changes(losses, losses, text, tokenizer))
+    changes = changes_of(one_document(ids, len(ids)), tokenizer)
+    found = "".join(change.text for change in changes)
     assert found == "fox 🦊" + HALF * 3
 
 
@@ -151,26 +165,46 @@ def test_a_long_run_of_unreadable_characters_is_not_waited_for(kind):
     tokenizer = TOKENIZERS[kind]
     content = "a" + HALF * 150 + "🦊 b"
     text = encode_text(tokenizer, content)
-    losses = random_losses(text, 1)
-    pieces = [change.text for change in token_changes(losses, losses, text, tokenizer)]
+    pieces = [change.text for change in changes_of(text, tokenizer)]
     assert "".join(pieces) == content.removeprefix(decoded(tokenizer, text.documents[0][:1]))
     assert max(map(len, pieces)) <= LONGEST
 
 
-def test_changes_are_those_of_a_plain_loop():
-    model, tokenizer = tiny_model(), byte_tokenizer()
-    other = convert(model, ConversionSpec(branches=4, keep=2))
-    text = encode_text(tokenizer, "A grey fox slept.\n<|endoftext|>\nThe wall – cold.")
-    changes = token_changes(measure(model, text), measure(other, text), text, tokenizer)
+@torch.no_grad()
+def loss_after(model, context, token):
+    return float(F.cross_entropy(model(context[None]).logits[0, -1].double(), token))
+
+
+TWO = "A grey fox slept.\n<|endoftext|>\nThe wall – cold."
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "stride"),
+    [
+        (encode_text(byte_tokenizer(), TWO), None, None),  # a window holds each document
+        (encode_text(byte_tokenizer(), TWO), 8, 8),
+        (encode_text(byte_tokenizer(), TWO), 8, 3),
+        (encode_stream(byte_tokenizer(), TWO, window=6), 6, 6),
+    ],
+    ids=["documents", "without-overlap", "with-overlap", "stream"],
+)
+def test_changes_are_those_of_a_plain_loop(text, window, stride):
+    """One token after the other, with the context that its window gives it."""
+    tokenizer, other = byte_tokenizer(), convert(MODEL, ConversionSpec(branches=4, keep=2))
+    parts = windows(MODEL, text, window, stride)
+    measured = (measure(model, text, window, stride) for model in (MODEL, other))
+    changes = token_changes(*measured, text, parts, tokenizer)
     expected = []
     for number, ids in enumerate(text.documents):
-        losses = []
-        for one in (model, other):
-            with torch.inference_mode():
-                logits = one(ids[None]).logits[0].double()
-            losses.append(F.cross_entropy(logits[:-1], ids[1:], reduction="none"))
         for position in range(1, len(ids)):
-            dense, converted = (float(some[position - 1]) for some in losses)
+            start = 0
+            while window and start + window <= position:  # the first window that reaches it
+                start += stride
+            dense = converted = 0.0
+            if start < position:
+                dense, converted = (
+                    loss_after(one, ids[start:position], ids[position]) for one in (MODEL, other)
+                )
             expected.append((number, position, dense, converted - dense))
     assert [(c.document, c.position) for c in changes] == [e[:2] for e in expected]
     assert [c.dense for c in changes] == pytest.approx([e[2] for e in expected], abs=1e-4)
@@ -180,19 +214,19 @@ def test_changes_are_those_of_a_plain_loop():
 def test_perplexities_of_another_text_are_refused():
     tokenizer = byte_tokenizer()
     one, two = (encode_text(tokenizer, text) for text in ("One fox.", "Two grey foxes."))
-    losses = random_losses(one, 1)
+    losses, others = random_losses(one, 1), random_losses(two, 1)
     with pytest.raises(UserError, match="not measured on this text"):
-        token_changes(losses, losses, two, tokenizer)
+        token_changes(losses, losses, two, windows(MODEL, two), tokenizer)
     with pytest.raises(UserError, match="not measured on this text"):
-        token_changes(losses, random_losses(two, 1), one, tokenizer)
+        token_changes(losses, others, one, windows(MODEL, one), tokenizer)
 
 
 def test_infinite_and_undefined_losses_are_passed_on():
     tokenizer = byte_tokenizer()
     text = encode_text(tokenizer, "a. bcd")
-    before = summarise(torch.tensor([1.0, inf, 1.0, 1.0, nan, 1.0]), 1)
-    after = summarise(torch.tensor([inf, inf, nan, 3.0, 1.0, 1.0]), 1)
-    changes = token_changes(before, after, text, tokenizer)
+    before = summarise(torch.tensor([1.0, inf, 1.0, 1.0, nan, 1.0]), parts_of(6))
+    after = summarise(torch.tensor([inf, inf, nan, 3.0, 1.0, 1.0]), parts_of(6))
+    changes = token_changes(before, after, text, windows(MODEL, text), tokenizer)
     expected = [inf, nan, nan, 2.0, nan, 0.0]
     assert [change.change for change in changes] == pytest.approx(expected, nan_ok=True)
     first, second = sentences(changes)
