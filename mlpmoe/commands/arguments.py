@@ -61,15 +61,15 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         "--text",
         "--evaluation",
         metavar="TEXT",
-        help="a file, UTF-8, or a name: stories (ours, the default), proxy, wikitext2, c4. A name "
-        "wins; write a file that is called like one with its folder, ./c4. wikitext2 and c4 need "
-        "a network once",
+        help="a file, UTF-8, or a name: stories (ours, the default), prose, proxy, wikitext2, "
+        "c4. A name wins; write a file that is called like one with its folder, ./c4. wikitext2 "
+        "and c4 need a network once",
     )
     parser.add_argument(
         "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="text that methods may look at, UTF-8; default: other stories of ours",
+        metavar="TEXT",
+        help="text that methods may look at: a file, UTF-8, or a name, stories or prose (ours); "
+        "default: stories",
     )
     parser.add_argument(
         "--protocol",

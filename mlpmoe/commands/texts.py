@@ -16,7 +16,15 @@ from ..measure.encoding import (
     context_length,
     encode_protocol,
 )
-from ..models import TEXTS, assets_folder, decode_text, named_text, text_digest
+from ..models import (
+    CALIBRATIONS,
+    TEXTS,
+    assets_folder,
+    decode_text,
+    named_calibration,
+    named_text,
+    text_digest,
+)
 from .terminal import progress
 
 
@@ -87,12 +95,12 @@ def in_windows(window: int, stride: int) -> str:
 
 
 def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tuple[Path, str]:
-    """Path and content of the calibration text. UserError if it shares a passage with the
-    evaluation text."""
-    path = arguments.calibration or assets_folder() / "texts" / "calibration.txt"
-    text = read_text(path)
+    """Path, or name, and content of the calibration text. UserError if it shares a passage with
+    the evaluation text."""
+    chosen = arguments.calibration or assets_folder() / "texts" / "calibration.txt"
+    text = named_calibration(chosen) if chosen in CALIBRATIONS else read_text(Path(chosen))
     check_disjoint(text, evaluation)
-    return path, text
+    return Path(chosen), text
 
 
 def read_text(path: Path) -> str:

@@ -13,10 +13,9 @@ from mlpmoe.explorer.loaded import (
     Calibrated,
     Conversion,
     LoadedModel,
-    calibration_stories,
     joined,
 )
-from mlpmoe.models import assets_folder
+from mlpmoe.models import assets_folder, named_calibration
 from tests.tiny import D_MODEL
 
 SHARES = {  # of 8 branches, at fade 1.2
@@ -26,7 +25,7 @@ SHARES = {  # of 8 branches, at fade 1.2
 }
 
 
-TEXT = calibration_stories()[:12_000]  # quick, and enough for 48 neurons
+TEXT = named_calibration("stories")[:12_000]  # quick, and enough for 48 neurons
 
 
 def asked(spec: ConversionSpec) -> Conversion:
@@ -157,13 +156,13 @@ def test_counts_from_memory_are_plain_counts(request, model, spec):
 def test_only_what_needs_it_is_calibrated(tiny):
     assert tiny.asked(ConversionSpec()) == ConversionSpec()
     for spec in LOOKING:
-        assert tiny.asked(spec) == Calibrated(spec, calibration_stories())
+        assert tiny.asked(spec) == Calibrated(spec, named_calibration("stories"))
         assert len(repr(tiny.asked(spec))) < 1000  # the text is long
 
 
 def test_our_calibration_text_is_not_what_is_measured_on():
     evaluation = (assets_folder() / "texts" / "evaluation.txt").read_text(encoding="utf-8")
-    lines = {line for line in calibration_stories().splitlines() if len(line) > 60}
+    lines = {line for line in named_calibration("stories").splitlines() if len(line) > 60}
     assert not lines & set(evaluation.splitlines())
 
 
