@@ -82,7 +82,7 @@ class Trials:
             return self.known[spec]
         parts = _costly(spec)
         seconds = self._expected(parts)
-        if seconds + self.seconds > deadline.left:
+        if seconds + self.seconds >= deadline.left:
             raise TooSlow(seconds)
         started = self.clock()
         projection = _Projection(deadline, deadline.left - self.seconds, len(self.mlps))
