@@ -10,7 +10,7 @@ from .checkpoints.export import export
 from .checkpoints.verification import ExportError, verify
 from .core.calibration import Calibration
 from .core.conversion import convert
-from .core.errors import SpecError, UnsupportedModelError, UserError
+from .core.errors import CalibrationWarning, SpecError, UnsupportedModelError, UserError
 from .core.presets import PRESETS
 from .core.spec import ConversionSpec
 from .measure.generation import write_side_by_side
@@ -27,6 +27,7 @@ __all__ = [
     "CATALOGUE",
     "PRESETS",
     "Calibration",
+    "CalibrationWarning",
     "ConversionSpec",
     "ExportError",
     "ModelError",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import transformers
 
 from .commands import bench, convert, evaluate, frontier, models, sweep
 from .commands.terminal import progress
-from .core.errors import UnsupportedModelError, UserError
+from .core.errors import CalibrationWarning, UnsupportedModelError, UserError
 from .models import ModelError
 
 COMMANDS = (models, evaluate, sweep, frontier, convert, bench)
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        arguments.run(arguments)
+        with _warnings_as_sentences():
+            arguments.run(arguments)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -51,6 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """What a person should know of their calibration text, without Python's ornaments."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: object) -> None:
+            if not issubclass(category, CalibrationWarning):
+                return usual(message, category, *where)
+            progress("")
+            print(f"mlpmoe: {message}", file=sys.stderr)
+
+        warnings.simplefilter("always", CalibrationWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _fail(reason: object, status: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from ..checkpoints.record import read_spec_file
+from ..core.calibration import MAX_TOKENS, MIN_SAMPLES, SAMPLE_TOKENS
 from ..core.compensation import COMPENSATIONS, FILLS
 from ..core.order import ORDERS
 from ..core.routed.routers import ROUTERS
@@ -23,6 +24,7 @@ from ..core.spec import (
     flag_of,
 )
 from ..measure.encoding import PROTOCOLS
+from ..models import CALIBRATIONS, TEXTS
 
 SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
     "method": ("NAME", f"method of conversion: {', '.join(METHODS)}"),
@@ -61,15 +63,30 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         "--text",
         "--evaluation",
         metavar="TEXT",
-        help="a file, UTF-8, or a name: stories (ours, the default), prose, proxy, wikitext2, "
-        "c4. A name wins; write a file that is called like one with its folder, ./c4. wikitext2 "
-        "and c4 need a network once",
+        help=f"a file, UTF-8, or a name: {', '.join(TEXTS)} (default: stories for the demo model, "
+        "prose for others). A name wins; write a file that is called like one with its folder, "
+        "./c4. wikitext2 and c4 need a network once",
     )
     parser.add_argument(
         "--calibration",
         metavar="TEXT",
-        help="text that methods may look at: a file, UTF-8, or a name, stories or prose (ours); "
-        "default: stories",
+        help=f"text that methods may look at: a file, UTF-8, or {' or '.join(CALIBRATIONS)}, "
+        "other text than --text has under these names (default: stories for the demo model, prose "
+        "for others)",
+    )
+    parser.add_argument(
+        "--nsamples",
+        type=at_least(MIN_SAMPLES),
+        metavar="N",
+        help=f"calibration samples, from the beginning of the text (default: {MAX_TOKENS:,} "
+        "tokens' worth, or the whole text)",
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=at_least(2),
+        default=SAMPLE_TOKENS,
+        metavar="L",
+        help="tokens per calibration sample (default: %(default)s)",
     )
     parser.add_argument(
         "--protocol",

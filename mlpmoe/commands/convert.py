@@ -11,7 +11,6 @@ from ..checkpoints.forms import AUTO, DENSE, FORM_WORDS
 from ..checkpoints.source import PiecewiseError
 from ..checkpoints.streaming import streams
 from ..checkpoints.target import check_target
-from ..core.calibration import Calibration
 from ..core.conversion import convert
 from ..core.spec import ConversionSpec
 from ..models import format_bytes, load, preflight
@@ -89,20 +88,16 @@ def _from_files(
 def _from_memory(
     arguments: argparse.Namespace, spec: ConversionSpec, text: EvaluationText
 ) -> Exported:
-    calibration, calibration_name = None, None
-    if spec.needs_calibration:
-        path, content = calibration_text_for(arguments, text.content)
-        calibration_name = path.name
+    seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None
     dense, tokenizer = load(
         arguments.model, arguments.compute, arguments.device, on_progress=progress
     )
-    if spec.needs_calibration:
-        calibration = Calibration.from_text(tokenizer, content)
+    calibration = seen.encode(tokenizer, dense) if seen else None
     model = convert(dense, spec, calibration, on_progress=progress)
     return export(
         model, arguments.folder, tokenizer=tokenizer,
         text=text.encode(tokenizer, dense)[0], text_name=text.name, dense=dense,
-        calibration_name=calibration_name, form=arguments.form, dtype=arguments.dtype,
+        calibration_name=seen.name if seen else None, form=arguments.form, dtype=arguments.dtype,
         on_progress=progress,
     )  # fmt: skip
 

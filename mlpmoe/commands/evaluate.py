@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..core.calibration import Calibration
 from ..core.conversion import convert, mlp_modules
 from ..measure.encoding import Window, scored_tokens, windows
 from ..measure.head import token_losses
@@ -47,17 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
     text = evaluation_text(arguments)
-    if spec.needs_calibration:
-        calibration_path, calibration_text = calibration_text_for(arguments, text.content)
+    seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None
     dense, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
     encoded, window, stride = text.encode(tokenizer, dense)
     parts = windows(dense, encoded, window, stride)
     progress("converting")
-    calibration = None
-    if spec.needs_calibration:
-        calibration = Calibration.from_text(tokenizer, calibration_text)
+    calibration = seen.encode(tokenizer, dense) if seen else None
     converted = convert(dense, spec, calibration, on_progress=progress)
     perplexities = [
         _perplexity(name, model, parts)
@@ -86,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tokens": scored_tokens(parts),
         "window": window,
         "stride": stride,
-        "calibration": calibration_path.name if calibration else None,
+        "calibration": seen.name if seen else None,
         "calibration_tokens": calibration.samples.numel() if calibration else None,
     }
     if arguments.json:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict
 
-from ..core.calibration import Calibration
-from ..core.conversion import observe
+from ..core.calibration import warn_of_few_tokens
+from ..measure.deadline import Deadline, TimeUp
 from ..measure.encoding import scored_tokens, windows
 from ..measure.notation import change, signed_percent
-from ..measure.search import (
-    COSTS,
-    SEARCH_TOKENS,
-    Budget,
-    best,
-    finalists,
-    front,
-    scoring_text,
-    search,
-)
+from ..measure.search import COSTS, Budget, best, finalists, front, search
 from ..measure.sweep import Run, sweep
+from ..measure.trials import prepare
 from ..measure.words import in_words
 from ..models import load
 from .arguments import add_setting, at_least
@@ -60,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=at_least(1), default=60, metavar="N",
-        help="for the search, shared among the budgets (default: %(default)s)",
+        help="for the search, shared among the budgets; the finds are measured after that "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the search")
 
@@ -68,36 +62,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     budgets = _budgets(arguments)
     text = evaluation_text(arguments)
-    calibration_path, calibration_text = calibration_text_for(arguments, text.content)
+    seen = calibration_text_for(arguments, text.content)
     model, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
     encoded, window, stride = text.encode(tokenizer, model)
-    calibration, observed = None, None
-    if arguments.calibrated:
-        progress("calibrating")
-        calibration = Calibration.from_text(tokenizer, calibration_text)
-        some = Calibration.from_text(tokenizer, calibration_text, SEARCH_TOKENS)
-        observed = observe(model, some)
-    scoring = scoring_text(tokenizer, calibration_text)
-    searched = scored_tokens(windows(model, scoring))
-    tokens = scored_tokens(windows(model, encoded, window, stride))
-    tried: list[Run] = []
-    for budget in budgets:
-        tried += search(
-            model, scoring, budget, observed, arguments.seconds / len(budgets),
-            seed=arguments.seed, report=progress,
-        )  # fmt: skip
+    deadline = Deadline(arguments.seconds)
+    calibration = seen.encode(tokenizer, model) if arguments.calibrated else None
+    trials, tried = None, []
+    with suppress(TimeUp):
+        trials = prepare(model, tokenizer, seen.content, calibration, deadline, progress)
+        for number, budget in enumerate(budgets):
+            part = deadline.share(len(budgets) - number)
+            tried += search(trials, budget, part, seed=arguments.seed, report=progress)
     specs = list(dict.fromkeys(s for b in budgets for s in finalists(tried, b)))
+    if calibration:
+        warn_of_few_tokens(model, specs, calibration)
     runs = list(sweep(model, encoded, specs, calibration, window, stride, progress))
     progress("")
+    searched = trials.tokens if trials else 0
+    tokens = scored_tokens(windows(model, encoded, window, stride))
     found = [(budget, best(runs, budget)) for budget in budgets]
     shown = front(runs, budgets[0])
     if arguments.json:
         setting = {
             "model": arguments.model, "text": text.name, "text_digest": text.digest,
             "protocol": text.protocol, "tokens": tokens,
-            "searched_on": calibration_path.name, "searched_tokens": searched,
+            "searched_on": seen.name, "searched_tokens": searched,
             "calibrated": arguments.calibrated, "seconds": arguments.seconds,
             "seed": arguments.seed, "tried": len(tried), "window": window, "stride": stride,
         }  # fmt: skip
@@ -110,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     print(
         f"{arguments.model}: {len(tried)} recipes tried on {searched:,} tokens of "
-        f"{calibration_path.name}; {len(runs)} measured on {text.name}, "
+        f"{seen.name}; {len(runs)} measured on {text.name}, "
         f"{tokens:,} tokens, {in_windows(window, stride)}\n"
     )
     rows = [["perplexity", "to dense", "MLP non-zero", "MLP compute", "conversion"]]

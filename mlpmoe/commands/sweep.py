@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..core.calibration import Calibration
+from ..core.calibration import warn_of_few_tokens
 from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
@@ -25,7 +25,6 @@ from ..measure.runs_file import RunsFile
 from ..measure.sweep import AT_ONCE, Run, check_fit, comparison
 from ..measure.tables import to_csv
 from ..models import find_entry, load
-from ..models.texts import text_digest
 from .arguments import add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress
 from .texts import calibration_text_for, evaluation_text, in_windows, read_text
@@ -101,9 +100,10 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = scored_tokens(windows(model, encoded, window, stride))
     calibration, calibrated_on = None, None
     if any(spec.needs_calibration for _, spec in specs):
-        path, content = calibration_text_for(arguments, text.content)
-        calibration = Calibration.from_text(tokenizer, content)
-        calibrated_on = f"{path.name} {text_digest(content)}"
+        seen = calibration_text_for(arguments, text.content)
+        calibration = seen.encode(tokenizer, model)
+        calibrated_on = f"{seen.name} {seen.digest}"
+        warn_of_few_tokens(model, [spec for _, spec in specs], calibration)
     check_fit(model, [spec for _, spec in specs], calibration is not None)
     setting = {
         "model": arguments.model,

@@ -14,12 +14,17 @@ from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity, PerplexityChange
 from ..measure.speed import SpeedReport
 
+_shown = ""  # by `progress`
+
 
 def progress(message: str, fraction: float | None = None) -> None:
-    """Replace the line on stderr that says what is being done, if a person may be watching."""
-    if sys.stderr.isatty():
-        share = "" if fraction is None else f" {fraction:.0%}"
-        print(f"\r\033[K{message}{share}", end="", file=sys.stderr, flush=True)
+    """Replace the line on stderr that says what is being done, if a person may be watching. The
+    same may be told any number of times."""
+    global _shown
+    line = message if fraction is None else f"{message} {fraction:.0%}"
+    if line != _shown and sys.stderr.isatty():
+        _shown = line
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def perplexity_rows(

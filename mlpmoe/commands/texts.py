@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.calibration import check_disjoint
+from ..core.calibration import MAX_TOKENS, SAMPLE_TOKENS, Calibration, check_disjoint
 from ..core.errors import UserError
 from ..measure.encoding import (
     EncodedText,
@@ -19,8 +19,9 @@ from ..measure.encoding import (
 from ..models import (
     CALIBRATIONS,
     TEXTS,
-    assets_folder,
     decode_text,
+    default_calibration,
+    default_text,
     named_calibration,
     named_text,
     text_digest,
@@ -64,7 +65,7 @@ class EvaluationText:
 def evaluation_text(arguments: argparse.Namespace) -> EvaluationText:
     """The text of --text: one that has a name, or a file. A name wins: a file that is called like
     one is written with its folder, such as ./c4."""
-    chosen = arguments.text or "stories"
+    chosen = arguments.text or default_text(arguments.model)
     entry = TEXTS.get(chosen)
     protocol = arguments.protocol or (entry.protocol if entry else "documents")
     if protocol == "stream" and arguments.stride not in (None, arguments.window):
@@ -94,13 +95,50 @@ def in_windows(window: int, stride: int) -> str:
     return f"windows of {window:,} tokens {overlap}"
 
 
-def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> tuple[Path, str]:
-    """Path, or name, and content of the calibration text. UserError if it shares a passage with
-    the evaluation text."""
-    chosen = arguments.calibration or assets_folder() / "texts" / "calibration.txt"
-    text = named_calibration(chosen) if chosen in CALIBRATIONS else read_text(Path(chosen))
-    check_disjoint(text, evaluation)
-    return Path(chosen), text
+@dataclass(frozen=True)
+class CalibrationText:
+    """What methods may look at."""
+
+    name: str  # of the list, or of the file
+    content: str
+    nsamples: int | None = None  # as asked for; None: as many as are usual
+    seqlen: int = SAMPLE_TOKENS  # tokens per sample
+
+    @property
+    def digest(self) -> str:
+        """Tells apart what methods saw: the text, and how much of it where that is not usual."""
+        if (self.nsamples, self.seqlen) == (None, SAMPLE_TOKENS):
+            return text_digest(self.content)
+        return text_digest(f"{self.nsamples} x {self.seqlen}\0{self.content}")
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Calibration:
+        """The text as samples. UserError where they do not fit the model, or the text does not
+        hold as many as were asked for."""
+        context = context_length(model)
+        if context and self.seqlen > context:
+            raise UserError(
+                f"seqlen is {self.seqlen:,}, but the model's context has {context:,} tokens."
+            )
+        tokens = MAX_TOKENS if self.nsamples is None else self.nsamples * self.seqlen
+        made = Calibration.from_text(tokenizer, self.content, tokens, self.seqlen)
+        if self.nsamples is not None and len(made.samples) < self.nsamples:
+            raise UserError(
+                f"the calibration text {self.name} makes {len(made.samples):,} samples of "
+                f"{self.seqlen:,} tokens, not {self.nsamples:,}. Ask for fewer or shorter ones, or "
+                "give a longer text."
+            )
+        return made
+
+
+def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> CalibrationText:
+    """The text of --calibration: one that has a name, or a file. UserError if it shares a passage
+    with the evaluation text."""
+    chosen = arguments.calibration or default_calibration(arguments.model)
+    named = chosen in CALIBRATIONS
+    content = named_calibration(chosen) if named else read_text(Path(chosen))
+    check_disjoint(content, evaluation)
+    name = chosen if named else Path(chosen).name
+    return CalibrationText(name, content, arguments.nsamples, arguments.seqlen)
 
 
 def read_text(path: Path) -> str:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mlps import MLPWeights
+from .stopping import may_stop
 
 T = TypeVar("T")
 
-CHUNK = 2**24  # activations (neurons × tokens) held at a time
+CHUNK = 2**22  # activations (neurons × tokens) held at a time; work may stop between
+PRODUCT_ROWS = 4096  # tokens in a product of inputs with themselves, likewise
 
 
 def hidden(weights: MLPWeights, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,10 @@ class LayerActivations:
         step = max(1, CHUNK // (self.x.shape[1] * self.weights.d_ff))
         for first in range(0, self.x.shape[0], step):
             where = slice(first, min(first + step, self.x.shape[0]))
-            yield where, *hidden(self.weights, self.x[where])
+            may_stop()
+            found = hidden(self.weights, self.x[where])
+            may_stop()
+            yield where, *found
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -122,8 +127,11 @@ class LayerActivations:
     @cached_property
     def input_moment(self) -> Tensor:
         """(d_model, d_model): mean of x xᵀ, float64."""
-        x = self.inputs()
-        return ((x.T @ x) / len(x)).cpu().double()
+        total = self.x.new_zeros((self.weights.d_model,) * 2, dtype=torch.float64)
+        for x in self.inputs().split(PRODUCT_ROWS):
+            may_stop()
+            total += x.T @ x
+        return (total / self.tokens).cpu()
 
     def regression(self, kept: MLPWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the h that the MLP `kept` makes of the same inputs: mean (n,), covariance (n, n),

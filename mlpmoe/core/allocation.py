@@ -12,6 +12,7 @@ from .activations import LayerActivations
 from .errors import SpecError
 from .spec import MAX_FADE, ConversionSpec
 from .static import build_static
+from .stopping import may_stop
 
 ERROR_TOKENS = 4096  # on which a layer's output error is measured
 KEEP_LEVELS = 16  # values of K tried, about, where there are more branches
@@ -52,6 +53,7 @@ def error_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
     scale = wanted.flatten(0, -2).var(0).sum().clamp(min=1e-30)
     errors = []
     for candidate in candidates(spec):
+        may_stop()
         try:
             made = build_static(layer.weights, candidate, layer)
         except SpecError:  # it would leave no neuron

@@ -12,6 +12,7 @@ from torch import Tensor
 from .activations import LayerActivations
 from .mlps import MLPWeights
 from .order import damped
+from .stopping import may_stop
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def refit(weights: MLPWeights, moments: Moments) -> Tensor:
     least-squares sense beside a bias; ridge towards the down there is. Dtype of the weights."""
     down = weights.down.detach().cpu().double()
     missing = moments.cross - moments.covariance @ down.T  # (n, d_model)
+    may_stop()
     return (down + torch.linalg.solve(damped(moments.covariance), missing).T).to(weights.down)
 
 

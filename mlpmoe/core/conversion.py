@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
+from threading import Lock
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -17,13 +19,14 @@ from transformers import PreTrainedModel
 from .activations import LayerActivations
 from .allocation import error_curve, share_out
 from .branched import BranchedMLP, LoopedMLP
-from .calibration import Calibration
+from .calibration import Calibration, warn_of_few_tokens
 from .errors import SpecError, UnsupportedModelError
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .routed import ROUTED_TYPES, build_routed
 from .routed.expertweaver import AUTO, variation
 from .spec import MAX_TAU, ConversionSpec
 from .static import build_static
+from .stopping import may_stop, stoppable
 from .visiting import Observed, visit_layers
 
 Progress = Callable[[str, float], None]
@@ -50,9 +53,14 @@ def convert(
     new α (layers · K scalars); training the one therefore trains the other. A routed one holds
     its own MLP weights, sorted by expert. Each MLP's reading is first proved against the original
     module on random input. calibration: text that methods may look at, where `spec` needs it.
-    on_progress(message, share) is told what is being done. Raises UnsupportedModelError if the
-    model cannot be split, SpecError if the spec does not fit it or the calibration is missing.
+    on_progress(message, share) is told what is being done and which share of the layers was begun
+    before, again and again, one call at a time but maybe from several threads; what it raises ends
+    the work within a layer and comes out of here. Raises UnsupportedModelError if the model cannot
+    be split, SpecError if the spec does not fit it or the calibration is missing. Warns
+    (CalibrationWarning) where a fit has too few calibration tokens.
     """
+    if calibration is not None:
+        warn_of_few_tokens(model, [spec], calibration)
     return convert_all(model, [spec], calibration, on_progress)[0]
 
 
@@ -66,6 +74,17 @@ def convert_all(
     """`convert` for several specs, with as few passes over the calibration text as possible: one
     for all, one more if something is found from the whole model first, and one for each that is
     calibrated progressively. With what was `observed` on the text, only these last ones."""
+    report = _Report(on_progress, "converting")
+    with stoppable(report.again):
+        return _convert_all(model, specs, calibration, report)
+
+
+def _convert_all(
+    model: PreTrainedModel,
+    specs: Sequence[ConversionSpec],
+    calibration: Calibration | Observed | None,
+    report: _Report,
+) -> list[PreTrainedModel]:
     mlps = read_mlps(model)
     for spec in specs:
         spec.check_fits(min(mlp.weights.d_ff for mlp in mlps))
@@ -74,17 +93,14 @@ def convert_all(
                 f"{spec.to_flags()} needs a calibration text: give one to look at activations on."
             )
     for mlp in mlps:
+        may_stop()
         _prove(mlp)
-    report = on_progress or (lambda message, share: None)
     by_layer = _by_layer(model, mlps, specs, calibration, report)
     made: dict[int, list[nn.Module]] = {}
     together = []
     for index, spec in enumerate(specs):
         if not spec.needs_calibration:
-            # Layers side by side: NumPy, which finds the fade thresholds, lets other threads run.
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                weights = [mlp.weights for mlp in mlps]
-                made[index] = list(pool.map(convert_mlp, weights, by_layer[index]))
+            made[index] = _side_by_side(mlps, by_layer[index], report)
         elif not spec.progressive:
             together.append(index)
     for group in (together, *([i] for i, spec in enumerate(specs) if spec.progressive)):
@@ -100,6 +116,39 @@ def convert_all(
     return converted
 
 
+class _Report:
+    """Tells what is being done, and the same again wherever work may stop."""
+
+    def __init__(self, on_progress: Progress | None, message: str) -> None:
+        self.on_progress, self.last = on_progress, (message, 0.0)
+        self._lock = Lock()
+
+    def __call__(self, message: str, share: float) -> None:
+        self.last = message, share
+        self.again()
+
+    def again(self) -> None:
+        if self.on_progress is not None:
+            with self._lock:
+                self.on_progress(*self.last)
+
+
+def _side_by_side(
+    mlps: Sequence[DenseMLP], specs: Sequence[ConversionSpec], report: _Report
+) -> list[nn.Module]:
+    """Each MLP converted with its spec, several at a time: NumPy, which finds the fade thresholds,
+    lets other threads run. What ends one keeps the others from being begun."""
+    begun = count()
+
+    def make(mlp: DenseMLP, spec: ConversionSpec) -> nn.Module:
+        report("converting", next(begun) / len(mlps))
+        return convert_mlp(mlp.weights, spec)
+
+    contexts = [copy_context() for _ in mlps]  # a thread has none of its maker's
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda c, *one: c.run(make, *one), contexts, mlps, specs))
+
+
 def spec_of(model: PreTrainedModel) -> ConversionSpec | None:
     """What `model` was converted with; None for a dense model."""
     return getattr(model, _SPEC, None)
@@ -111,7 +160,7 @@ def _calibrated(
     by_layer: Sequence[Sequence[ConversionSpec]],
     group: Sequence[int],
     calibration: Calibration | Observed,
-    report: Progress,
+    report: _Report,
     progressive: bool,
     corrected: bool,
 ) -> dict[int, list[nn.Module]]:
@@ -134,7 +183,7 @@ def _by_layer(
     mlps: Sequence[DenseMLP],
     specs: Sequence[ConversionSpec],
     calibration: Calibration | Observed | None,
-    report: Progress,
+    report: _Report,
 ) -> list[list[ConversionSpec]]:
     """Each spec as one per layer, with what is found from the whole model filled in: τ where it
     is the median over all neurons, and K or fade where layers share it out by their errors."""
@@ -170,15 +219,16 @@ def observe(
     model: PreTrainedModel, calibration: Calibration, on_progress: Progress | None = None
 ) -> Observed:
     """The activations of all MLPs of `model`, to convert many times without another pass. Holds
-    the inputs of all layers: layers · tokens · d_model numbers."""
+    the inputs of all layers: layers · tokens · d_model numbers. on_progress: see `convert`."""
     mlps, layers = read_mlps(model), []
+    report = _Report(on_progress, "calibrating")
 
     def visit(layer: int, activations: LayerActivations) -> None:
-        if on_progress:
-            on_progress("calibrating", layer / len(mlps))
+        report("calibrating", layer / len(mlps))
         layers.append(activations)
 
-    visit_layers(model, mlps, calibration, visit)
+    with stoppable(report.again):
+        visit_layers(model, mlps, calibration, visit)
     return Observed(calibration, layers)
 
 

@@ -11,3 +11,7 @@ class SpecError(UserError):
 
 class UnsupportedModelError(UserError):
     """The model's MLPs cannot be split into branches; the message names module and reason."""
+
+
+class CalibrationWarning(UserWarning):
+    """The calibration text holds too few tokens for what is fitted on it."""

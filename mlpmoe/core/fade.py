@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .stopping import may_stop
+
 QUANTILE_LIMIT = 2**24  # elements; torch.quantile refuses more up to torch 2.13
 
 
@@ -81,6 +83,7 @@ def _fade_branch(source: Tensor, target: Tensor, sparsity: float, memory: np.nda
     Returns the threshold, or 0.0 if nothing is asked for: quantile 0 is the smallest magnitude,
     and a strict `>` would zero it.
     """
+    may_stop()
     if sparsity == 0:
         target.copy_(source)
         return 0.0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activations import LayerActivations
 from .mlps import MLPWeights
+from .stopping import may_stop
 
 COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken out of the matrices
 LEAST_VARIANCE = 1e-30  # added too: a layer may be dead
@@ -70,6 +71,7 @@ def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0
     while len(neurons) > 1:
         left = torch.ones(len(neurons), dtype=torch.bool)
         for _ in range(min(COMPACTED_AFTER, len(neurons) - 1)):
+            may_stop()
             loss = down.square().sum(1) / inverse.diagonal().clamp(min=1e-30)
             worst = int(loss.masked_fill(~left, float("inf")).argmin())
             column = inverse[:, worst] / inverse[worst, worst]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import SpecError
 from .fade import fade_projection
 from .order import damped
+from .stopping import may_stop
 
 BLOCK = 128  # inputs whose mask SparseGPT chooses at a time
 
@@ -91,6 +92,13 @@ def _lowest_of_rows(size: Tensor, share: float) -> Tensor:
     return torch.zeros_like(size, dtype=torch.bool).scatter_(1, lowest, True)
 
 
+def _lowest(size: Tensor, share: float) -> Tensor:
+    """Mask of the smallest `share` of all."""
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask.view(-1)[size.flatten().topk(round(share * size.numel()), largest=False).indices] = True
+    return mask
+
+
 def _pattern_mask(size: Tensor, pattern: tuple[int, int]) -> Tensor:
     n, m = pattern
     groups = size.unflatten(1, (-1, m))
@@ -101,19 +109,18 @@ def _pattern_mask(size: Tensor, pattern: tuple[int, int]) -> Tensor:
 def _sparsegpt(weight: Tensor, cut: Cut, moment: Tensor) -> Tensor:
     """Zero input by input; what a zero costs is made up for by the inputs that follow
     (SparseGPT, arXiv 2301.00774)."""
+    may_stop()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment.double())))
+    may_stop()
     upper = torch.linalg.cholesky(inverse, upper=True).float().to(weight.device)
     result = weight.detach().float().clone(memory_format=torch.contiguous_format)
-    whole = slice(0, weight.shape[1])
-    if cut.pattern:
-        _feed_errors(result, upper, [(block, 0.0) for block in _blocks(whole, cut)], cut.pattern)
-    elif cut.axis == 0:
-        for rows, share in zip(cut.slices, cut.sparsities, strict=True):
-            if share:
-                _feed_errors(result[rows], upper, [(block, share) for block in _blocks(whole, cut)])
+    whole, branches = slice(None), list(zip(cut.slices, cut.sparsities, strict=True))
+    inputs = slice(0, weight.shape[1])
+    if cut.pattern or cut.axis == 0:  # rows know nothing of each other: all branches together
+        blocks = [(block, branches) for block in _blocks(inputs, cut)]
     else:
-        branches = zip(cut.slices, cut.sparsities, strict=True)
-        _feed_errors(result, upper, [(b, s) for where, s in branches for b in _blocks(where, cut)])
+        blocks = [(b, [(whole, share)]) for where, share in branches for b in _blocks(where, cut)]
+    _feed_errors(result, upper, blocks, cut.pattern)
     return result.to(weight)
 
 
@@ -127,18 +134,20 @@ def _blocks(columns: slice, cut: Cut) -> list[slice]:
 def _feed_errors(
     weight: Tensor,
     upper: Tensor,
-    blocks: Sequence[tuple[slice, float]],
-    pattern: tuple[int, int] | None = None,
+    blocks: Sequence[tuple[slice, Sequence[tuple[slice, float]]]],
+    pattern: tuple[int, int] | None,
 ) -> None:
     """SparseGPT's loop, in place: weight (outputs, inputs), upper (inputs, inputs) the Cholesky
-    factor of the inverse moment, blocks of inputs with the share to zero."""
-    for where, share in blocks:
+    factor of the inverse moment, blocks of inputs with the share to zero of some outputs each. A
+    pattern says which instead."""
+    for where, shares in blocks:
+        may_stop()
         block, factor = weight[:, where].clone(), upper[where, where]
         mask = torch.zeros_like(block, dtype=torch.bool)
         if pattern is None:
             saliency = (block / factor.diagonal()).square()
-            lowest = saliency.flatten().topk(round(share * block.numel()), largest=False).indices
-            mask.view(-1)[lowest] = True
+            for rows, share in shares:
+                mask[rows] = _lowest(saliency[rows], share)
         errors = torch.zeros_like(block)
         for j in range(block.shape[1]):
             if pattern and j % pattern[1] == 0:

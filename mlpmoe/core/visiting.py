@@ -16,6 +16,7 @@ from . import activations
 from .activations import LayerActivations
 from .calibration import Calibration
 from .mlps import DenseMLP, MLPWeights, decoder_layers
+from .stopping import may_stop, stop_between_modules
 
 DRIFT = 0.5  # of the distance between both streams; measured best of 0, ½ and 1 on a small Llama
 
@@ -61,6 +62,7 @@ def visit_layers(
         dense = copy.deepcopy(mlp.module, dict(memo)).eval()  # the model may be in training
         memo[id(mlp.module)] = kind(layer, mlp.weights, dense, visit)
     twin = copy.deepcopy(model, memo).eval()
+    stop_between_modules(twin)
     samples = calibration.samples
     if corrected:
         samples = torch.cat([samples, samples])
@@ -87,7 +89,11 @@ class _Visited(nn.Module):
         batched = [t.reshape(-1, *t.shape[-2:]) if t.ndim > 2 else t[None] for t in (x, *rest)]
         step = max(1, activations.CHUNK // (batched[0].shape[1] * self.weights.d_ff))
         pieces = zip(*(t.split(step) for t in batched), strict=True)
-        return torch.cat([run(*piece) for piece in pieces]).view_as(x)
+        return torch.cat([self.run_piece(run, piece) for piece in pieces]).view_as(x)
+
+    def run_piece(self, run: nn.Module, piece: tuple[Tensor, ...]) -> Tensor:
+        may_stop()
+        return run(*piece)
 
 
 class _Paired(_Visited):

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from html import escape
-from time import time_ns
+from itertools import accumulate
+from time import monotonic, time_ns
 from typing import Any
 
 import gradio as gr
 import plotly.graph_objects as go
 
 from ..core.calibration import Calibration
-from ..core.conversion import observe
 from ..core.errors import UserError
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
+from ..measure.deadline import Deadline, TimeUp
 from ..measure.encoding import scored_tokens
 from ..measure.notation import change, signed_percent
-from ..measure.search import (
-    COSTS,
-    SEARCH_TOKENS,
-    Budget,
-    best,
-    finalists,
-    front,
-    scoring_text,
-    search,
-)
+from ..measure.pace import about
+from ..measure.search import COSTS, Budget, best, finalists, front, search
 from ..measure.sweep import Run
+from ..measure.trials import Trials, prepare
 from ..measure.words import in_words
 from ..models import default_calibration, default_text, named_calibration
 from .background import in_thread
 from .front_plot import front_plot
 from .links import Link
-from .loaded import Calibrated, LoadedModel
+from .loaded import LoadedModel
+from .measuring import measuring
 from .records import Record, measured_record, write_records
 from .suggest_panel import EMPTY
 from .texts import text_name
@@ -48,9 +44,14 @@ class _Found:
     """What a search has come to so far."""
 
     budget: Budget
-    tried: list[Run]  # on the text the search goes by
-    measured: list[Run]  # on the evaluation text
-    records: list[Record]  # the same, for the visitor's browser to keep
+    tried: list[Run] = field(default_factory=list)  # on the text the search goes by
+    measured: list[Run] = field(default_factory=list)  # on the evaluation text
+    # the same, for the visitor's browser to keep
+    records: list[Record] = field(default_factory=list)
+    left_out: int = 0  # finds for which there was no time
+    trials: Trials | None = None
+    calibration: Calibration | None = None  # that finds are measured with
+    shown: tuple[int, int] = (0, 0)  # tried, measured
 
 
 class SuggestHandlers:
@@ -91,66 +92,18 @@ class SuggestHandlers:
         calibrated: bool, seconds: float,
     ) -> Iterator[tuple]:  # fmt: skip
         loaded = self.workbench.loaded(model)
-        budget = read_budget(goal, share, increase)
-        found = _Found(budget, [], [], [])
-        unchanged = (gr.skip(),) * 4
-        shown = 0
-        for message in self._search(loaded, found, calibrated, min(seconds, MAX_SECONDS)):
-            plot = gr.skip()
-            if len(found.tried) > shown:
-                shown, plot = len(found.tried), self._plot(loaded, found)
-            yield _status(message), gr.skip(), plot, gr.skip(), gr.skip(), gr.skip()
-            if session in self._stopping and found.tried:
-                break
-        self._stopping.discard(session)
-        specs = finalists(found.tried, budget)
-        for number, spec in enumerate(specs, 1):
-            what = f"measuring find {number} of {len(specs)}"
-            for message in _measure(loaded, spec):
-                yield _status(f"{what}: {message}"), gr.skip(), *unchanged
-            record = measured_record(
-                loaded, loaded.asked(spec), default_text(loaded.key), "suggest"
-            )
-            found.measured.append(record.run)
-            found.records.append(record)
-            if session in self._stopping:
-                break
-            yield (
-                _status(what), gr.skip(), self._plot(loaded, found), *_table(loaded, found),
-                write_records([record]),
-            )  # fmt: skip
+        found, seconds = _Found(read_budget(goal, share, increase)), min(seconds, MAX_SECONDS)
+        for work in (_search(loaded, found, calibrated, seconds), _measure(loaded, found, seconds)):
+            with closing(work):
+                for message in work:
+                    yield _status(message), gr.skip(), *_news(loaded, found)
+                    if session in self._stopping:
+                        break
+            self._stopping.discard(session)
         yield (
-            _status(""), sentence(loaded, found), self._plot(loaded, found),
-            *_table(loaded, found), write_records(found.records) if found.records else gr.skip(),
+            _status(""), sentence(loaded, found), _plot(loaded, found), *_table(loaded, found),
+            write_records(found.records) if found.records else gr.skip(),
         )  # fmt: skip
-
-    def _plot(self, loaded: LoadedModel, found: _Found) -> go.Figure:
-        return front_plot(
-            found.tried, found.measured, found.budget, lambda run: _query(loaded, run)
-        )
-
-    def _search(
-        self, loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float
-    ) -> Iterator[str]:
-        """Fill `found.tried`, yielding what is being done; closing the iterator stops."""
-        text = named_calibration(default_calibration(loaded.key))
-        scoring = scoring_text(loaded.tokenizer, text)
-
-        def work(report: Any) -> None:
-            observed = None
-            if calibrated:
-                report("calibrating")
-                tokens = Calibration.from_text(loaded.tokenizer, text, SEARCH_TOKENS)
-                observed = observe(loaded.model, tokens)
-            runs = search(
-                loaded.model, scoring, found.budget, observed, seconds,
-                report=lambda message: report(f"searching, {message}"),
-            )  # fmt: skip
-            for run in runs:
-                found.tried.append(run)
-                report(f"searching, {len(found.tried)} tried")
-
-        yield from in_thread(work)
 
     def take(self, specs: list[str], event: gr.SelectData) -> str:
         """What is to be restored: a row, and the time, so that a second click counts too."""
@@ -164,6 +117,83 @@ class SuggestHandlers:
         return "", EMPTY, empty_plot(), [], []
 
 
+def _search(loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float) -> Iterator[str]:
+    """Fill `found.tried`, yielding what is being done; closing the iterator stops."""
+
+    def work(report: Any) -> None:
+        deadline, text = Deadline(seconds), named_calibration(default_calibration(loaded.key))
+        report("searching")
+        if calibrated:
+            found.calibration = Calibration.from_text(loaded.tokenizer, text)
+
+        def told(message: str, share: float | None = None) -> None:
+            report(f"searching, {message}", share)
+
+        with suppress(TimeUp):
+            found.trials = prepare(
+                loaded.model, loaded.tokenizer, text, found.calibration, deadline, told
+            )
+            for run in search(found.trials, found.budget, deadline, report=told):
+                found.tried.append(run)
+
+    yield from in_thread(work)
+
+
+def _measure(loaded: LoadedModel, found: _Found, seconds: float) -> Iterator[str]:
+    """Measure the best finds and fill `found.measured`, yielding what is being done and for how
+    long. The best is measured however long it takes, others if all fit into the seconds that the
+    search had; closing the iterator leaves the one under way."""
+    specs, text = finalists(found.tried, found.budget), default_text(loaded.key)
+    if not specs:
+        return
+    times = yield from in_thread(lambda report: _forecast(loaded, found, specs, report))
+    count = sum(end <= seconds for end in accumulate(times)) or 1
+    found.left_out = len(specs) - count
+    for number, spec in enumerate(specs[:count]):
+        started, what = monotonic(), f"measuring find {number + 1} of {count}"
+        for message in measuring(loaded, loaded.asked(spec), text):
+            left = sum(times[number:count]) - (monotonic() - started)
+            yield f"{what}{f', {about(left)} left' if left > 0 else ''}: {message}"
+        record = measured_record(loaded, loaded.asked(spec), text, "suggest")
+        found.measured.append(record.run)
+        found.records.append(record)
+        yield what
+
+
+def _forecast(
+    loaded: LoadedModel, found: _Found, specs: Sequence[ConversionSpec], report: Any
+) -> list[float]:
+    """About how many seconds each takes to be measured after those before it."""
+    report("seeing how long measuring will take")
+    text = default_text(loaded.key)
+    tokens, dense = loaded.plan(text).tokens, loaded.known_dense(text)
+    known = {s: loaded.known_evaluation(loaded.asked(s), text) for s in specs}
+    missing = [spec for spec, one in known.items() if not (one and one.complete)]
+    calibration = found.calibration.samples.numel() if found.calibration else 0
+    seconds = found.trials.forecast(
+        missing, tokens, calibration, dense is None or dense.tokens < tokens
+    )
+    times = dict(zip(missing, seconds, strict=True))
+    return [times.get(spec, 0.0) for spec in specs]
+
+
+def _news(loaded: LoadedModel, found: _Found) -> tuple:
+    """Plot, table, the specs of its rows and the latest record, where there is more to show than
+    before."""
+    known = len(found.tried), len(found.measured)
+    tried, measured = (now > before for now, before in zip(known, found.shown, strict=True))
+    found.shown = known
+    return (
+        _plot(loaded, found) if tried or measured else gr.skip(),
+        *(_table(loaded, found) if measured else (gr.skip(),) * 2),
+        write_records(found.records[-1:]) if measured else gr.skip(),
+    )
+
+
+def _plot(loaded: LoadedModel, found: _Found) -> go.Figure:
+    return front_plot(found.tried, found.measured, found.budget, lambda run: _query(loaded, run))
+
+
 def read_budget(goal: str, share: float, increase: float) -> Budget:
     if goal == "perplexity":
         return Budget("nonzero", None, 1 + increase / 100)
@@ -175,6 +205,13 @@ def read_budget(goal: str, share: float, increase: float) -> Budget:
 def sentence(loaded: LoadedModel, found: _Found) -> str:
     """What the best spec does and costs, in plain words."""
     chosen = best(found.measured, found.budget)
+    if not found.tried:
+        return "<p>Nothing was tried in that time. Give the search more seconds.</p>"
+    if best(found.tried, found.budget) and not found.measured:
+        return (
+            f"<p>Stopped before a find was measured on the {text_name(default_text(loaded.key))}. "
+            "The points are what was tried on other text.</p>"
+        )
     if chosen is None:
         return (
             "<p>Nothing within this budget was found. Give the search more seconds, or a larger "
@@ -196,22 +233,17 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
             f"<p>The best preset within the budget, {escape(name.rstrip(' *'))}: perplexity "
             f"{change(rival.ratio, rival.stderr)}.</p>"
         )
+    more = f" There was no time for {found.left_out} more." if found.left_out else ""
+    if found.calibration and found.trials.calibration is None:
+        more += " There was no time to look at a calibration text."
     return (
         f'{text}<p class="note">{len(found.tried)} recipes tried, {len(found.measured)} measured '
-        f"on {tokens:,} tokens of the {text_name(default_text(loaded.key))}.</p>"
+        f"on {tokens:,} tokens of the {text_name(default_text(loaded.key))}.{more}</p>"
     )
 
 
 def empty_plot() -> go.Figure:
     return front_plot([], [], Budget(share=0.7))
-
-
-def _measure(loaded: LoadedModel, spec: ConversionSpec) -> Iterator[str]:
-    asked = loaded.asked(spec)
-    if isinstance(asked, Calibrated):
-        yield from loaded.convert(asked)
-    for step in loaded.evaluate(asked, default_text(loaded.key)):
-        yield f"perplexity, {step.dense.tokens / step.total:.0%}"
 
 
 def _table(loaded: LoadedModel, found: _Found) -> tuple[list[list[str]], list[str]]:

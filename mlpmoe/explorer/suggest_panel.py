@@ -70,7 +70,7 @@ def suggest_panel() -> SuggestPanel:
             )  # fmt: skip
             seconds = LimitedSlider(
                 10, 300, 20, step=10, precision=0, label="Seconds to search", elem_id="seconds",
-                info="the best finds are measured after that",
+                info="the best finds are measured after that; it is said how long that takes",
             )  # fmt: skip
             with gr.Row():
                 suggest = gr.Button("Suggest", variant="primary", min_width=120, elem_id="suggest")

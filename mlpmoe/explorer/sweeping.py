@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from time import monotonic
@@ -14,11 +15,11 @@ import gradio as gr
 
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec, flag_of
-from ..measure.encoding import scored_tokens
 from ..measure.grid import grid, read_values
 from ..measure.pace import about
 from .events import sentence
-from .loaded import Calibrated, LoadedModel
+from .loaded import LoadedModel
+from .measuring import measuring
 from .records import Record, measured_record, read_records, write_records
 from .settings import check_shown, settled
 from .sweep_panel import FIELDS
@@ -78,13 +79,14 @@ class SweepHandlers:
         started = monotonic()
         self._running.add(session)
         try:
-            for where, found in self._measured(loaded, text, plan, records, started):
-                if found:
-                    yield gr.skip(), write_records(records[-SENT_AGAIN:])
-                elif session not in self._stopping:
-                    yield _status(where), gr.skip()
-                if session in self._stopping:
-                    break
+            with closing(self._measured(loaded, text, plan, records)) as work:
+                for where, found in work:
+                    if found:
+                        yield gr.skip(), write_records(records[-SENT_AGAIN:])
+                    elif session not in self._stopping:
+                        yield _status(where), gr.skip()
+                    if session in self._stopping:
+                        break
             stopped = session in self._stopping
         finally:
             self._running.discard(session)
@@ -98,18 +100,20 @@ class SweepHandlers:
             yield _status(f"Done: {done}, {plan.known} were there before."), gr.skip()
 
     def _measured(
-        self, loaded: LoadedModel, text: str, plan: Plan, records: list[Record], started: float
+        self, loaded: LoadedModel, text: str, plan: Plan, records: list[Record]
     ) -> Iterator[tuple[str, bool]]:
-        """What is being done, and whether a record was added."""
-        for number, spec in enumerate(plan.missing, 1):
-            where = f"run {number} of {len(plan.missing)}{_left(started, records, plan)}"
+        """What is being done and for how long, and whether a record was added. Closing the
+        iterator leaves the run that is under way."""
+        calibrates = any(spec.needs_calibration for spec in plan.missing)
+        each, started = None if calibrates else _seconds_each(plan, loaded, text), monotonic()
+        for done, spec in enumerate(plan.missing):
+            where, begun = f"run {done + 1} of {len(plan.missing)}", monotonic()
+            each = (begun - started) / done if done else each
             yield f"{where} …", False
             asked = loaded.asked(spec)
-            if isinstance(asked, Calibrated):
-                for message in loaded.convert(asked):
-                    yield f"{where}: {message} …", False
-            for step in loaded.evaluate(asked, text):
-                yield f"{where}: perplexity, {step.dense.tokens / step.total:.0%}", False
+            for message in measuring(loaded, asked, text):
+                left = (each or 0.0) * (len(plan.missing) - done) - (monotonic() - begun)
+                yield f"{where}{f', {about(left)} left' if left > 0 else ''}: {message} …", False
             records.append(measured_record(loaded, asked, text, "sweep"))
             yield where, True
 
@@ -153,8 +157,7 @@ def in_words(plan: Plan, loaded: LoadedModel, text: str) -> str:
     if not loaded.has_text(text):
         words.append("the text is read first")
     elif plan.missing:
-        each = scored_tokens(loaded.windows(text)) / loaded.tokens_per_second
-        words.append(about(each * len(plan.missing)))
+        words.append(about(_seconds_each(plan, loaded, text) * len(plan.missing)))
         if calibrated := sum(spec.needs_calibration for spec in plan.missing):
             words.append(f"and longer for {calibrated} that calibrate first")
     return ", ".join(words) + "."
@@ -173,12 +176,11 @@ def snippet(model: str, text: str, values: Sequence[Any]) -> str:
     )
 
 
-def _left(started: float, records: Sequence[Record], plan: Plan) -> str:
-    """The time left, from the runs so far."""
-    if not records:
-        return ""
-    each = (monotonic() - started) / len(records)
-    return f", {about(each * (len(plan.missing) - len(records)))} left"
+def _seconds_each(plan: Plan, loaded: LoadedModel, text: str) -> float | None:
+    """About how long a run takes that needs no calibration; None while the text is not read."""
+    if not plan.missing or not loaded.has_text(text):
+        return None
+    return loaded.plan(text).tokens / loaded.tokens_per_second
 
 
 def _status(text: str) -> str:

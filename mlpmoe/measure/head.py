@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.stopping import stoppable_twin
+
 LOGITS_AT_ONCE = 2**24  # numbers; a few copies of them in float32 are all that is allocated
 PROBE_TOKENS = 4
 MIXED = 0.02  # of the largest logit; 16 bits round to 0.8 %
@@ -37,8 +39,8 @@ class _Given(nn.Module):
 @torch.inference_mode()
 def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """Losses in nats of ids[first:], each predicted from all ids before it; (tokens - first,)
-    float32 on the CPU."""
-    ids = ids.to(model.device)
+    float32 on the CPU. Work may stop between the modules of the model."""
+    model, ids = stoppable_twin(model), ids.to(model.device)
     if not _can_split(model, ids):
         logits = model(ids[None], use_cache=False).logits[0, first - 1 : -1]
         return torch.cat([_losses(*part) for part in _parts(logits, ids[first:])])

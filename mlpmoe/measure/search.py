@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice, product
 from math import isfinite, log
-from time import monotonic
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ..core.calibration import DOCUMENT_SEPARATOR, Calibration
-from ..core.conversion import convert_all
 from ..core.errors import SpecError, UserError
-from ..core.mlps import read_mlps
 from ..core.presets import PRESETS
 from ..core.schedule import branch_sparsities
 from ..core.spec import MAX_FADE, MAX_SEED, ConversionSpec
-from ..core.visiting import Observed
-from .encoding import EncodedText, encode_text
-from .parameters import parameter_report
-from .perplexity import measure
-from .sweep import Run, run_of
+from .deadline import Deadline, TimeUp
+from .sweep import Run
+from .trials import Report, TooSlow, Trials
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -35,10 +29,9 @@ LEAST_SHARE, MOST_SHARE = 0.2, 0.98  # of the dense cost; the search looks no fu
 ALLOWANCE = 0.0025  # of the dense cost above the budget: α and biases, in narrow MLPs
 AROUND = 0.15  # of the dense cost, below and above the budget
 RANDOM_TRIALS = 8  # before the optimiser learns from what it has seen
-SCORING_TOKENS = 2048  # at least, where the text has them
+MOST_PASSED_OVER = 64  # proposals in a row for which there is no time: none will come
 RIVAL = 3.0  # standard errors within which another text could turn two runs round
 FINALISTS = 3  # of the front, to be measured again
-SEARCH_TOKENS = 4096  # of the calibration text: enough to tell recipes apart, and fast
 WORST_RATIO = 1e6  # of perplexity; what is broken is all the same
 
 
@@ -128,34 +121,21 @@ def _rivals(run: Run, chosen: Run | None, budget: Budget) -> bool:
     return run.ratio - RIVAL * run.stderr <= chosen.ratio + RIVAL * chosen.stderr
 
 
-def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
-    """The last documents of the calibration text, for the search to go by. Where the text is
-    longer than a calibration reads, methods have not seen them."""
-    documents = [document for document in text.split(DOCUMENT_SEPARATOR) if document.strip()]
-    for count in range(1, len(documents) + 1):
-        encoded = encode_text(tokenizer, DOCUMENT_SEPARATOR.join(documents[-count:]))
-        if sum(len(document) - 1 for document in encoded.documents) >= SCORING_TOKENS:
-            return encoded
-    return encode_text(tokenizer, text)
-
-
 def search(
-    model: PreTrainedModel,
-    text: EncodedText,
+    trials: Trials,
     budget: Budget,
-    calibration: Calibration | Observed | None = None,
-    seconds: float = 60.0,
+    deadline: Deadline,
     most: int | None = None,
     seed: int = 0,
-    report: Callable[[str], None] = lambda message: None,
+    report: Report = lambda *told: None,
 ) -> Iterator[Run]:
     """Try static specs around the budget until the time is up, yielding each as it is measured.
 
-    text: what the search goes by; to know how good its finds are, measure them on another. Only
-    with a calibration (SEARCH_TOKENS will do) are specs tried that need one. seconds: from the
-    first request on; what is under way is finished. most: proposals at most. Presets and known
-    recipes come first, then what Optuna's tree-structured Parzen estimator proposes for the two
-    objectives, log perplexity and cost.
+    trials: on a text to go by; to know how good the finds are, measure them on another. Only with
+    a calibration are specs tried that need one. deadline: nothing is begun that will not fit into
+    what is left of it, and what was begun ends with it. most: proposals at most. Good recipes at
+    the budget come first, then the presets, then what Optuna's tree-structured Parzen estimator
+    proposes for the two objectives, log perplexity and cost.
     Raises UserError if optuna is not installed, or for a seed below 0 or of more than 32 bits.
     """
     if not 0 <= seed <= MAX_SEED:
@@ -164,51 +144,58 @@ def search(
         import optuna
     except ImportError:
         raise UserError("the search needs optuna: pip install optuna.") from None
-    end = monotonic() + seconds
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    report("perplexity, dense")
-    dense, dense_report = measure(model, text), parameter_report(model)
-    mlps = read_mlps(model)
     space = _Space(
         budget=budget,
-        calibrated=calibration is not None,
-        d_ff=min(mlp.weights.d_ff for mlp in mlps),
-        gated=mlps[0].weights.gate is not None,
+        calibrated=trials.calibration is not None,
+        d_ff=min(mlp.weights.d_ff for mlp in trials.mlps),
+        gated=trials.mlps[0].weights.gate is not None,
     )
     study = optuna.create_study(
         directions=["minimize", "minimize"],
         sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS),
     )
-    for start in space.starts():
+    starts = list(space.starts())
+    for start in starts:
         study.enqueue_trial(start)
-    known: dict[ConversionSpec, Run] = {}
+    yielded: set[ConversionSpec] = set()
 
-    def run_for(spec: ConversionSpec) -> Run:
-        report(f"{len(known)} tried")
-        converted = convert_all(model, [spec], calibration)[0]
-        measured, counted = measure(converted, text), parameter_report(converted)
-        known[spec] = run_of(spec, dense, measured, dense_report, counted)
-        return known[spec]
+    def run_for(spec: ConversionSpec) -> Run | None:
+        """None where it cannot be: it would take too long, or its branches lose all neurons."""
+        report(f"{len(yielded)} tried")
+        try:
+            return trials.run(spec, deadline)
+        except (SpecError, TooSlow):
+            return None
 
-    for spec in space.presets():
-        yield run_for(spec)
-    tried = 0
-    while monotonic() < end and (most is None or tried < most):
-        trial = study.ask()
-        tried += 1
-        spec = space.spec(trial)
-        run = known.get(spec)
-        if run is None:
-            try:
-                run = run_for(spec)
-            except SpecError:  # such as branches that would lose their last neuron
+    def found(runs: Iterable[Run | None]) -> Iterator[Run]:
+        for run in runs:
+            if run is not None and run.spec not in yielded:
+                yielded.add(run.spec)
+                yield run
+
+    def proposed() -> Iterator[Run | None]:
+        asked = passed_over = 0
+        while passed_over < MOST_PASSED_OVER and deadline.left > trials.seconds:
+            if most is not None and asked >= most:
+                return
+            trial, asked = study.ask(), asked + 1
+            run = run_for(space.spec(trial))
+            passed_over = passed_over + 1 if run is None else 0
+            yield run
+            if run is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
-            yield run
-        cost, loss = budget.cost_of(run), log(min(run.ratio, WORST_RATIO))
-        limit = cost - budget.share if budget.ratio is None else loss - log(budget.ratio)
-        trial.set_constraint("budget", limit)
-        study.tell(trial, [loss, cost])
+            cost, loss = budget.cost_of(run), log(min(run.ratio, WORST_RATIO))
+            limit = cost - budget.share if budget.ratio is None else loss - log(budget.ratio)
+            trial.set_constraint("budget", limit)
+            study.tell(trial, [loss, cost])
+
+    proposals = proposed()
+    with suppress(TimeUp):
+        yield from found(islice(proposals, len(starts)))
+        yield from found(map(run_for, space.presets()))
+        yield from found(proposals)
 
 
 @dataclass(frozen=True)
@@ -243,15 +230,15 @@ class _Space:
     def starts(self) -> Iterator[dict[str, object]]:
         """Good recipes at the budget itself; a trial takes of them what it asks for."""
         shares = [self.budget.share] if self.budget.share else [0.9, 0.75, 0.6]
-        if self.calibrated:
-            recipe = {"order": "least-squares", "compensation": "refit", "score": "sparsegpt"}
+        if self.calibrated:  # the best of those that take little time, and the best
+            recipes = [("fluctuation", "mean", "wanda"), ("least-squares", "refit", "sparsegpt")]
         else:
-            recipe = {"order": "norm", "compensation": "none", "score": "magnitude"}
-        recipe |= {"schedule": "uniform", "projections": "all"}
-        recipe |= {"branches": max(self._branches()), "allocation": "uniform"}
-        for share in shares:
-            for by in self._by():
-                yield recipe | {"by": by, "share": share, "part": 0.5}
+            recipes = [("norm", "none", "magnitude")]
+        usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
+        usual |= {"branches": max(self._branches()), "allocation": "uniform"}
+        for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
+            recipe = {"order": order, "compensation": compensation, "score": score}
+            yield usual | recipe | {"by": by, "share": share}
 
     def spec(self, trial: Trial) -> ConversionSpec:
         """The spec of a trial's choices."""
@@ -300,8 +287,8 @@ class _Space:
         return fields | {"fade": _strength(zeros, branches, keep, schedule)}
 
     def _by(self) -> list[str]:
-        everything = ["keep", "neurons", "weights", "keep and weights"]
-        return everything[:2] if self.budget.cost == "compute" else everything
+        everything = ["weights", "keep", "keep and weights", "neurons"]
+        return ["keep", "neurons"] if self.budget.cost == "compute" else everything
 
     def _branches(self) -> list[int]:
         return [b for b in BRANCHES if b <= self.d_ff] or [self.d_ff]

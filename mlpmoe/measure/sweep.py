@@ -16,6 +16,7 @@ from ..core.conversion import convert_all
 from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
+from ..core.stopping import stoppable
 from ..core.visiting import Observed
 from .encoding import EncodedText
 from .pace import Pace
@@ -101,9 +102,10 @@ class Baseline:
         """A run for each spec, or why there is none. AT_ONCE specs are converted together."""
         for start in range(0, len(specs), AT_ONCE):
             some = specs[start : start + AT_ONCE]
-            report("converting")
             try:
-                converted = convert_all(self.model, some, self.calibration)
+                converted = convert_all(
+                    self.model, some, self.calibration, lambda what, share: report(what)
+                )
             except SpecError as error:
                 if len(some) == 1:
                     yield SpecError(f"{some[0].to_flags()}: {error}")
@@ -112,9 +114,9 @@ class Baseline:
                         yield from self.outcomes([spec], report)
                 continue
             for spec in some:
-                report("perplexity")
                 other = converted.pop(0)  # so that it goes as soon as it is measured
-                measured = measure(other, self.text, self.window, self.stride)
+                with stoppable(lambda: report("perplexity")):
+                    measured = measure(other, self.text, self.window, self.stride)
                 yield run_of(spec, self.dense, measured, self.report, parameter_report(other))
 
 
@@ -130,15 +132,17 @@ def sweep(
     """Measure each spec against the dense model; yields runs as they are known.
 
     text: what perplexity is measured on. calibration: what methods may look at. report: told what
-    is being done, how much of it and how long the rest takes. Raises SpecError at once where a
-    spec does not fit the model or misses its calibration; where it shows only in converting, after
-    all others are measured.
+    is being done, how much of it and how long the rest takes, again and again; what it raises ends
+    the work within a layer or a window. Raises SpecError at once where a spec does not fit the
+    model or misses its calibration; where it shows only in converting, after all others are
+    measured.
     """
     if not specs:
         return
     check_fit(model, specs, calibration is not None)
-    report("perplexity, dense")
-    baseline, pace = Baseline(model, text, calibration, window, stride), Pace(len(specs))
+    with stoppable(lambda: report("perplexity, dense")):
+        baseline = Baseline(model, text, calibration, window, stride)
+    pace = Pace(len(specs))
     outcomes = baseline.outcomes(specs, lambda doing: report(f"{doing}, {pace}"))
     yield from runs_first(outcomes, pace)
 

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe.core.branched import BranchedMLP
-from mlpmoe.core.calibration import DOCUMENT_SEPARATOR, Calibration
-from mlpmoe.core.conversion import convert, observe
+from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.conversion import convert, convert_all, observe
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure import search as search_module
+from mlpmoe.measure import trials as trials_module
+from mlpmoe.measure.deadline import Deadline
 from mlpmoe.measure.encoding import EncodedText, encode_text
 from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import compare, measure
@@ -31,15 +33,14 @@ from mlpmoe.measure.search import (
     best,
     finalists,
     front,
-    scoring_text,
     search,
 )
 from mlpmoe.measure.sweep import Run
+from mlpmoe.measure.trials import TooSlow, Trials
 from tests import families
 from tests.tiny import VOCABULARY, byte_tokenizer, tiny_model
 
 TEXT = "A heron stood in the reeds.\n<|endoftext|>\nNobody had told the frogs, so they sang on."
-LONG = 1e9  # seconds: what ends a search here is the number of its trials
 D_FF = 160  # 10 neurons in each of 16 branches, so that a branch of few loses some and not all
 WIDE = 640  # 10 in each of 64 branches
 
@@ -66,7 +67,7 @@ def observed(model):
 
 
 def tried(model, text, budget, calibration=None, most=20, **more):
-    return list(search(model, text, budget, calibration, LONG, most, **more))
+    return list(search(Trials(model, text, calibration), budget, Deadline(), most, **more))
 
 
 def check_run(run, model, text, calibration=None):
@@ -217,11 +218,17 @@ def test_every_preset_that_the_budget_allows_is_tried(model, text, observed, cos
             assert spec not in specs or left < share + 0.02
 
 
-def test_presets_come_first_and_none_twice(model, text, observed):
+def test_good_recipes_come_first_then_the_presets_and_none_twice(model, text, observed):
     runs = tried(model, text, Budget("nonzero", 0.9), observed, most=15)
     known = [run.spec in PRESETS.values() for run in runs]
     assert sum(known) >= 7
-    assert known == sorted(known, reverse=True)
+    first = known.index(True)
+    assert known[first:] == sorted(known[first:], reverse=True)
+    ahead = [run.spec for run in runs[:first]]
+    assert {spec.fade_score for spec in ahead if spec.fades} == {"wanda", "sparsegpt"}
+    assert {"fluctuation", "least-squares"} <= {spec.order for spec in ahead}
+    scores = [spec.fade_score for spec in ahead if spec.fades]
+    assert scores.index("wanda") < scores.index("sparsegpt")  # what takes less time, first
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -251,22 +258,56 @@ def test_the_number_of_trials(model, text):
     for most in (1, 5):
         runs = tried(model, text, Budget(), most=most)
         assert len(presets) < len(runs) <= len(presets) + most
-        assert runs[: len(presets)] == presets
+        assert [run for run in runs if run in presets] == presets
 
 
-def test_the_time_ends_a_search(model, text, monkeypatch):
-    """A clock that counts how often it is read: here, once for each trial."""
-    moments = iter(range(10**6))
-    monkeypatch.setattr(search_module, "monotonic", lambda: next(moments))
-    runs = list(search(model, text, Budget(), seconds=5))
-    assert runs == tried(model, text, Budget(), most=4)
-    assert list(search(model, text, Budget(), seconds=0)) == tried(model, text, Budget(), most=0)
+@pytest.mark.parametrize("seconds", [0, 9, 10, 35, 95])
+def test_nothing_is_begun_that_does_not_fit_into_the_time(model, text, monkeypatch, seconds):
+    """By a clock on which measuring takes 10 seconds and nothing else any."""
+    now = [100.0]
+
+    def measured(*given):
+        now[0] += 10
+        return measure(*given)
+
+    monkeypatch.setattr(trials_module, "measure", measured)
+    trials = Trials(model, text, clock=lambda: now[0])
+    started = now[0]
+    runs = list(search(trials, Budget(), Deadline(seconds, lambda: now[0])))
+    assert now[0] - started == 10 * len(runs)
+    assert len(runs) == max(0, seconds - 1) // 10  # with one more, the time would be up
+    assert runs == tried(model, text, Budget())[: len(runs)]
+
+
+def test_a_search_without_time_for_any_of_its_proposals_ends(model, text, monkeypatch):
+    monkeypatch.setattr(Trials, "run", too_slow)
+    assert list(search(Trials(model, text), Budget(), Deadline(), most=None)) == []
+
+
+def too_slow(*_):
+    raise TooSlow(1e9)
+
+
+def test_a_search_of_another_budget_measures_nothing_again(model, text, monkeypatch):
+    trials = Trials(model, text)
+    first = list(search(trials, Budget("nonzero", 0.75), Deadline(), most=5))
+    measured = []
+
+    def converted(dense, specs, *more):
+        measured.extend(specs)
+        return convert_all(dense, specs, *more)
+
+    monkeypatch.setattr(trials_module, "convert_all", converted)
+    second = list(search(trials, Budget("nonzero", 0.9), Deadline(), most=5))
+    again = {run.spec for run in first} & {run.spec for run in second}
+    assert again
+    assert measured and not again & {*measured}
 
 
 def test_progress_is_told(model, text):
     told = []
     runs = tried(model, text, Budget(), most=3, report=told.append)
-    assert told == ["perplexity, dense", *(f"{count} tried" for count in range(len(runs)))]
+    assert [f"{count} tried" for count in range(len(runs))] == list(dict.fromkeys(told))
 
 
 def test_nothing_is_written_and_nobody_warned(model, text, observed, capfd):
@@ -298,7 +339,7 @@ def test_an_interrupted_search_leaves_nothing_behind(text, observed, tmp_path, m
     tried(model, text, Budget(), most=1)  # what is loaded once and stays, is there
     threads, converted = set(threading.enumerate()), branched_mlps()
 
-    runs = search(model, text, Budget(), some_text(), LONG)
+    runs = search(Trials(model, text, some_text()), Budget(), Deadline())
     begun = list(islice(runs, 12))
     runs.close()
 
@@ -311,21 +352,21 @@ def test_an_interrupted_search_leaves_nothing_behind(text, observed, tmp_path, m
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name])
     assert model.training is False
-    again = search(model, text, Budget(), some_text(), LONG)
+    again = search(Trials(model, text, some_text()), Budget(), Deadline())
     assert list(islice(again, 12)) == begun
     again.close()
 
 
 def test_nothing_happens_before_the_first_request(model, text):
     told = []
-    search(model, text, Budget(), report=told.append)
+    search(Trials(model, text), Budget(), Deadline(), report=told.append)
     assert told == []
 
 
 def test_without_optuna_a_search_says_what_is_missing(model, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="pip install optuna"):
-        next(search(model, text, Budget()))
+        next(search(Trials(model, text), Budget(), Deadline()))
 
 
 # Other models ------------------------------------------------------------------------------
@@ -539,35 +580,3 @@ def test_finalists_of_a_search(model, text, observed):
     specs = finalists(runs, budget)
     assert specs[0] == best(runs, budget).spec
     assert PRESETS["Fade by SparseGPT *"] in specs
-
-
-# The text of the search --------------------------------------------------------------------
-
-
-def story(number, length):
-    return f"{number:02d}" + "x" * (length - 2)
-
-
-@pytest.mark.parametrize(("wanted", "count"), [(1, 1), (50, 1), (51, 2), (120, 2), (121, 3)])
-def test_the_search_goes_by_the_last_documents(monkeypatch, wanted, count):
-    monkeypatch.setattr(search_module, "SCORING_TOKENS", wanted)
-    stories = [story(number, length) for number, length in enumerate((40, 30, 70, 50))]
-    separator = f"\n{DOCUMENT_SEPARATOR}\n"
-    text = separator.join([*stories, " ", ""])
-    found = scoring_text(byte_tokenizer(), text)
-    expected = encode_text(byte_tokenizer(), separator.join(stories[-count:]))
-    assert [d.tolist() for d in found.documents] == [d.tolist() for d in expected.documents]
-    assert [s.tolist() for s in found.sizes] == [s.tolist() for s in expected.sizes]
-
-
-def test_a_short_text_is_taken_whole():
-    found = scoring_text(byte_tokenizer(), TEXT)
-    expected = encode_text(byte_tokenizer(), TEXT)
-    assert [d.tolist() for d in found.documents] == [d.tolist() for d in expected.documents]
-    assert len(found.documents) == 2
-
-
-@pytest.mark.parametrize("text", ["", " \n", f"\n{DOCUMENT_SEPARATOR}\n"])
-def test_a_text_without_documents_is_refused(text):
-    with pytest.raises(UserError):
-        scoring_text(byte_tokenizer(), text)

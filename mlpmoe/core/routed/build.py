@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from ..order import permute
+from ..stopping import may_stop
 from . import neurons
 from .method import Request, RoutedMethod
 from .partition import expert_count, split_counts
 from .routed_mlp import RoutedMLP, choose
 from .routers import ROUTERS
+
+SCORED_TOGETHER = 2048  # tokens that a router sees at a time: the oracle runs the whole MLP
 
 
 def build_routed(
@@ -35,7 +38,8 @@ def build_routed(
     router = ROUTERS[spec.router].make(weights, partition, layer)
     threshold = idle_mean = None
     if active < routed and (spec.selection == "threshold" or spec.compensation == "mean"):
-        scores = torch.cat([router(x) for x in layer.x.flatten(0, 1).split(4096)])
+        scores = _scores(router, layer)
+        may_stop()
         if spec.selection == "threshold":
             threshold, active = _threshold(scores, int(active))
         if spec.compensation == "mean":
@@ -49,6 +53,15 @@ def build_routed(
     built = RoutedMLP(ordered, shared, routed, router, active, threshold, idle_mean)
     built.partition = partition
     return built
+
+
+def _scores(router: nn.Module, layer: LayerActivations) -> Tensor:
+    """(tokens, experts): what the router says of the calibration text."""
+    found = []
+    for x in layer.x.flatten(0, 1).split(SCORED_TOGETHER):
+        may_stop()
+        found.append(router(x))
+    return torch.cat(found)
 
 
 def _threshold(scores: Tensor, active: int) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..stopping import may_stop
+
 MAX_ITERATIONS = 20  # greedy assignment does not improve monotonically; the best one counts
 
 
@@ -29,6 +31,7 @@ def assign_balanced(distances: Tensor) -> Tensor:
     preferred = rank.argsort(dim=1)  # (n, groups)
     choice = torch.zeros(count, 1, dtype=torch.long, device=distances.device)
     while True:
+        may_stop()
         group = preferred.gather(1, choice)  # (n, 1)
         waiting = group[:, 0] * rank.numel() + rank.gather(1, group)[:, 0]
         line = waiting.argsort()  # by group, and within a group the nearest first
@@ -51,6 +54,7 @@ def balanced_kmeans(points: Tensor, groups: int, generator: torch.Generator) -> 
     start = torch.randperm(len(points), generator=generator)[:groups].to(points.device)
     centres, best, least = points[start], None, float("inf")
     for _ in range(MAX_ITERATIONS):
+        may_stop()
         assigned = assign_balanced(torch.cdist(points, centres))
         centres = group_means(points, assigned, groups)
         cost = float((points - centres[assigned]).square().sum())

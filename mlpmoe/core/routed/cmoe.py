@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..stopping import may_stop
 from .clustering import assign_balanced, group_means, members
 from .method import Request, RoutedMethod
 from .partition import Partition, split_counts
@@ -32,10 +33,12 @@ def partition(request: Request) -> Partition:
     columns = markers[:, rest].float()  # (tokens, n)
     counts = columns.sum(0)
     distances = counts[:, None] + counts[:groups] - 2 * columns.T @ columns[:, :groups]
+    may_stop()
     grouped = members(assign_balanced(distances), groups)  # (groups, size)
     assigned = torch.empty(len(rest), dtype=torch.long)
     assigned[grouped] = torch.arange(groups)[:, None]
     centres = group_means(columns.T.contiguous(), assigned, groups)  # (groups, tokens)
+    may_stop()
     to_centre = centres.sum(1)[:, None] + ((1 - 2 * centres) @ columns)  # (groups, n)
     nearest = to_centre.gather(1, grouped).argmin(1, keepdim=True)
     representatives = rest[grouped.gather(1, nearest)[:, 0]]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
+from ..stopping import may_stop
 from .method import RoutedMethod
 from .routed_mlp import NeuronMLP, choose_neurons
 
@@ -49,6 +50,7 @@ def _threshold(
             for _, g, _ in layer.pieces()
         ]
     )
+    may_stop()
     idle = int(len(scores) * (d_ff - active))
     value = float(scores.flatten().kthvalue(max(1, idle)).values)
     return value, float((scores > value).sum() / len(scores))

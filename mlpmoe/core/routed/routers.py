@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import LayerActivations
+from ..activations import PRODUCT_ROWS, LayerActivations
 from ..mlps import MLPWeights
 from ..order import permute
+from ..stopping import may_stop
 from .partition import Partition
 
 RIDGE = 1e-3  # of the mean variance of the input
@@ -131,13 +132,16 @@ def representative(
 def regression(weights: MLPWeights, partition: Partition, layer: LayerActivations) -> LinearRouter:
     """The linear map of the input that predicts the experts' output mass Σ |h_i|·‖down_i‖ best on
     the calibration text: ridge regression, in closed form."""
-    x = layer.inputs().double()
-    mass = layer.mass(partition.experts, layer.down_norms).double()
-    x_mean, mass_mean = x.mean(0), mass.mean(0)
-    x = x - x_mean
-    gram = x.T @ x
+    x, mass = layer.inputs(), layer.mass(partition.experts, layer.down_norms)
+    x_mean, mass_mean = (t.mean(0, dtype=torch.float64) for t in (x, mass))
+    gram, cross = 0.0, 0.0  # (d_model, d_model), (d_model, experts)
+    for some, said in zip(x.split(PRODUCT_ROWS), mass.split(PRODUCT_ROWS), strict=True):
+        may_stop()
+        some = some.double() - x_mean
+        gram += some.T @ some
+        cross += some.T @ (said.double() - mass_mean)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    weight = torch.linalg.solve(gram, x.T @ (mass - mass_mean)).T  # (experts, d_model)
+    weight = torch.linalg.solve(gram, cross).T  # (experts, d_model)
     return LinearRouter(weight, mass_mean - weight @ x_mean)
 
 

@@ -1,0 +1,23 @@
+"""Measuring a conversion so that it can be stopped at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .background import in_thread
+from .loaded import Calibrated, Conversion, LoadedModel
+
+
+def measuring(loaded: LoadedModel, asked: Conversion, text: str) -> Iterator[str]:
+    """Convert and measure, yielding what is being done, at least four times a second; `loaded`
+    knows the evaluation then. Closing the iterator ends it between two modules of a model, or two
+    steps of a stage."""
+    if isinstance(asked, Calibrated):
+        yield from loaded.convert(asked)
+
+    def work(report: Any) -> None:
+        for step in loaded.evaluate(asked, text):
+            report("perplexity", step.dense.tokens / step.total)
+
+    yield from in_thread(work)
