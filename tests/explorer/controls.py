@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from mlpmoe.explorer.expert_settings import CONTROLS as ROUTED_CONTROLS
 from mlpmoe.explorer.settings import CONTROLS
 
 UNTOUCHED = {
@@ -68,6 +69,32 @@ class Measured(NamedTuple):
     histograms: Any
     heat: Any
     new: Any
+
+
+class Opened(NamedTuple):
+    """What opening a link gives."""
+
+    opened: Any
+    taken: Any
+    status: Any
+    model: Any
+    note: Any
+    layer: Any
+    projection: Any
+    name: Any
+    text: Any
+    calibration: Any
+    static: tuple
+    routed: tuple
+    tab: Any
+
+
+def opened_link(step: tuple) -> Opened:
+    """The outputs of `open_link`, with the controls put together."""
+    *rest, tab = step
+    first, static, routed = rest[:10], rest[10 : 11 + len(CONTROLS)], rest[11 + len(CONTROLS) :]
+    assert len(routed) == len(ROUTED_CONTROLS)
+    return Opened(*first, tuple(static), tuple(routed), tab)
 
 
 def chosen(shown: tuple) -> tuple:
