@@ -1,0 +1,120 @@
+"""The journey on the real model: what a new user meets who runs the README's first command."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.browser.conftest import App
+from tests.browser.on_the_page import (
+    open_tab,
+    slider,
+    value,
+    wait_for_text,
+    wait_for_value,
+)
+
+pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow]
+
+LONG = 300_000  # milliseconds: a model of 135 M parameters on a busy machine
+QUESTION = "What is the capital of France?"
+# Every state of the card of perplexity, as the visitor sees them one after the other.
+RECORD = """() => {
+    window.seen = [];
+    const card = document.querySelector('#card-perplexity');
+    const look = () => {
+        const note = card.querySelector('.note')?.innerText ?? '(empty)';
+        if (window.seen.at(-1) !== note) window.seen.push(note);
+    };
+    new MutationObserver(look).observe(card, {subtree: true, childList: true, characterData: true});
+    look();
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an app that opens with the model it would choose by itself."""
+    app = App(tmp_path_factory.mktemp("real-app"))
+    app.environment.pop("MLPMOE_FIRST_MODEL", None)
+    try:
+        app.start()
+        yield app.url
+    finally:
+        app.stop()
+    assert "Traceback" not in app.written(), app.written()[-4000:]
+
+
+def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp_path: Path):
+    """It opens by itself; K is dragged by keyboard and the estimate sharpens; both models answer a
+    question; the checkpoint is made, taken home and opened by transformers, where it answers in
+    the same words as on the page."""
+    page = new_window().new_page()
+    page.goto(server)
+    wait_for_text(page, "#status", "SmolLM2-135M-Instruct", LONG)
+    wait_for_text(page, "#card-perplexity", "tokens", LONG)
+
+    page.evaluate(RECORD)
+    for _ in range(4):
+        slider(page, "keep").press("ArrowLeft")
+    wait_for_value(page, "keep", 12)
+    wait_for_text(page, "#card-nonzero", "4 of 16 branches")
+    wait_for_text(page, "#card-perplexity .difference", "×", LONG)
+    page.wait_for_function("seen => window.seen.length >= 6", timeout=LONG)
+    notes = page.evaluate("window.seen")
+    assert "(empty)" not in notes
+    counts = [
+        int(found.group(1).replace(",", ""))
+        for note in notes
+        if (found := re.search(r"([\d,]+) of 8,177 tokens", note))
+    ]
+    later = counts[-3:]
+    assert later == sorted(set(later)) and len(later) == 3, notes
+    ratio = re.search(r"× ([\d,.]+) ±", page.inner_text("#card-perplexity .difference"))
+    assert 10 < float(ratio.group(1).replace(",", "")) < 150  # × 36 ± 2 on the whole text
+    take_picture(page, "keep-12")
+
+    for _ in range(4):
+        slider(page, "keep").press("ArrowRight")
+    for _ in range(6):
+        slider(page, "fade").press("ArrowRight")
+    wait_for_value(page, "fade", 0.3)
+    open_tab(page, "Generations")
+    assert page.input_value("#prompt textarea") == QUESTION
+    assert value(page, "temperature") == 0
+    page.click("#write")
+    wait_for_text(page, "#writing-report", "tokens/s", LONG)
+    dense, converted = (
+        page.input_value(f"#{side}-text textarea") for side in ("dense", "converted")
+    )
+    assert "Paris" in dense
+    take_picture(page, "answers")
+
+    open_tab(page, "Export")
+    wait_for_text(page, "#export-command", "--fade 0.3", LONG)
+    page.locator("#export-dtype label").last.click()  # the numbers that it was measured in
+    page.click("#make-checkpoint")
+    wait_for_text(page, "#export-status", "Made and verified", LONG)
+    with page.expect_download(timeout=LONG) as download:
+        page.click("#download-checkpoint")
+    download.value.save_as(tmp_path / "taken.zip")
+    with zipfile.ZipFile(tmp_path / "taken.zip") as archive:
+        archive.extractall(tmp_path)
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    )  # fmt: skip
+    with torch.inference_mode():
+        ids = model.generate(**chat, max_new_tokens=8, do_sample=False)[
+            0, chat.input_ids.shape[1] :
+        ]
+    answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answer and converted.startswith(answer)
