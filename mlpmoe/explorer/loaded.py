@@ -184,6 +184,10 @@ class LoadedModel:
                 text, lambda: observe(self.model, calibration, report)
             )
 
+    def known_report(self, asked: Conversion) -> ParameterReport | None:
+        """`converted_report`, if it was asked for before."""
+        return self._reports.get(asked)
+
     def converted_report(self, asked: Conversion) -> ParameterReport:
         """The parameters after conversion. Nothing is counted that was counted before: tensors of
         the dense model, and branches."""
@@ -294,18 +298,15 @@ class LoadedModel:
         """What is run to score a text, in its order."""
         return self.plan(key).windows
 
-    def known_evaluation(self, asked: Conversion, text: str) -> Evaluation | None:
-        """What was measured so far, if anything was."""
+    def known_evaluation(self, asked: Conversion | None, text: str) -> Evaluation | None:
+        """What was measured so far, if anything was; None: of the dense model, with itself."""
         if (asked, text) not in self._losses:
             return None
         return self.plan(text).evaluation(self._known(None, text), self._known(asked, text))
 
     def known_dense(self, text: str) -> Perplexity | None:
         """Of the dense model, so far."""
-        if (None, text) not in self._losses:
-            return None
-        losses = self._known(None, text)
-        known = self.plan(text).evaluation(losses, losses)
+        known = self.known_evaluation(None, text)
         return known and known.dense
 
     def run(self, asked: Conversion, text: str) -> Run:

@@ -37,6 +37,8 @@ from .lesson import LessonHandlers
 from .lesson_panel import lesson_panel, wire_lesson
 from .links import FIRST_TAB, TABS
 from .opening import OpeningHandlers
+from .paper import PaperHandlers
+from .paper_panel import wire_paper
 from .style import CSS_VARIABLES
 from .suggest import SuggestHandlers
 from .suggest_panel import suggest_panel, wire_suggest
@@ -179,6 +181,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             SweepHandlers(workbench), model, convert.text, fields.stored, fields.measured,
             trade_offs.sweep,
         )  # fmt: skip
+        wire_paper(PaperHandlers(workbench), model, trade_offs.paper, opened["trade-offs"])
         wire_tokens(
             TokenHandlers(workbench), model, spec, convert.text, fields.measured, tokens,
             opened["tokens"], state.tab,

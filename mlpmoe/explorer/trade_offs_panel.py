@@ -10,6 +10,7 @@ import gradio as gr
 from ..core.spec import PROJECTIONS
 from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
 from .generations_panel import MAX_PROMPT, STORIES
+from .paper_panel import PaperPanel, paper_panel
 from .runs_table import EMPTY, NOTHING_PINNED
 from .sliders import LimitedSlider
 from .sweep_panel import SweepPanel, sweep_panel
@@ -54,6 +55,7 @@ class TradeOffsPanel:
     histograms: tuple[gr.Plot, gr.Plot]
     texts: tuple[gr.Textbox, gr.Textbox]
     sweep: SweepPanel
+    paper: PaperPanel
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def trade_offs_panel() -> TradeOffsPanel:
     plot = gr.Plot(
         tradeoff_plot({}, (), "nonzero", "perplexity"), show_label=False, elem_id="trade-offs"
     )
-    sweep = sweep_panel()
+    sweep, paper = sweep_panel(), paper_panel()
     gr.Markdown("#### Runs\nThey are kept in this browser only.")
     with gr.Row(elem_id="runs-buttons"):
         about = gr.HTML("", elem_id="runs-about", min_width=160)
@@ -134,7 +136,7 @@ def trade_offs_panel() -> TradeOffsPanel:
     return TradeOffsPanel(
         x, y, shown, plot, about, table, undo, clear, csv, json, comparison, more,
         layer, projection, prompt, compare, stop, status, results, histograms, texts,
-        sweep,
+        sweep, paper,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
@@ -22,20 +23,24 @@ def time_in_turn(actions: Sequence[Callable[[], object]], rounds: int) -> list[l
 
 
 def rounds_in_turn(
-    actions: Sequence[Callable[[], object]], rounds: int
+    actions: Sequence[Callable[[], object]],
+    rounds: int,
+    turn: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[float, ...]]:
     """Seconds of each action, round by round.
 
     Actions take turns and every second round runs backwards, so a drift of the machine's speed
-    hits all alike. One round beforehand warms up and is not counted.
+    hits all alike. One round beforehand warms up and is not counted. Each action runs within
+    `turn()`; waiting for that is not timed.
     """
     for round_ in range(-1, rounds):
         seconds = [0.0] * len(actions)
         order = range(len(actions))
         for index in order if round_ % 2 == 0 else reversed(order):
-            start = perf_counter()
-            actions[index]()
-            seconds[index] = perf_counter() - start
+            with turn():
+                start = perf_counter()
+                actions[index]()
+                seconds[index] = perf_counter() - start
         if round_ >= 0:
             yield tuple(seconds)
 

@@ -25,7 +25,7 @@ SERIOUS = ("serious", "critical")
 NOT_OURS: tuple[tuple[str, str, str], ...] = ()
 EVERYTHING = {  # accordions of a tab, so that their content is looked at as well
     "tokens": ["whole-text"],
-    "trade-offs": ["sweep"],
+    "trade-offs": ["sweep", "paper"],
 }
 ORDER = [
     "model", "load", "preset", "branches", "fade", "keep", "measure", "stop-measuring", "more",

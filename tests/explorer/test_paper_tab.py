@@ -1,0 +1,365 @@
+"""The paper's tables on the page: the published ones, and the same rows for the loaded model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from math import exp
+from xml.etree import ElementTree
+
+import gradio as gr
+import pytest
+import torch
+
+from mlpmoe import UserError, convert, named_text
+from mlpmoe.__main__ import main
+from mlpmoe.explorer import loaded as loaded_models
+from mlpmoe.explorer import paper as page
+from mlpmoe.explorer.paper import PaperHandlers
+from mlpmoe.explorer.paper_table import published_tables
+from mlpmoe.explorer.workbench import Workbench
+from mlpmoe.measure import paper
+from mlpmoe.measure.encoding import encode_text, windows
+from mlpmoe.measure.notation import NBSP
+from mlpmoe.measure.paper import DENSE, FADED, TABLES, VARIANTS
+from mlpmoe.models.texts import TEXTS
+from tests.commands.common import strictly
+from tests.explorer.conftest import load
+from tests.tiny import save_tiny_model
+
+SKIPPED = gr.skip()
+WHOLE = "MLPMoE-All-16"
+COLUMNS = ("total", "nonzero", "proxy", "text", "loop", "fused")
+
+
+@pytest.fixture
+def tab(workbench):
+    return PaperHandlers(workbench)
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """As many as it takes to say anything."""
+    original = page.generation_rounds
+    monkeypatch.setattr(
+        page, "generation_rounds",
+        lambda dense, converted, turn: original(dense, converted, 3, turn),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    for key in ("stories", "prose"):
+        content = named_text(key)[:3000]
+        entry = replace(TEXTS[key], read=lambda content=content: content)
+        monkeypatch.setitem(TEXTS, key, entry)
+
+
+def rows(html: str) -> dict[str, dict[str, list[str]]]:
+    """Variant -> column -> the lines of its cell."""
+    found = {}
+    for row in ElementTree.fromstring(f"<div>{html}</div>").findall(".//tbody/tr"):
+        variant, *cells = row
+        lines = [[text.strip().replace(NBSP, " ") for text in cell.itertext()] for cell in cells]
+        found[variant.text] = dict(zip(COLUMNS, lines, strict=False))
+    return found
+
+
+def table(steps) -> dict[str, dict[str, list[str]]]:
+    """What is on the page after these steps."""
+    return rows([html for _, html in steps if html != SKIPPED][-1])
+
+
+def plain(html: str) -> str:
+    return re.sub(r"<[^>]*>", "", html)
+
+
+def value(line: str) -> float:
+    """The first number of a line, and the one after ± or in brackets as they are written."""
+    return float(re.search(r"[−±+]?\d[\d,]*\.?\d*", line)[0].replace(",", "").replace("−", "-"))
+
+
+def until(steps, condition) -> list:
+    """The steps up to the first whose status says this."""
+    seen = []
+    for step in steps:
+        seen.append(step)
+        if condition in step[0]:
+            break
+    return seen
+
+
+# the published ones
+
+
+def test_the_published_tables_are_shown_with_ratios_to_dense():
+    html = published_tables()
+    bodies = ElementTree.fromstring(f"<div>{html}</div>").findall(".//tbody")
+    assert len(bodies) == len(TABLES)
+    for body, published in zip(bodies, TABLES, strict=True):
+        title, *shown = body
+        assert published.model in title[0].text
+        for row, (variant, *cells) in zip(published.rows, shown, strict=True):
+            assert variant.text == row.variant
+            figures = [value(cell.text) for cell in cells]
+            assert figures == [row.total, row.nonzero, row.perplexity, row.seconds]
+            below = [value(cell[0].text) for cell in cells if len(cell)]
+            if row.variant == DENSE:
+                assert below == []
+                continue
+            dense = published.dense
+            assert below == pytest.approx(
+                [
+                    row.total - dense.total,
+                    row.nonzero / dense.nonzero,
+                    row.perplexity / dense.perplexity,
+                    row.seconds / dense.seconds,
+                ],
+                abs=0.005,
+            )
+
+
+# the loaded model's
+
+
+def test_before_the_button_only_what_is_known_is_shown(tab, demo, visitor):
+    status, html, commands = tab.show(visitor(), "demo")
+    found = rows(html)
+    assert status == ""
+    assert list(found) == [DENSE, *VARIANTS]
+    assert value(found[DENSE]["total"][0]) == demo.report.total
+    assert found[FADED] == {column: ["…"] for column in COLUMNS}
+    assert commands.count("mlpmoe evaluate demo") == 4
+    assert not demo.known_report(VARIANTS[FADED])  # looking converts nothing
+
+
+def test_the_rows_are_the_library_s(tab, demo, visitor):
+    steps = list(tab.reproduce(visitor(), "demo"))
+    found = table(steps)
+    assert "…" not in plain(steps[-1][1])
+    assert plain(steps[-1][0]).startswith("Done")
+    sizes = {}
+    for variant, spec in VARIANTS.items():
+        parameters = list(convert(demo.model, spec).parameters())
+        sizes[variant] = [
+            sum(p.numel() for p in parameters), sum(int((p != 0).sum()) for p in parameters),
+        ]  # fmt: skip
+        assert [value(found[variant][c][0]) for c in ("total", "nonzero")] == sizes[variant]
+        assert value(found[variant]["total"][1]) == sizes[variant][0] - demo.report.total
+        assert value(found[variant]["nonzero"][1]) == pytest.approx(
+            sizes[variant][1] / demo.report.nonzero, abs=5e-5
+        )
+    for column, key in (("proxy", "proxy"), ("text", "stories")):
+        models = (demo.model, *(convert(demo.model, spec) for spec in VARIANTS.values()))
+        means = [mean_loss(model, demo.tokenizer, key) for model in models]
+        for variant, mean in zip((DENSE, WHOLE, FADED), means, strict=True):
+            assert value(found[variant][column][0]) == pytest.approx(exp(mean), rel=1e-3)
+        assert found[WHOLE][column][1:] == ["× 1.0000 ± 0.0000", "no measurable change"]
+        change = demo.known_evaluation(VARIANTS[FADED], key).change
+        assert change.ratio == pytest.approx(exp(means[2] - means[0]), rel=1e-5)
+        assert found[FADED][column][1] == f"× {change.ratio:.4f} ± {change.stderr:.4f}"
+        error = demo.known_dense(key).stderr
+        assert value(found[DENSE][column][1].replace("±", "")) == pytest.approx(error, rel=1e-3)
+    for variant in VARIANTS:
+        for column in ("loop", "fused"):
+            low, high = map(float, found[variant][column][1].split(" to "))
+            assert low <= value(found[variant][column][0]) <= high
+    assert "ms a token" in found[DENSE]["loop"][0]
+
+
+def mean_loss(model, tokenizer, text: str) -> float:
+    """In nats, from the logits of whole windows."""
+    losses = []
+    with torch.inference_mode():
+        for part in windows(model, encode_text(tokenizer, named_text(text))):
+            logs = model(part.ids[None]).logits[0].log_softmax(-1)
+            scored = range(part.first, len(part.ids))
+            losses += [-float(logs[i - 1, part.ids[i]]) for i in scored]
+    return sum(losses) / len(losses)
+
+
+def test_figures_come_as_they_are_ready_the_longest_text_last(tab, visitor):
+    known = []
+    for _, html in tab.reproduce(visitor(), "demo"):
+        cells = rows(html)
+        known.append({(v, c) for v in cells for c in cells[v] if cells[v][c] != ["…"]})
+    for before, after in pairwise(known):
+        assert before <= after
+    arrived = [min(i for i, some in enumerate(known) if (FADED, c) in some) for c in COLUMNS]
+    total, nonzero, proxy, text, loop, fused = arrived
+    assert total == nonzero < proxy < loop == fused < text
+    assert any((FADED, "total") in some and (DENSE, "proxy") not in some for some in known)
+
+
+def test_stop_keeps_what_is_measured_and_is_for_one_visitor(tab, demo, visitor):
+    assert tab.stop(visitor()) == ""  # nothing is under way
+    steps = tab.reproduce(visitor(), "demo")
+    seen = until(steps, "evaluation stories, ")
+    while not re.search(r"stories, [1-9]\d%", seen[-1][0]):  # windows, not the first look
+        seen.append(next(steps))
+    assert tab.stop(visitor("other")) == ""
+    assert "stopping" in tab.stop(visitor())
+    measured = demo.known_evaluation(VARIANTS[WHOLE], "stories").dense.tokens
+    rest = list(steps)
+    assert len(rest) == 1 and "Stopped" in rest[0][0]
+    found = table(rest)
+    total = demo.plan("stories").tokens
+    assert measured < total
+    # at most one window was measured after the button
+    tokens = demo.known_evaluation(VARIANTS[WHOLE], "stories").dense.tokens
+    assert tokens - measured <= 255
+    assert f"{tokens:,} of {total:,} tokens" in found[WHOLE]["text"]
+    assert found[FADED]["text"] == ["…"]
+    assert found[FADED]["loop"] != ["…"]
+    again = list(tab.reproduce(visitor(), "demo"))
+    assert "Done" in again[-1][0]
+    assert not any("tokens" in line for cells in table(again).values() for line in cells["text"])
+
+
+def test_stop_acts_between_two_generations_of_a_round(tab, visitor, monkeypatch):
+    written, original = [], paper.decode
+
+    def decode(model, tokens):
+        written.append(model)
+        if len(written) == 2:
+            tab.stop(visitor())
+        original(model, tokens)
+
+    monkeypatch.setattr(paper, "decode", decode)
+    assert "Stopped" in list(tab.reproduce(visitor(), "demo"))[-1][0]
+    assert len(written) == 2
+
+
+def test_another_model_ends_it_and_keeps_its_own_table(tab, visitor, one_layer, workbench):
+    workbench._models[one_layer.key] = one_layer
+    steps = tab.reproduce(visitor(), "demo")
+    until(steps, "perplexity")
+    status, html, commands = tab.show(visitor(), one_layer.key)
+    assert status == ""
+    assert value(rows(html)[DENSE]["total"][0]) == one_layer.report.total
+    assert shlex.quote(one_layer.key) in commands
+    assert list(steps) == [(SKIPPED, SKIPPED)]
+
+
+def test_opening_the_tab_again_disturbs_nothing(tab, visitor):
+    steps = tab.reproduce(visitor(), "demo")
+    until(steps, "perplexity")
+    assert tab.show(visitor(), "demo")[0] == SKIPPED
+    assert "Done" in list(steps)[-1][0]
+
+
+def test_whatever_runs_a_model_waits_for_its_turn(tab, demo, visitor, monkeypatch):
+    inside, ran = [], []
+    original = demo.turns.turn
+
+    @contextmanager
+    def turn():
+        with original():
+            inside.append(True)
+            yield
+            inside.pop()
+
+    monkeypatch.setattr(demo.turns, "turn", turn)
+
+    def watch(module, name: str) -> None:
+        run = getattr(module, name)
+
+        def watched(*given):
+            ran.append((name, len(inside)))
+            return run(*given)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(paper, "decode")
+    watch(loaded_models, "token_losses")
+    list(tab.reproduce(visitor(), "demo"))
+    assert set(ran) == {("decode", 1), ("token_losses", 1)}
+
+
+def test_a_first_look_is_not_shown(tab, demo, visitor):
+    """Its short pieces give another ratio than windows."""
+    spec = VARIANTS[FADED]
+    step = next(demo.evaluate(spec, "stories"))
+    assert step.look
+    found = rows(tab.show(visitor(), "demo")[1])
+    assert found[FADED]["text"] == found[DENSE]["text"] == ["…"]
+
+
+@pytest.mark.parametrize("published", TABLES, ids=lambda table: table.key)
+def test_the_paper_s_own_model_is_held_against_its_table(tab, demo, workbench, visitor, published):
+    own = workbench._models[published.key] = replace(demo, key=published.key, label="Paper's")
+    until(tab.reproduce(visitor(), published.key), "evaluation prose")
+    found = rows(tab._table(own))
+    for row in published.rows:
+        cells = found[row.variant]
+        for column, theirs in (("total", row.total), ("nonzero", row.nonzero)):
+            ours = value(cells[column][0])
+            assert cells[column][-1] == f"paper {theirs:,} ({ours - theirs:+,.0f})".replace(
+                "-", "−"
+            )
+    dense = published.dense
+    spec = VARIANTS[FADED]
+    ratio = own.known_evaluation(spec, "proxy").change.ratio
+    theirs = published.rows[-1].perplexity / dense.perplexity
+    paper_s, apart = found[FADED]["proxy"][-1].removeprefix("paper ").split(" (")
+    assert value(paper_s) == pytest.approx(theirs, abs=5e-5)
+    assert value(apart) == pytest.approx(ratio - theirs, abs=1e-4)
+    paper_s, apart = found[FADED]["loop"][-1].removeprefix("paper ").split(" (")
+    theirs = published.rows[-1].seconds / dense.seconds
+    assert value(paper_s) == pytest.approx(theirs, abs=0.005)
+    assert value(apart) == pytest.approx(value(found[FADED]["loop"][0]) - theirs, abs=0.011)
+    # only what the paper has
+    assert not any("paper" in line for c in ("text", "fused") for line in found[FADED][c])
+
+
+def test_no_other_model_is_held_against_the_paper(tab, visitor):
+    *_, (_, html) = tab.reproduce(visitor(), "demo")
+    assert not any(
+        "paper" in line for row in rows(html).values() for c in row.values() for line in c
+    )
+
+
+def test_without_a_gate_fade_works_on_half_of_the_mlps(gateless, visitor):
+    tab = PaperHandlers(Workbench())
+    tab.workbench._models[gateless.key] = gateless
+    *_, (_, html) = tab.reproduce(visitor(), gateless.key)
+    ups = sum(mlp.weights.up.numel() for mlp in gateless.mlps)
+    mlps = sum(p.numel() for mlp in gateless.mlps for p in mlp.module.parameters())
+    assert f"{100 * ups / mlps:.1f}" in plain(html)
+    zeros = gateless.report.nonzero - value(rows(html)[FADED]["nonzero"][0])
+    alphas = 16 * len(gateless.mlps)
+    assert f"{zeros + alphas:,.0f} zeros" in plain(html)
+
+
+def test_a_model_with_fewer_neurons_than_branches_is_refused(tmp_path, visitor):
+    workbench = Workbench()
+    narrow = load(workbench, save_tiny_model(tmp_path / "narrow", intermediate_size=12))
+    tab = PaperHandlers(workbench)
+    assert tab.show(visitor(), narrow.key)[0] == ""
+    with pytest.raises(UserError, match="12 neurons"):
+        next(tab.reproduce(visitor(), narrow.key))
+    assert tab._runs == {}
+
+
+def test_the_commands_give_the_same_figures(tab, demo, visitor, capsys):
+    found = table(list(tab.reproduce(visitor(), "demo")))
+    _, _, commands = tab.show(visitor(), "demo")
+    measured = set()
+    for line in commands.strip().splitlines():
+        words = shlex.split(line)
+        assert words[:3] == ["python", "-m", "mlpmoe"]
+        assert main([*words[3:], "--no-speed", "--json"]) == 0
+        printed = strictly(capsys.readouterr().out)
+        column = "proxy" if printed["setting"]["text"] == "proxy" else "text"
+        variant = FADED if printed["spec"]["fade"] else WHOLE
+        measured.add((variant, column))
+        for name, row in (("dense", DENSE), ("converted", variant)):
+            assert value(found[row]["total"][0]) == printed[name]["total"]
+            assert value(found[row]["nonzero"][0]) == printed[name]["nonzero"]
+            assert value(found[row][column][0]) == pytest.approx(
+                printed[name]["perplexity"], rel=5e-4
+            )
+    assert measured == {(v, c) for v in VARIANTS for c in ("proxy", "text")}
