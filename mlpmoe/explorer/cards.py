@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 from ..core.spec import ConversionSpec
-from ..measure.estimate import LOOK_PIECES, LOOK_TOKENS, Evaluation
-from ..measure.notation import count, difference, number, signed_percent, speedup
+from ..measure.estimate import Evaluation
+from ..measure.notation import change, count, difference, number, signed_percent, speedup
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
@@ -72,15 +72,19 @@ def perplexity_card(evaluation: Evaluation, text: str, window: int | None = None
     dense, converted = evaluation.dense, evaluation.converted
     tokens = f"{dense.tokens:,} tokens"
     if evaluation.look:
-        tokens = f"first look: {LOOK_PIECES} pieces of {LOOK_TOKENS} tokens"
+        tokens = f"first look: {len(evaluation.parts)} pieces, {dense.tokens:,} tokens"
     elif not evaluation.complete:
         tokens = f"{dense.tokens:,} of {evaluation.total:,} tokens"
+    changed = difference(evaluation.change)
+    if not evaluation.settled and not evaluation.change.measurable:
+        early = evaluation.change
+        changed = f"{change(early.ratio, early.stderr)}, not measurable so far"
     windows = f" in windows of {window:,}" if window and not evaluation.look else ""
     return Card(
         "Perplexity",
         number(dense.value),
         number(converted.value),
-        difference(evaluation.change),
+        changed,
         f"{text_name(text)}, {tokens}{windows}; "
         f"{dense.bits_per_byte:.2f} → {number(converted.bits_per_byte)} bits per byte",
     )

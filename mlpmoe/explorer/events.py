@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import wraps
 from html import escape
 from inspect import isgeneratorfunction
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def readable(handler: Callable) -> Callable:
-    """Turn what a user can mend into a message on the page; log anything else and say so."""
+    """Turn what a user can mend into a message on the page; log anything else and say so. And
+    leave the page as it is where a generator has nothing to say: Gradio would clear its outputs."""
 
     def shown(error: Exception) -> gr.Error:
         if isinstance(error, UserError):  # toasts show HTML, and a link can name an image in it
@@ -49,7 +51,9 @@ def readable(handler: Callable) -> Callable:
     @wraps(handler)
     def stream(*args: Any) -> Iterator[Any]:
         try:
-            yield from handler(*args)
+            with closing(handler(*args)) as steps:
+                yield next(steps, gr.skip())  # one is enough for all outputs
+                yield from steps
         except gr.Error:
             raise
         except Exception as error:

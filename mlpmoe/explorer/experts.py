@@ -62,7 +62,7 @@ class ExpertHandlers:
         loaded = self.workbench.loaded(model)
         try:
             spec = read_spec(*settings[:-2])
-            seen = "own-calibration.txt" if settings[-2] == OWN else "calibration"
+            seen = "own-calibration.txt" if settings[-2] == OWN else None
             shown = snippet(loaded.key, spec, default_text(loaded.key), seen)
         except UserError as error:
             shown = f"# {error}"

@@ -20,7 +20,7 @@ from ..checkpoints.moe_targets import TARGETS
 from ..checkpoints.target import DISK_RESERVE
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
-from ..models import CALIBRATIONS, default_calibration, default_text, format_bytes
+from ..models import CALIBRATIONS, format_bytes
 from ..models.host import available_memory, free_disk
 from ..models.names import on_space
 from .loaded import Calibrated, Conversion, LoadedModel, spec_of
@@ -208,22 +208,19 @@ def command(loaded: LoadedModel, wanted: Wanted, text: str) -> str:
     """The shell commands that make the same checkpoint and push it."""
     name = folder_name(wanted)
     parts = ["python -m mlpmoe convert", shlex.quote(wanted.model), name, wanted.spec.to_flags()]
-    parts += _more_flags(loaded, wanted, text)
+    parts += _more_flags(loaded, wanted)
+    parts.append(f"--text {'own-text.txt' if text.startswith(OWN_PREFIX) else text}")
     return f"{' '.join(parts)}\nhf upload OWNER/{name} {name}  # OWNER: your name on the hub"
 
 
-def _more_flags(loaded: LoadedModel, wanted: Wanted, text: str) -> Iterator[str]:
+def _more_flags(loaded: LoadedModel, wanted: Wanted) -> Iterator[str]:
     if wanted.form != AUTO:
         yield f"--form {wanted.form}"
     if wanted.dtype != SAVED:
         yield f"--dtype {_name(wanted_dtype(loaded, wanted.dtype))}"
     asked = wanted.asked
-    if isinstance(asked, Calibrated) and asked.key != default_calibration(wanted.model):
+    if isinstance(asked, Calibrated) and wanted.spec.needs_calibration:
         yield f"--calibration {asked.key if asked.key in CALIBRATIONS else 'own-calibration.txt'}"
-    if text.startswith(OWN_PREFIX):
-        yield "--text own-text.txt"
-    elif text != default_text(wanted.model):
-        yield f"--text {text}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from ..core.errors import UserError
 from ..models import default_model
@@ -24,7 +25,7 @@ class FirstModel:
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
         self.note = ""  # why it is the demo model, where another was meant
-        self._loaded: LoadedModel | None = None
+        self._model: Future[LoadedModel] = Future()
         self._message = "starting"
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -37,36 +38,45 @@ class FirstModel:
                 self._thread.start()
 
     def follow(self) -> Iterator[str | LoadedModel]:
-        """What is being done, each time it changes, and at the end the model."""
+        """What is being done, each time it changes, and at the end the model. Raises ModelError if
+        not even the demo model can be loaded."""
         self.start()
         told = ""
-        while self._loaded is None:
+        while not self._model.done():
             with self._news:
-                if self._message == told and self._loaded is None:
+                if self._message == told and not self._model.done():
                     self._news.wait()
                 told = self._message
             yield told
-        yield self._loaded
+        yield self._model.result()
 
     def _load(self) -> None:
-        name, note = os.environ.get(VARIABLE, "").strip(), ""
+        try:
+            loaded = self._first_or_demo()
+            self.workbench.staying.add(loaded.key)
+            self._model.set_result(loaded)
+        except Exception as error:
+            self._model.set_exception(error)
+        with self._news:
+            self._news.notify_all()
+
+    def _first_or_demo(self) -> LoadedModel:
+        name = os.environ.get(VARIABLE, "").strip()
         try:
             if not name:
-                name, note = default_model()
+                name, self.note = default_model()
             for step in self.workbench.load(name):
                 self._tell(step, name)
-            loaded = step
+            return step
         except Exception as error:  # whatever it was, the demo model is there
             if not isinstance(error, UserError):
                 logger.exception("the first model cannot be loaded")
             reason = str(error) if isinstance(error, UserError) else "see the server's log"
-            note = (
-                f"{name} cannot be loaded here ({reason.rstrip('.')}), so this is the demo model."
+            self.note = (
+                f"{name or 'The first model'} cannot be loaded here ({reason.rstrip('.')}), so "
+                "this is the demo model."
             )
-            loaded = self.workbench.loaded(DEMO_KEY)
-        with self._news:
-            self.note, self._loaded = note, loaded
-            self._news.notify_all()
+            return self.workbench.loaded(DEMO_KEY)
 
     def _tell(self, step: str | LoadedModel, name: str) -> None:
         if isinstance(step, str):

@@ -1,14 +1,15 @@
 """What happens as the controls move and a conversion is measured: values in, updates out.
 
-Nothing of a visitor is kept here but the number of their latest change, so that a measurement
-that has been overtaken stops by itself. No generator ends without a value for its outputs:
-Gradio would clear them.
+Nothing of a visitor is kept here but what they look at, so that a measurement that has been
+overtaken stops by itself.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -34,18 +35,27 @@ WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the ot
 VISITORS_REMEMBERED = 10_000
 
 
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What a visitor looks at, since the last change or the start of its measurement."""
+
+    at: tuple  # key of the model, conversion, key of the text
+    whole: bool = False  # to be measured to the end of the text
+
+
 class Handlers:
     """The events of the page over one workbench."""
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
-        self._latest: OrderedDict[str, tuple] = OrderedDict()  # session -> what it looks at
+        self._latest: OrderedDict[str, _Look] = OrderedDict()  # of each session
 
     def preview(self, request: gr.Request, model: str, *values: Any) -> tuple:
         """All that needs no forward pass, at once; what was measured before, if it was. A
         calibrated conversion is shown once it is made (`measure`)."""
         settings, (text, *views, share) = parted(values)
         loaded = self.workbench.loaded(model)
+        loaded.texts.check(text)
         settings, used, said = settle(loaded, settings, share)
         for sentence in said:
             gr.Info(sentence)
@@ -74,16 +84,14 @@ class Handlers:
         yield from self._measure(request, model, values, whole=True)
 
     def stop_measuring(self, request: gr.Request, model: str, *values: Any) -> tuple[Any, ...]:
-        return self._not_measured(request, model, values, "stopped; Measure goes on")
-
-    def measuring_failed(self, request: gr.Request, model: str, *values: Any) -> tuple[Any, ...]:
-        return self._not_measured(request, model, values, "not measured; press Measure again")
-
-    def _not_measured(
-        self, request: gr.Request, model: str, values: Sequence[Any], message: str
-    ) -> tuple[Any, ...]:
-        """The cards with what is known, and the message where nothing is."""
         self._look_at(request, ())
+        return self._not_measured(model, values, "stopped; Measure goes on")
+
+    def measuring_failed(self, model: str, *values: Any) -> tuple[Any, ...]:
+        return self._not_measured(model, values, "not measured; press Measure again")
+
+    def _not_measured(self, model: str, values: Sequence[Any], message: str) -> tuple[Any, ...]:
+        """The cards with what is known, and the message where nothing is."""
         loaded, asked, text, views = self._chosen(model, values)
         return (
             *self._measured_cards(loaded, asked, text, message),
@@ -102,22 +110,26 @@ class Handlers:
     def _measure(
         self, request: gr.Request, model: str, values: Sequence[Any], whole: bool
     ) -> Iterator[tuple[Any, ...]]:
-        """Whatever is yielded last stays on the page."""
-        yield (gr.skip(),) * (STRUCTURE + 3)  # also where everything is known already
+        """Whatever is yielded last stays on the page.
+
+        What the visitor has measured already goes on here, with what is looked at now."""
+        session = request.session_hash
         loaded, asked, text, views = self._chosen(model, values)
-        look = (loaded.key, asked, text)
-        if whole:
-            self._look_at(request, look)
-        steps = self._steps(loaded, asked, text, views, whole)
-        for step in steps:
-            if self._latest.get(request.session_hash) != look:
-                steps.close()
-                break
-            yield step
+        at = (loaded.key, asked, text)
+        if not whole and (session not in self._latest or self._latest[session].at != at):
+            return
+        mine = self._look_at(request, at, whole)
+        speed_anew = whole
+        with closing(self._steps(loaded, asked, text, views, mine.whole, speed_anew)) as steps:
+            for step in steps:
+                if self._latest.get(session) is not mine:
+                    break
+                yield step
 
     def _steps(
-        self, loaded: LoadedModel, asked: Conversion, text: str, views: list[Any], whole: bool
-    ) -> Iterator[tuple[Any, ...]]:
+        self, loaded: LoadedModel, asked: Conversion, text: str, views: list[Any], whole: bool,
+        speed_anew: bool,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         nothing = (gr.skip(),) * (STRUCTURE + 1)
 
         def cards(message: str) -> tuple[Any, ...]:
@@ -137,7 +149,8 @@ class Handlers:
             yield cards("reading the text …")
             for message in in_thread(lambda report: loaded.text(text)):
                 yield cards(f"{message} …")
-        timing = loaded.speed(asked) if whole or loaded.known_speed(asked) is None else iter(())
+        untimed = speed_anew or loaded.known_speed(asked) is None
+        timing = loaded.speed(asked) if untimed else iter(())
         for number, _ in enumerate(loaded.evaluate(asked, text, whole)):
             yield cards("measuring …")
             if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) is not None:
@@ -164,11 +177,15 @@ class Handlers:
             speed_card(speed, loaded) if speed else pending_speed_card(message)
         ).html()
 
-    def _look_at(self, request: gr.Request, look: tuple) -> None:
-        self._latest[request.session_hash] = look
-        self._latest.move_to_end(request.session_hash)
+    def _look_at(self, request: gr.Request, at: tuple, whole: bool = False) -> _Look:
+        """Overtakes what is being measured for this visitor. What was to be measured to the end
+        still is."""
+        before = self._latest.pop(request.session_hash, None)
+        whole = whole or (before is not None and before.at == at and before.whole)
+        look = self._latest[request.session_hash] = _Look(at, whole)
         while len(self._latest) > VISITORS_REMEMBERED:
             self._latest.popitem(last=False)
+        return look
 
 
 def _structure(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -92,6 +92,8 @@ class LoadedModel:
     _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _plans: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _losses: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _zeros: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _shapes: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _histograms: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     turns: Turns = field(default_factory=Turns)  # of all that runs the models
@@ -234,7 +236,8 @@ class LoadedModel:
     def whole(self, asked: Conversion) -> Conversion:
         """The same branches with nothing removed."""
         spec = spec_of(asked)
-        return self.asked(ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed))
+        spec = ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed)
+        return replace(asked, spec=spec) if spec.needs_calibration else spec
 
     def left(self, asked: Conversion, quantity: str) -> Tensor:
         """The share of each branch's non-zero weights ("nonzero") or squared weights ("energy")
@@ -247,9 +250,12 @@ class LoadedModel:
 
     def zeros(self, asked: Conversion) -> Zeros | None:
         """What fade asks for and what it does, over all layers; None without fade."""
-        spec = spec_of(asked)
-        if not spec.fades:
+        if not spec_of(asked).fades:
             return None
+        return self._zeros.get_or_make(asked, lambda: self._count_zeros(asked))
+
+    def _count_zeros(self, asked: Conversion) -> Zeros:
+        spec = spec_of(asked)
         mlps = branched_mlps(self.converted(asked))
         kept = [
             sum(branch_sizes(dense.weights.d_ff, spec.branches)[: len(mlp.sizes)])
@@ -288,23 +294,15 @@ class LoadedModel:
         """What is run to score a text, in its order."""
         return self.plan(key).windows
 
-    def seconds_to_measure(self, spec: Conversion, text: str) -> float:
-        """A prediction for the whole text, from the speed of one forward pass; 0 for what is known
-        already."""
-        plan = self.plan(text)
-        known = sum(len(self._known(s, text).windows) for s in (None, spec))
-        missing = 1 - known / (2 * len(plan.windows))
-        return missing * 2 * plan.tokens / self.tokens_per_second
-
     def known_evaluation(self, asked: Conversion, text: str) -> Evaluation | None:
         """What was measured so far, if anything was."""
-        if text not in self._plans:
+        if (asked, text) not in self._losses:
             return None
         return self.plan(text).evaluation(self._known(None, text), self._known(asked, text))
 
     def known_dense(self, text: str) -> Perplexity | None:
         """Of the dense model, so far."""
-        if text not in self._plans:
+        if (None, text) not in self._losses:
             return None
         losses = self._known(None, text)
         known = self.plan(text).evaluation(losses, losses)
@@ -322,30 +320,30 @@ class LoadedModel:
 
         Each step is a turn (see `Turns`). Closing the iterator stops after the step in progress.
         """
-        if isinstance(asked, Calibrated) and text.startswith(OWN_PREFIX):
+        own = isinstance(asked, Calibrated) and (text, asked.key)
+        if own and any(key.startswith(OWN_PREFIX) for key in own):
             check_disjoint(asked.text, self.texts.read(text))
         plan, converted = self.plan(text), self.converted(asked)
         dense = self._losses.get_or_make((None, text), Losses)
         losses = self._losses.get_or_make((asked, text), Losses)
-        scores = self._scored_by(self.model), self._scored_by(converted)
-        for step in sharpen(plan, dense, losses, *scores):
+        scores = _scored_by(self.model), _scored_by(converted)
+        known = plan.evaluation(dense, losses)
+        if known and not whole and _enough(known):
+            yield known
+            return
+        for step in sharpen(plan, dense, losses, *scores, self.turns.turn):
             self._losses.get_or_make((None, text), lambda: dense)  # others make room first
             yield step
-            if not whole and (step.settled or step.dense.tokens >= LIVE_TOKENS):
+            if not whole and _enough(step):
                 break
-
-    def _scored_by(self, model: PreTrainedModel) -> Callable[[Window], Tensor]:
-        def score(part: Window) -> Tensor:
-            with self.turns.turn():
-                return token_losses(model, part.ids, part.first)
-
-        return score
 
     def _known(self, asked: Conversion | None, text: str) -> Losses:
         return self._losses.get((asked, text)) or Losses()
 
     def known_speed(self, asked: Conversion) -> SpeedReport | None:
-        return self._speeds.get(self._shape(asked)) if self.is_converted(asked) else None
+        if asked not in self._shapes and not self.is_converted(asked):
+            return None
+        return self._speeds.get(self._shape(asked))
 
     def speed(self, asked: Conversion) -> Iterator[SpeedReport | None]:
         """Writing speed against dense, round by round; the last is kept. Each round is a turn."""
@@ -362,10 +360,23 @@ class LoadedModel:
 
     def _shape(self, asked: Conversion) -> Any:
         """Conversions of one shape write at one speed: zeros in place cost and save nothing."""
-        mlps = mlp_modules(self.converted(asked))
-        if not all(isinstance(mlp, BranchedMLP) for mlp in mlps):
-            return asked
-        return tuple((sum(mlp.sizes), mlp.down_proj.bias is not None) for mlp in mlps)
+
+        def shape() -> Any:
+            mlps = mlp_modules(self.converted(asked))
+            if not all(isinstance(mlp, BranchedMLP) for mlp in mlps):
+                return asked
+            return tuple((sum(mlp.sizes), mlp.down_proj.bias is not None) for mlp in mlps)
+
+        return self._shapes.get_or_make(asked, shape)
+
+
+def _scored_by(model: PreTrainedModel) -> Callable[[Window], Tensor]:
+    return lambda part: token_losses(model, part.ids, part.first)
+
+
+def _enough(found: Evaluation) -> bool:
+    """Whether a measurement that runs by itself may end here."""
+    return found.settled or (not found.look and found.dense.tokens >= LIVE_TOKENS)
 
 
 def _requested(spec: ConversionSpec, d_ff: int) -> float | None:

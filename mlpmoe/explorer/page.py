@@ -283,7 +283,7 @@ def _wire_measurement(
 ) -> None:  # fmt: skip
     """Perplexity and speed, as they sharpen by themselves; to the end on the button."""
     inputs = [*spec, convert.text, branches.layer, branches.projection, branches.quantity]
-    by_itself = changed.then(
+    by_itself = changed.success(
         readable(handlers.measure_live), inputs, shown,
         trigger_mode="multiple", **IN_TURNS, **QUIET,
     )  # fmt: skip

@@ -95,8 +95,7 @@ def snippet(model: str, spec: ConversionSpec, text: str, calibration: str | None
 
     text, calibration: names of texts, or the file of an own one; calibration None: the default.
     """
-    default = default_calibration(model)
-    calibration = calibration or default
+    calibration = calibration or default_calibration(model)
     if calibration.startswith(OWN_PREFIX):
         calibration = "own-calibration.txt"
     names = ["ConversionSpec", "compare", "convert", "load", "perplexity"]
@@ -105,7 +104,7 @@ def snippet(model: str, spec: ConversionSpec, text: str, calibration: str | None
         names.append("Calibration")
         setting.append(f"seen = {_reading(calibration, names, 'named_calibration')}")
         argument = ", Calibration.from_text(tokenizer, seen)"
-        flag = "" if calibration == default else f" --calibration {calibration}"
+        flag = f" --calibration {calibration}"
     shown = "own-text.txt" if text.startswith(OWN_PREFIX) else text
     stream = text in TEXTS and TEXTS[text].protocol == "stream"
     if stream:

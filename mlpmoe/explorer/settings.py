@@ -89,7 +89,7 @@ def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
         "fade_exponent": exponent,
         "fade_projections": list(spec.projections),
     }
-    return *shown.values(), str(Share(spec.branches, spec.kept, spec.branches))
+    return *shown.values(), str(Share(spec.kept, spec.branches, spec.branches))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Share:
                 return share
         except (ValueError, TypeError, AttributeError):
             pass
-        return cls(1, 1, 0)
+        return cls(1, 1, 0)  # none was shown yet
 
     def __str__(self) -> str:
         return f"{self.kept} {self.of} {self.branches}"
@@ -137,7 +137,7 @@ def settle(
     used, said = in_range(loaded, sent)
     branches = used["branches"]
     moved = branches != before.branches
-    if sent["keep"] == before.shown:
+    if before.branches and sent["keep"] == before.shown:
         after = replace(before, branches=branches)
         said.pop("keep", None)  # it only was on its way as B moved
     else:

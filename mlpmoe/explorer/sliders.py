@@ -7,9 +7,9 @@ source of every component class.
 
 from __future__ import annotations
 
-from math import isfinite
-
 import gradio as gr
+
+LARGEST = 1e300  # whole numbers may have any size, and be too large for a float
 
 
 class OpenSlider(gr.Slider):
@@ -33,7 +33,8 @@ class LimitedSlider(gr.Slider):
 
 
 def _number(payload: object, label: str | None) -> float:
-    """What was sent, if it is a finite number: an emptied field sends nothing."""
-    if isinstance(payload, bool) or not isinstance(payload, int | float) or not isfinite(payload):
+    """What was sent, if it is a number of a sensible size: an emptied field sends nothing."""
+    is_number = isinstance(payload, int | float) and not isinstance(payload, bool)
+    if not is_number or not -LARGEST <= payload <= LARGEST:
         raise gr.Error(f"{label} needs a number.", title="Not possible", print_exception=False)
     return payload

@@ -13,6 +13,7 @@ import torch
 from ..core.spec import ConversionSpec
 from ..measure.correlations import BranchStatistics, branch_statistics
 from ..measure.drift import drift
+from ..measure.estimate import Evaluation
 from ..measure.notation import number
 from ..measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
 from .loaded import Calibrated, Conversion, LoadedModel
@@ -51,12 +52,12 @@ class TokenHandlers:
             return EMPTY, "", *(gr.skip(),) * (NOT_OPEN - 2)
         encoded = loaded.text(text)
         changes = token_changes(
-            measured.dense, measured.converted, encoded, loaded.windows(text), loaded.tokenizer
+            measured.dense, measured.converted, encoded, measured.parts, loaded.tokenizer
         )
         ids = encoded.documents[0][:DRIFT_TOKENS]
         return (
             worst_html(worst(sentences(changes), WORST), measured.dense.tokens),
-            text_html(changes),
+            so_far(measured) + text_html(changes),
             drift_plot(drift(loaded.model, loaded.converted(asked), ids)),
             *_branches(loaded, asked, ids, layer),
         )
@@ -98,6 +99,16 @@ def worst_html(found: Sequence[Sentence], tokens: int) -> str:
         if not sentence.mean <= 0
     )
     return f"{_scale()}<ol>{rows}</ol>"
+
+
+def so_far(measured: Evaluation) -> str:
+    """That only a part is coloured, where the measurement has not come to the end."""
+    if measured.complete:
+        return ""
+    return (
+        f'<p class="note">{measured.dense.tokens:,} of {measured.total:,} tokens are measured; the '
+        "others have no colour. Measure goes on to the end.</p>"
+    )
 
 
 def text_html(changes: Sequence[TokenChange]) -> str:

@@ -97,7 +97,7 @@ class TradeOffHandlers:
         loaded, asked = [], []
         for letter, record in zip("AB", pair, strict=True):
             loaded.append(self.workbench.loaded(record.model))
-            asked.append(loaded[-1].asked(record.run.spec))
+            asked.append(loaded[-1].asked(record.run.spec, record.calibration))
             if isinstance(asked[-1], Calibrated):
                 for message in loaded[-1].convert(asked[-1]):
                     yield _status(f"{letter}: {message} …"), gr.skip(), *nothing, *nothing

@@ -14,15 +14,17 @@ from .background import in_thread
 from .loaded import LoadedModel
 from .texts import Texts
 
-MAX_GUESTS = 1  # models held beside the demo model; the one used longest ago makes room
+MAX_GUESTS = 1  # models held beside those that stay; the one used longest ago makes room
 
 
 class Workbench:
-    """The loaded models of a server: the demo model for good, and a few guests."""
+    """The loaded models of a server: the demo model and what the page opens with for good, and a
+    few guests."""
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading = threading.Lock()
+        self.staying = {DEMO_KEY}  # keys
         self.texts = Texts()
 
     def holds(self, name: str) -> bool:
@@ -54,8 +56,8 @@ class Workbench:
         yield self._models[key]
 
     def _load(self, key: str) -> Iterator[str]:
-        guests = [k for k in self._models if k != DEMO_KEY]
-        leaving = guests[: max(0, len(guests) + 1 - MAX_GUESTS)] if key != DEMO_KEY else []
+        guests = [k for k in self._models if k not in self.staying]
+        leaving = [] if key in self.staying else guests[: max(0, len(guests) + 1 - MAX_GUESTS)]
         freed = sum(self._models[k].checked.memory_needed for k in leaving)
         checked = preflight(key, reclaimable=freed)
         if checked.memory_needed > (checked.memory_available or 0) - freed:

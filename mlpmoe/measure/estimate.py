@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from math import floor, log10
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from .encoding import EncodedText, Window, scored_tokens, windows
 from .perplexity import Perplexity, PerplexityChange, compare, summarise
 
-# The first look: short pieces of a few documents. A model that sees fewer tokens is worse, and a
+# The first look: the beginnings of a few windows. A model that sees fewer tokens is worse, and a
 # conversion hurts it by another factor, so its losses are never pooled with those of windows.
 LOOK_PIECES = 3
 LOOK_TOKENS = 128
@@ -28,6 +29,8 @@ class Evaluation:
     change: PerplexityChange
     total: int  # tokens that the whole text scores
     look: bool = False  # from pieces of at most LOOK_TOKENS tokens, not from windows
+    # what was scored, in the order of the losses
+    parts: Sequence[Window] = field(default=(), repr=False, compare=False)
 
     @property
     def complete(self) -> bool:
@@ -65,8 +68,15 @@ class Plan:
         self.look: list[Window] = []
         longest = max(len(part.ids) for part in self.windows)
         if longest > LOOK_TOKENS and self.tokens > 2 * LOOK_PIECES * LOOK_TOKENS:
-            chosen = spread(len(text.documents))[:LOOK_PIECES]
-            self.look = windows(model, text.beginnings(sorted(chosen), LOOK_TOKENS))
+            at = (len(self.windows) * (2 * n + 1) // (2 * LOOK_PIECES) for n in range(LOOK_PIECES))
+            self.look = [self._beginning(number) for number in dict.fromkeys(at)]
+
+    def _beginning(self, number: int) -> Window:
+        """The first LOOK_TOKENS tokens of a window."""
+        part = self.windows[number]
+        ids = part.ids[:LOOK_TOKENS]
+        scored = slice(part.start + part.first, part.start + len(ids))
+        return replace(part, ids=ids, size=int(self.text.sizes[part.document][scored].sum()))
 
     def evaluation(self, dense: Losses, converted: Losses) -> Evaluation | None:
         """What both models' losses come to where both are known; None without any."""
@@ -80,30 +90,48 @@ class Plan:
         else:
             return None
         before, after = (summarise(losses, parts) for losses in found)
-        return Evaluation(before, after, compare(before, after), self.tokens, look=not common)
+        change = compare(before, after)
+        return Evaluation(before, after, change, self.tokens, look=not common, parts=parts)
 
 
 Score = Callable[[Window], Tensor]  # losses of the scored tokens of a window
+Turn = Callable[[], AbstractContextManager]
 
 
 def sharpen(
-    plan: Plan, dense: Losses, converted: Losses, score_dense: Score, score_converted: Score
+    plan: Plan,
+    dense: Losses,
+    converted: Losses,
+    score_dense: Score,
+    score_converted: Score,
+    turn: Turn = nullcontext,
 ) -> Iterator[Evaluation]:
     """Score the windows of the plan with both models in turn, what is not known yet, and yield
-    what it comes to after each; the last is complete. Fills in the losses as it goes."""
+    what it comes to after each; the last is complete. Fills in the losses as it goes.
+
+    turn: entered for each window, by those who share the losses with others; what others fill in
+    meanwhile is not scored again.
+    """
     sides = ((dense, score_dense), (converted, score_converted))
     if plan.evaluation(dense, converted) is None and plan.look:
         for losses, score in sides:
             for number, part in enumerate(plan.look):
-                if number not in losses.look:
-                    losses.look[number] = score(part)
+                _fill_in(losses.look, number, part, score, turn)
         yield plan.evaluation(dense, converted)
     for number in plan.order:
-        missing = [side for side in sides if number not in side[0].windows]
-        for losses, score in missing:
-            losses.windows[number] = score(plan.windows[number])
+        missing = any(number not in losses.windows for losses, _ in sides)
+        for losses, score in sides:
+            _fill_in(losses.windows, number, plan.windows[number], score, turn)
         if missing or number == plan.order[-1]:
             yield plan.evaluation(dense, converted)
+
+
+def _fill_in(known: dict[int, Tensor], number: int, part: Window, score: Score, turn: Turn) -> None:
+    if number in known:
+        return
+    with turn():
+        if number not in known:
+            known[number] = score(part)
 
 
 def spread(count: int) -> list[int]:

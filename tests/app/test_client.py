@@ -96,7 +96,7 @@ MORE = {
 @pytest.fixture
 def short_calibration(monkeypatch) -> str:
     """The server calibrates on as few stories as that takes."""
-    text = loaded.calibration_stories()[:8000]
+    text = loaded.named_calibration("stories")[:8000]
     monkeypatch.setattr(loaded, "calibration_stories", lambda: text)
     return text
 

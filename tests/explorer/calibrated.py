@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer.loaded import LoadedModel, calibration_stories
+from mlpmoe.explorer.loaded import LoadedModel
+from mlpmoe.models import default_calibration, named_calibration
 
 CALIBRATED = {
     "refitted": {"keep": 12, "order": "least-squares", "compensation": "refit"},
@@ -22,10 +23,11 @@ CALIBRATED = {
 
 
 def direct(loaded: LoadedModel, spec: ConversionSpec) -> PreTrainedModel:
-    """The conversion as the library makes it."""
+    """The conversion as the library makes it, with the calibration text of the model's kind."""
     calibration = None
     if spec.needs_calibration:
-        calibration = Calibration.from_text(loaded.tokenizer, calibration_stories())
+        text = named_calibration(default_calibration(loaded.key))
+        calibration = Calibration.from_text(loaded.tokenizer, text)
     return convert(loaded.model, spec, calibration)
 
 

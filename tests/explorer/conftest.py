@@ -35,6 +35,7 @@ def own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run as on a laptop unless they say otherwise."""
     monkeypatch.delenv("SPACE_ID", raising=False)
     monkeypatch.delenv("MLPMOE_ALLOW_ANY_MODEL", raising=False)
+    monkeypatch.setenv("MLPMOE_FIRST_MODEL", "demo")
 
 
 @pytest.fixture(scope="session")

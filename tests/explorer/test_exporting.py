@@ -27,8 +27,9 @@ from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.export_panel import BRANCHES, EXPERTS
 from mlpmoe.explorer.export_plan import MEASURED, Wanted, check_room, command, folder_name, plan
 from mlpmoe.explorer.exporting import ExportHandlers
-from mlpmoe.explorer.loaded import Calibrated, LoadedModel, calibration_stories
+from mlpmoe.explorer.loaded import Calibrated, LoadedModel
 from mlpmoe.explorer.pushing import PushHandlers, can_push
+from mlpmoe.models import named_calibration
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import controls
 from tests.tiny import D_FF
@@ -120,7 +121,9 @@ def test_the_plan_says_the_form_and_why(tiny, fields, words):
 
 
 def test_the_plan_knows_more_once_experts_are_made(tiny):
-    asked = Calibrated(ConversionSpec(method="random", active=0.5, shared=0), calibration_stories())
+    asked = Calibrated(
+        ConversionSpec(method="random", active=0.5, shared=0), named_calibration("stories")
+    )
     tiny.converted(asked)
     for form, word in (("mixtral", "Mixtral"), ("auto", "stock")):
         assert word in plan(tiny, Wanted(tiny.key, asked, form, SAVED))

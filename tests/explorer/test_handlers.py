@@ -6,169 +6,238 @@ import json
 import math
 import re
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 
 import gradio as gr
 import pytest
 import torch
 
-from mlpmoe import ConversionSpec, named_text, parameter_report
+from mlpmoe import ConversionSpec, convert, named_text, parameter_report
 from mlpmoe import perplexity as measure_perplexity
 from mlpmoe.core.calibration import MAX_TOKENS, Calibration
 from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.generations import GenerationHandlers
-from mlpmoe.explorer.loaded import calibration_stories
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import read_spec
 from mlpmoe.measure.notation import count, number
-from mlpmoe.models import ModelError
+from mlpmoe.models import ModelError, named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.calibrated import CALIBRATED, at_the_end, direct
-from tests.explorer.controls import controls, preview_values, shown_values
+from tests.explorer.controls import (
+    Measured,
+    Previewed,
+    controls,
+    preview_values,
+    settings,
+    shown_values,
+)
 
 SKIPPED = gr.skip()
-OUTPUTS = 7  # of a measurement: two cards, four of the structure, the new run
+OUTPUTS = len(Measured._fields)
+FADED = ConversionSpec(fade=0.9)
+
+
+def previewed(handlers, visitor, **change) -> Previewed:
+    return Previewed(*handlers.preview(visitor, *preview_values(**change)))
+
+
+def live(handlers, visitor, **change) -> Iterable[Measured]:
+    """What a measurement gives that starts by itself, after the preview."""
+    steps = readable(handlers.measure_live)(visitor, *shown_values(**change))
+    return (Measured(*step) if isinstance(step, tuple) else step for step in steps)
+
+
+def tokens_of(card: str) -> int | None:
+    """How many tokens a card says that its figures stand on; None where there are none yet."""
+    found = re.search(r"([\d,]+) (?:of [\d,]+ )?tokens", card)
+    return int(found[1].replace(",", "")) if found and "first look" not in card else None
 
 
 def test_preview_settles_keep_and_names_the_preset(handlers, visitor):
-    keep, before, preset, *_ = handlers.preview(visitor(), *preview_values())
-    assert keep == before == SKIPPED
-    assert preset == "All 16 branches"
-    keep, before, preset, *_ = handlers.preview(visitor(), *preview_values(branches=8))
-    assert (keep["value"], keep["maximum"], before) == (8, 8, 8)
-    assert preset == CUSTOM
-    keep, *_ = handlers.preview(visitor(), *preview_values(branches=1))
-    assert (keep["value"], keep["maximum"]) == (1, 2)  # a slider needs two ends
+    shown = previewed(handlers, visitor())
+    assert (shown.branches, shown.keep, shown.share) == (SKIPPED,) * 3
+    assert "value" not in shown.fade
+    assert shown.preset == "All 16 branches"
+    shown = previewed(handlers, visitor(), branches=8)
+    assert (shown.keep["value"], shown.keep["maximum"]) == (8, 8)
+    assert shown.share == "16 16 8"
+    assert shown.preset == CUSTOM
+    shown = previewed(handlers, visitor(), branches=1)
+    assert (shown.keep["value"], shown.keep["maximum"]) == (1, 2)  # a slider needs two ends
 
 
 def test_preview_leaves_keep_alone_while_it_is_moved(handlers, visitor):
     """It would jump back to where it was when the preview began."""
     for keep in (15, 14, 1):
-        update, *_ = handlers.preview(visitor(), *preview_values(keep=keep))
-        assert update == SKIPPED
+        assert previewed(handlers, visitor(), keep=keep).keep == SKIPPED
+
+
+def test_what_is_out_of_range_is_shown_as_it_is_used(handlers, visitor, notices):
+    """And the structure and the measurement are of what is shown."""
+    change = {"branches": 2.5, "fade": 5, "keep": 0}
+    shown = previewed(handlers, visitor(), **change, share="2 2 3")
+    assert (shown.branches, shown.fade["value"], shown.keep["value"]) == (3, 2.0, 1)
+    assert "branches=3&fade=2.0&keep=1" in shown.query
+    assert [kind for kind, _ in notices] == ["Info"] * 3
+    *_, last = live(handlers, visitor(), **change)
+    assert json.loads(last.new)[0]["run"]["spec"] == "branches=3&fade=2.0&keep=1"
+    assert last[2:4] == shown[-4:-2]
 
 
 def test_preview_shows_what_was_measured_before(handlers, visitor):
-    *_, perplexity, speed, _, _, _, _ = handlers.preview(visitor(), *preview_values())
-    assert "measuring" in perplexity
-    assert "measuring" in speed
+    shown = previewed(handlers, visitor())
+    assert "measuring" in shown.perplexity and "measuring" in shown.speed
     list(handlers.measure(visitor(), *shown_values()))
-    *_, perplexity, speed, _, _, _, _ = handlers.preview(visitor(), *preview_values())
-    assert "measuring" not in perplexity + speed
-    assert "no measurable change" in perplexity
+    shown = previewed(handlers, visitor())
+    assert "measuring" not in shown.perplexity + shown.speed
+    assert "no measurable change" in shown.perplexity
 
 
-def test_a_slow_measurement_waits_for_the_button(handlers, demo, visitor, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.handlers.DEMO_KEY", "another")
-    demo.__dict__["tokens_per_second"] = 0.5
-    *_, perplexity, _, _, _, _, _ = handlers.preview(visitor(), *preview_values())
-    seconds = demo.seconds_to_measure(ConversionSpec(), "proxy")
-    assert f"press Measure, about {seconds:.0f} s" in perplexity
-    assert list(handlers.measure_if_quick(visitor(), *shown_values())) == []
-    assert "measuring" in next(handlers.measure(visitor(), *shown_values()))[0]
+# a measurement, as it sharpens
 
 
-def test_measurement_ends_with_both_cards(handlers, demo, visitor):
-    handlers.preview(visitor(), *preview_values(fade=0.9))
-    *steps, last = handlers.measure_if_quick(visitor(), *shown_values(fade=0.9))
-    assert {len(step) for step in steps} == {7} == {len(last)}
-    assert all(step[2:6] == (SKIPPED,) * 4 for step in steps)  # shown by the preview
-    assert last[4:6] == (SKIPPED,) * 2
-    structure = handlers.preview(visitor(), *preview_values(fade=0.9))[-4:-2]
+def test_a_measurement_sharpens_by_itself_and_ends_with_a_run(handlers, demo, visitor):
+    structure = previewed(handlers, visitor(), fade=0.9)[-4:-2]
+    *steps, last = live(handlers, visitor(), fade=0.9)
+    assert all(step[2:] == (SKIPPED,) * 5 for step in steps)  # shown by the preview
     assert last[2:4] == structure  # once more, for a page that was busy
-    assert all(step[6] == SKIPPED for step in steps)
-    perplexity, speed, *_, new = last
-    (record,) = json.loads(new)
-    found = demo.known_evaluation(ConversionSpec(fade=0.9), "proxy")
+    assert last[4:6] == (SKIPPED,) * 2
+    assert "first look" in steps[0].perplexity
+    tokens = [tokens_of(step.perplexity) for step in steps]
+    tokens = [number for number in tokens if number]
+    assert tokens == sorted(tokens) and len(set(tokens)) > 3
+    early = [step.perplexity for step in steps if tokens_of(step.perplexity) != tokens[-1]]
+    assert early and all("±" in card for card in early)
+    # speed does not wait for the end of the text
+    first = next(i for i, step in enumerate(steps) if "…" not in step.speed)
+    assert tokens_of(steps[first].perplexity) < tokens[-1]
+    (record,) = json.loads(last.new)
+    found = demo.known_evaluation(FADED, "proxy")
     assert record["run"]["perplexity"] == found.converted.value
     assert record["run"]["spec"] == "branches=16&fade=0.9"
-    assert (record["model"], record["text"], record["dense"]) == (
-        "demo",
-        "proxy",
-        found.dense.value,
-    )
-    shares = [int(share) for p, *_ in steps for share in re.findall(r"measuring, (\d+)%", p)]
-    assert shares == sorted(shares)
-    assert shares[-1] == 100 or "…" not in steps[-1][0]
-    assert "…" not in perplexity + speed
-    assert demo.known_evaluation(ConversionSpec(fade=0.9), "proxy")
+    where = record["model"], record["text"], record["dense"], record["tokens"]
+    assert where == ("demo", "proxy", found.dense.value, found.dense.tokens)
+    assert "…" not in last.perplexity + last.speed
+
+
+def test_a_measurement_ends_by_itself_and_goes_on_to_the_end_on_the_button(
+    handlers, demo, visitor, monkeypatch
+):
+    monkeypatch.setattr("mlpmoe.explorer.loaded.LIVE_TOKENS", 600)
+    previewed(handlers, visitor(), fade=0.9)
+    *_, last = live(handlers, visitor(), fade=0.9)
+    some = demo.known_evaluation(FADED, "proxy")
+    assert not some.complete and 600 <= some.dense.tokens < 900
+    assert f"{some.dense.tokens:,} of {some.total:,} tokens" in last.perplexity
+    assert json.loads(last.new)[0]["tokens"] == some.dense.tokens
+    *_, last = handlers.measure(visitor(), *shown_values(fade=0.9))
+    whole = demo.known_evaluation(FADED, "proxy")
+    assert whole.complete
+    assert json.loads(last[-1])[0]["tokens"] == whole.total
+
+
+def test_another_view_goes_on_with_what_is_measured(handlers, demo, visitor, monkeypatch):
+    """One measurement per visitor, with what is looked at now; on the button still to the end."""
+    monkeypatch.setattr("mlpmoe.explorer.loaded.LIVE_TOKENS", 1)
+    previewed(handlers, visitor(), fade=0.9)
+    stale = handlers.measure(visitor(), *shown_values(fade=0.9))
+    next(stale)
+    previewed(handlers, visitor(), fade=0.9, layer=1)
+    going = live(handlers, visitor(), fade=0.9, layer=1)
+    next(going)
+    assert list(stale) == []
+    list(going)
+    assert demo.known_evaluation(FADED, "proxy").complete
+    previewed(handlers, visitor(), fade=0.5)
+    list(live(handlers, visitor(), fade=0.5))
+    assert not demo.known_evaluation(ConversionSpec(fade=0.5), "proxy").complete
 
 
 def test_an_overtaken_measurement_stops(handlers, demo, visitor):
-    handlers.preview(visitor(), *preview_values(fade=0.9))
-    stale = handlers.measure_if_quick(visitor(), *shown_values(fade=0.9))
+    previewed(handlers, visitor(), fade=0.9)
+    stale = live(handlers, visitor(), fade=0.9)
     next(stale)
-    handlers.preview(visitor(), *preview_values(fade=0.5))
+    previewed(handlers, visitor(), fade=0.5)
     assert list(stale) == []
-    assert demo.known_evaluation(ConversionSpec(fade=0.9), "proxy") is None
+    assert not demo.known_evaluation(FADED, "proxy").complete
+
+
+def test_a_measurement_that_is_overtaken_before_it_starts_leaves_the_page(handlers, demo, visitor):
+    previewed(handlers, visitor(), fade=0.9)
+    previewed(handlers, visitor(), fade=0.5)
+    assert list(live(handlers, visitor(), fade=0.9)) == [SKIPPED]
+    assert demo.known_evaluation(FADED, "proxy") is None
 
 
 def test_visitors_do_not_overtake_each_other(handlers, demo, visitor):
-    handlers.preview(visitor("a"), *preview_values(fade=0.9))
-    mine = handlers.measure_if_quick(visitor("a"), *shown_values(fade=0.9))
+    previewed(handlers, visitor("a"), fade=0.9)
+    mine = live(handlers, visitor("a"), fade=0.9)
     next(mine)
-    handlers.preview(visitor("b"), *preview_values(fade=0.5))
-    list(handlers.measure_if_quick(visitor("b"), *shown_values(fade=0.5)))
-    perplexity, *_ = list(mine)[-1]
-    assert demo.known_evaluation(ConversionSpec(fade=0.9), "proxy")
-    assert "…" not in perplexity
+    previewed(handlers, visitor("b"), fade=0.5)
+    list(live(handlers, visitor("b"), fade=0.5))
+    *_, last = mine
+    assert "…" not in last.perplexity
+    assert demo.known_evaluation(FADED, "proxy").complete
+
+
+def test_what_fails_late_does_not_stop_what_came_after_it(handlers, demo, visitor):
+    previewed(handlers, visitor(), fade=0.9)
+    going = live(handlers, visitor(), fade=0.9)
+    next(going)
+    handlers.measuring_failed(*shown_values(fade=0.9))
+    *_, last = going
+    assert json.loads(last.new)
 
 
 def test_stop(handlers, visitor):
-    handlers.preview(visitor(), *preview_values(fade=0.9))
+    previewed(handlers, visitor(), fade=0.9)
+    stopped = Measured(*handlers.stop_measuring(visitor(), *shown_values(fade=0.9)))
+    assert "stopped" in stopped.perplexity and "stopped" in stopped.speed  # nothing is known yet
+    assert list(live(handlers, visitor(), fade=0.9)) == [SKIPPED]
     running = handlers.measure(visitor(), *shown_values(fade=0.9))
-    next(running)
-    perplexity, speed, *_ = handlers.stop_measuring(visitor(), *shown_values(fade=0.9))
-    assert "stopped; press Measure" in perplexity
-    assert "stopped; press Measure" in speed
+    shown = [Measured(*next(running)) for _ in range(3)][-1]
+    stopped = Measured(*handlers.stop_measuring(visitor(), *shown_values(fade=0.9)))
+    assert stopped.perplexity == shown.perplexity and tokens_of(shown.perplexity)
+    assert stopped.new == SKIPPED
     assert list(running) == []
-    *_, (perplexity, *_) = handlers.measure(visitor(), *shown_values(fade=0.9))
-    assert "…" not in perplexity
-
-
-def test_stop_keeps_what_is_known(handlers, visitor):
-    list(handlers.measure(visitor(), *shown_values()))
-    perplexity, speed, *_ = handlers.stop_measuring(visitor(), *shown_values())
-    assert "stopped" not in perplexity + speed
+    *_, last = handlers.measure(visitor(), *shown_values(fade=0.9))
+    assert "…" not in Measured(*last).perplexity
 
 
 def test_keep_above_branches_is_all_of_them(handlers, visitor):
     """Between two previews the sliders may stand so; no event may fail then."""
-    handlers.preview(visitor(), *preview_values(branches=4, keep=4, before=4))
+    previewed(handlers, visitor(), branches=4, keep=4, share="4 4 4")
     values = shown_values(branches=4, keep=8)
     assert "…" not in list(handlers.measure(visitor(), *values))[-1][0]
-    list(handlers.measure_if_quick(visitor(), *values))
+    list(live(handlers, visitor(), branches=4, keep=8))
     handlers.stop_measuring(visitor(), *values)
-    writer, settings = GenerationHandlers(handlers.workbench), controls(branches=4, keep=8)
-    *_, (_, _, report) = writer.write("demo", *settings, "Hello", 2, 0.0)
+    writer = GenerationHandlers(handlers.workbench)
+    *_, (_, _, report) = writer.write("demo", *settings(branches=4, keep=8), "Hello", 2, 0.0)
     assert "K 4" in report
 
 
 def test_few_visitors_are_remembered(handlers, visitor, monkeypatch):
     monkeypatch.setattr("mlpmoe.explorer.handlers.VISITORS_REMEMBERED", 3)
     for session in "abcdea":
-        handlers.preview(visitor(session), *preview_values())
+        previewed(handlers, visitor(session))
     assert list(handlers._latest) == ["d", "e", "a"]
 
 
-def test_a_public_text_is_read_on_the_button(handlers, demo, visitor, monkeypatch):
-    """That may take a network and time, so it never starts by itself."""
+def test_a_public_text_is_read_while_the_page_says_so(handlers, demo, visitor, monkeypatch):
     content = named_text("stories")
     entry = replace(TEXTS["c4"], read=lambda: content, most_windows=2)
     monkeypatch.setitem(TEXTS, "c4", entry)
-    values = {"text": "c4", "keep": 8}
-    card = handlers.preview(visitor(), *preview_values(**values))[7]
-    assert "press Measure; reads the text first" in card
-    assert list(handlers.measure_if_quick(visitor(), *shown_values(**values))) == []
+    assert "measuring …" in previewed(handlers, visitor(), text="c4", keep=8).perplexity
     assert not demo.has_text("c4")
-    steps = list(handlers.measure(visitor(), *shown_values(**values)))
-    assert any("reading the text …" in step[0] for step in steps)
-    assert "…" not in at_the_end(steps)[0]
-    assert json.loads(steps[-1][6])[0]["text"] == "c4"
-    again = list(handlers.measure_if_quick(visitor(), *shown_values(**values)))
-    assert not any("reading" in step[0] for step in again)  # now it is there
+    first, *_, last = live(handlers, visitor(), text="c4", keep=8)
+    assert "reading the text …" in first.perplexity
+    assert "…" not in last.perplexity
+    assert json.loads(last.new)[0]["text"] == "c4"
+    again = list(live(handlers, visitor(), text="c4", keep=8))
+    assert not any("reading" in step.perplexity for step in again)  # now it is there
 
 
 def test_a_text_that_cannot_be_read_is_said(handlers, visitor, monkeypatch):
@@ -176,14 +245,14 @@ def test_a_text_that_cannot_be_read_is_said(handlers, visitor, monkeypatch):
         raise ModelError("C4 cannot be fetched.")
 
     monkeypatch.setitem(TEXTS, "c4", replace(TEXTS["c4"], read=fails))
-    values = shown_values(text="c4")
+    previewed(handlers, visitor(), text="c4")
     with pytest.raises(gr.Error, match="C4 cannot be fetched"):
-        list(readable(handlers.measure)(visitor(), *values))
-    perplexity, speed, *structure, new = handlers.measuring_failed(visitor(), *values)
-    assert "not measured; press Measure again" in perplexity
-    assert "not measured; press Measure again" in speed
-    assert "…" not in "".join(structure[:2])  # which needs no text
-    assert new == SKIPPED
+        list(live(handlers, visitor(), text="c4"))
+    shown = Measured(*handlers.measuring_failed(*shown_values(text="c4")))
+    assert "not measured; press Measure again" in shown.perplexity
+    assert "not measured; press Measure again" in shown.speed
+    assert "…" not in shown.nonzero + shown.compute  # which need no text
+    assert shown.new == SKIPPED
 
 
 @pytest.mark.parametrize("text", ["nothing", None, 5, "own-0123456789ab", "<img src=x>"])
@@ -192,12 +261,12 @@ def test_an_unknown_text_is_said(handlers, visitor, text):
         readable(handlers.preview)(visitor(), *preview_values(text=text))
     assert "<" not in caught.value.message
     with pytest.raises(gr.Error, match=r"text is called|not on the server"):
-        list(readable(handlers.measure_if_quick)(visitor(), *shown_values(text=text)))
+        list(readable(handlers.measure)(visitor(), *shown_values(text=text)))
 
 
 def test_a_text_that_the_server_has_forgotten_leaves_the_cards_in_order(handlers, visitor):
     values = shown_values(text="own-0123456789ab")
-    perplexity, _, *structure, _ = handlers.measuring_failed(visitor(), *values)
+    perplexity, _, *structure, _ = handlers.measuring_failed(*values)
     assert "not measured" in perplexity
     assert "own text 012345" in perplexity
     assert "…" not in "".join(structure[:2])
@@ -207,62 +276,81 @@ def test_a_text_that_the_server_has_forgotten_leaves_the_cards_in_order(handlers
 
 
 def test_the_tiny_model_s_calibration_is_of_full_length(demo):
-    samples = Calibration.from_text(demo.tokenizer, calibration_stories()).samples
+    samples = Calibration.from_text(demo.tokenizer, named_calibration("stories")).samples
     assert samples.numel() == MAX_TOKENS
 
 
 @pytest.mark.parametrize("change", CALIBRATED.values(), ids=CALIBRATED)
 def test_a_calibrated_conversion_is_pending_and_then_measured(handlers, demo, visitor, change):
     spec = read_spec(controls(**change))
-    preset, link, code, *_, perplexity, speed, nonzero, compute, histograms, heat = (
-        handlers.preview(visitor(), *preview_values(**change))[2:]
-    )
-    assert "Calibration.from_text" in code
-    assert link == f"model=demo&{spec.to_query()}&text=proxy"
-    assert preset == (preset_name(spec) or CUSTOM)
-    for card in (perplexity, speed, nonzero, compute):
+    shown = previewed(handlers, visitor(), **change)
+    assert "Calibration.from_text" in shown.code
+    assert shown.query == f"model=demo&{spec.to_query()}&text=proxy"
+    assert shown.preset == (preset_name(spec) or CUSTOM)
+    for card in (shown.perplexity, shown.speed, shown.nonzero, shown.compute):
         assert "measuring …" in card
-    assert count(demo.report.nonzero) in nonzero
-    assert count(demo.report.macs_per_token) in compute
-    assert histograms == heat == SKIPPED  # those of before stay meanwhile
+    assert count(demo.report.nonzero) in shown.nonzero
+    assert count(demo.report.macs_per_token) in shown.compute
+    assert shown.histograms == shown.heat == SKIPPED  # those of before stay meanwhile
 
-    steps = list(handlers.measure_if_quick(visitor(), *shown_values(**change)))
+    steps = list(live(handlers, visitor(), **change))
     expected = direct(demo, spec)
-    assert any("calibrating" in step[2] for step in steps)
-    perplexity, speed, nonzero, compute, histograms, heat, new = at_the_end(steps)
-    assert "…" not in perplexity + speed + nonzero + compute
+    assert any("calibrating" in step.nonzero for step in steps)
+    last = Measured(*at_the_end(steps))
+    assert "…" not in last.perplexity + last.speed + last.nonzero + last.compute
     report = parameter_report(expected)
-    assert f">{count(report.nonzero)}<" in nonzero
-    assert f">{count(report.macs_per_token)}<" in compute
+    assert f">{count(report.nonzero)}<" in last.nonzero
+    assert f">{count(report.macs_per_token)}<" in last.compute
     assert count(report.total) == count(demo.converted_report(demo.asked(spec)).total)
     text = named_text("proxy")
     found = demo.known_evaluation(demo.asked(spec), "proxy").converted
     measured = measure_perplexity(expected, demo.tokenizer, text)
     assert found.value == pytest.approx(measured.value, rel=1e-4)
-    assert f">{number(measured.value)}<" in perplexity
-    (record,) = map(Record.from_dict, json.loads(new))
+    assert f">{number(measured.value)}<" in last.perplexity
+    (record,) = map(Record.from_dict, json.loads(last.new))
     assert (record.model, record.text, record.run.spec) == ("demo", "proxy", spec)
     assert (record.run.perplexity, record.source) == (found.value, "measured")
+    assert record.calibration == "stories"
     weights, made = expected.state_dict(), demo.converted(demo.asked(spec)).state_dict()
     assert weights.keys() == made.keys()
     assert all(torch.allclose(made[name], weights[name], atol=1e-5) for name in weights)
-    assert len(heat.data[0].z[0]) == 16
-    assert sum(trace.name == "stays" for trace in histograms.data) == 1
+    assert len(last.heat.data[0].z[0]) == 16
+    assert sum(trace.name == "stays" for trace in last.histograms.data) == 1
 
-    again = handlers.preview(visitor(), *preview_values(**change))[7:]
-    assert again[:4] == (perplexity, speed, nonzero, compute)
-    assert again[4:] == (histograms, heat)
-    assert [step for step in handlers.measure_if_quick(visitor(), *shown_values(**change))
-            if "…" in "".join(step[:2])] == []  # fmt: skip
+    again = previewed(handlers, visitor(), **change)
+    assert again[-6:] == last[:-1]
+    assert not any("…" in step.perplexity + step.speed
+                   for step in live(handlers, visitor(), **change))  # fmt: skip
+
+
+def test_a_conversion_is_calibrated_on_the_text_that_was_chosen(handlers, demo, visitor, opening):
+    """Link, code, figures and run are of it."""
+    key = opening.use_calibration("A lamp stood there and a moth flew round it. " * 90)["value"]
+    change = CALIBRATED["refitted"]
+    spec = read_spec(controls(**change))
+    found = {}
+    for name in ("prose", key):
+        shown = previewed(handlers, visitor(), **change, calibration=name)
+        assert f"&calibration={name}" in shown.query
+        *_, last = live(handlers, visitor(), **change, calibration=name)
+        (record,) = map(Record.from_dict, json.loads(last.new))
+        assert record.calibration == name and record.query == shown.query
+        text = demo.texts.read(key) if name == key else named_calibration(name)
+        samples = Calibration.from_text(demo.tokenizer, text)
+        expected = convert(demo.model, spec, samples)
+        measured = measure_perplexity(expected, demo.tokenizer, named_text("proxy"))
+        assert record.run.perplexity == pytest.approx(measured.value, rel=1e-4)
+        found[name] = record.run.perplexity
+    assert len(set(found.values())) == 2
 
 
 def test_an_overtaken_calibration_stops(handlers, demo, visitor, weights_hash):
     before = weights_hash(demo.model)
     change = CALIBRATED["refitted"]
-    handlers.preview(visitor(), *preview_values(**change))
-    stale = handlers.measure_if_quick(visitor(), *shown_values(**change))
-    assert "calibrating" in next(stale)[0]
-    handlers.preview(visitor(), *preview_values(fade=0.5))
+    previewed(handlers, visitor(), **change)
+    stale = live(handlers, visitor(), **change)
+    assert "calibrating" in next(stale).perplexity
+    previewed(handlers, visitor(), fade=0.5)
     threads = threading.active_count()
     assert list(stale) == []
     assert threading.active_count() < threads  # nothing goes on behind the scenes
@@ -274,52 +362,48 @@ def test_an_overtaken_calibration_stops(handlers, demo, visitor, weights_hash):
 
 def test_a_calibrated_measurement_is_overtaken_by_another_calibrated_one(handlers, demo, visitor):
     first, second = CALIBRATED["refitted"], CALIBRATED["faded"]
-    handlers.preview(visitor(), *preview_values(**first))
-    stale = handlers.measure_if_quick(visitor(), *shown_values(**first))
-    while "calibrating" in next(stale)[0]:  # until it is converted
+    previewed(handlers, visitor(), **first)
+    stale = live(handlers, visitor(), **first)
+    while "calibrating" in next(stale).perplexity:  # until it is converted
         pass
-    handlers.preview(visitor(), *preview_values(**second))
+    previewed(handlers, visitor(), **second)
     assert list(stale) == []
-    assert demo.known_evaluation(demo.asked(read_spec(controls(**first))), "proxy") is None
-    shown = at_the_end(handlers.measure_if_quick(visitor(), *shown_values(**second)))
-    assert "…" not in "".join(shown[:4])
+    asked = demo.asked(read_spec(controls(**first)))
+    assert not demo.known_evaluation(asked, "proxy").complete
+    last = Measured(*at_the_end(live(handlers, visitor(), **second)))
+    assert "…" not in "".join(last[:4])
 
 
-def test_a_calibration_is_stopped(handlers, demo, visitor):
+def test_a_calibration_is_stopped(handlers, visitor):
     change = CALIBRATED["refitted"]
-    handlers.preview(visitor(), *preview_values(**change))
+    previewed(handlers, visitor(), **change)
     running = handlers.measure(visitor(), *shown_values(**change))
     next(running)
     shown = handlers.stop_measuring(visitor(), *shown_values(**change))
     for card in shown[:4]:
-        assert "stopped; press Measure" in card
+        assert "stopped; Measure goes on" in card
     assert shown[4:] == (SKIPPED, SKIPPED, SKIPPED)
     assert list(running) == []
     shown = at_the_end(handlers.measure(visitor(), *shown_values(**change)))
     assert "…" not in "".join(shown[:4])
 
 
-def test_a_guest_model_calibrates_on_the_button(handlers, tiny_folder, visitor):
-    """For all that is known it takes long."""
+def test_a_guest_model_is_measured_by_itself_too(handlers, tiny_folder, visitor):
+    """On the text of its kind, whatever its size."""
     list(handlers.workbench.load(str(tiny_folder)))
-    change = CALIBRATED["faded"] | {"model": str(tiny_folder)}
-    perplexity, speed, nonzero, compute, *plots = handlers.preview(
-        visitor(), *preview_values(**change)
-    )[7:]
-    for card in (perplexity, speed, nonzero, compute):
-        assert "press Measure; calibrates first" in card
-    assert plots == [SKIPPED, SKIPPED]
-    assert list(handlers.measure_if_quick(visitor(), *shown_values(**change))) == []
-    shown = at_the_end(handlers.measure(visitor(), *shown_values(**change)))
-    assert "…" not in "".join(shown[:4])
+    change = CALIBRATED["faded"] | {"model": str(tiny_folder), "calibration": None}
+    shown = previewed(handlers, visitor(), **change)
+    assert "measuring …" in shown.perplexity
+    last = Measured(*at_the_end(live(handlers, visitor(), **change)))
+    assert "…" not in "".join(last[:4])
+    assert json.loads(last.new)[0]["calibration"] == "prose"
 
 
-def test_a_text_too_short_to_calibrate_on_is_said(handlers, visitor, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.loaded.calibration_stories", lambda: "Once upon a time.")
-    values = CALIBRATED["faded"]
-    handlers.preview(visitor(), *preview_values(**values))
+def test_a_text_too_short_to_calibrate_on_is_said(handlers, demo, visitor):
+    change = CALIBRATED["faded"] | {"calibration": demo.texts.add("Once upon a time.")}
+    previewed(handlers, visitor(), **change)
     with pytest.raises(gr.Error, match="at least 1,024 are needed"):
-        list(readable(handlers.measure_if_quick)(visitor(), *shown_values(**values)))
+        list(live(handlers, visitor(), **change))
 
 
 @pytest.mark.parametrize(
@@ -336,21 +420,15 @@ def test_a_text_too_short_to_calibrate_on_is_said(handlers, visitor, monkeypatch
 def test_controls_that_count_no_more_are_out_of_reach(
     handlers, visitor, change, strength, exponent
 ):
-    fade, power = handlers.preview(visitor(), *preview_values(**change))[5:7]
-    assert fade["interactive"] is strength
-    assert power["visible"] is exponent
+    shown = previewed(handlers, visitor(), **change)
+    assert shown.fade["interactive"] is strength
+    assert shown.exponent["visible"] is exponent
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"model": "owner/absent"}, "Load it on the page"),
-        ({"branches": 0, "keep": 0, "before": 0}, "at least 1"),
-        ({"branches": 49, "keep": 49, "before": 49}, "48 neurons"),
-        ({"branches": 8.5}, "whole number"),
-        ({"keep": 0}, "between 1 and"),
-        ({"fade": math.nan}, "between 0 and 2"),
-        ({"fade": "0.5"}, "between 0 and 2"),
         ({"keep": 4, "compensation": "other"}, "must be one of"),
         ({"order": None}, "must be one of"),
         ({"fade": 0.5, "fade_schedule": "steep"}, "must be one of"),

@@ -13,17 +13,20 @@ from hypothesis import strategies as st
 from mlpmoe import ConversionSpec, UserError
 from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.routed.routers import ROUTERS
-from mlpmoe.explorer.expert_settings import CONTROLS as ROUTED_CONTROLS
 from mlpmoe.explorer.expert_settings import OWN, show_spec
 from mlpmoe.explorer.expert_settings import check_shown as check_routed
 from mlpmoe.explorer.expert_settings import read_spec as read_routed
 from mlpmoe.explorer.links import LONGEST, TABS, Link, read_link
-from mlpmoe.explorer.settings import CONTROLS, EXPONENTS, MAX_BRANCHES, check_shown
-from mlpmoe.models import CATALOGUE
+from mlpmoe.explorer.opening import LOADED
+from mlpmoe.explorer.settings import EXPONENTS, MAX_BRANCHES, check_shown
+from mlpmoe.models import CATALOGUE, default_calibration
 from tests.core.specs import static_specs
+from tests.explorer.controls import Opened, opened_link
 
 HOSTILE = "<img src=//x.example/a.png onerror=alert(1)>"
-texts = st.sampled_from(["stories", "proxy", "wikitext2", "c4", "own-0123456789ab"])
+BEFORE = 16, "stories", "stories"  # B and the texts, when another model is loaded
+texts = st.sampled_from(["stories", "prose", "proxy", "wikitext2", "c4", "own-0123456789ab"])
+calibrations = st.sampled_from(["stories", "prose", "own-0123456789ab"])
 models = st.sampled_from(["demo", "qwen2.5-0.5b", "owner/name", "/a folder/ü & <b>", "a=b&c#d+e"])
 tabs = st.none() | st.sampled_from(sorted(TABS))
 
@@ -53,10 +56,14 @@ def shown_routed(draw):
         assume(False)
 
 
-@given(shown_static(), models, texts, tabs)
-def test_every_static_spec_that_the_page_can_show_comes_back(spec, model, text, tab):
+@given(shown_static(), models, texts, tabs, calibrations)
+def test_every_static_spec_that_the_page_can_show_comes_back(spec, model, text, tab, calibration):
+    """With the calibration text, where one is looked at and another than the model's is chosen."""
     check_shown(spec)
-    link = Link(model, spec, text, tab)
+    if not spec.needs_calibration or calibration == default_calibration(model):
+        calibration = None
+    link = Link(model, spec, text, tab, calibration)
+    assert ("calibration=" in link.to_query()) == (calibration is not None)
     assert read_link(link.to_query()) == (link, [])
     once = {name: values[0] for name, values in parse_qs(link.to_query(), True).items()}
     assert read_link(once) == (link, [])  # as the server of the page has it
@@ -100,7 +107,21 @@ def test_a_person_can_read_a_link():
 
 def test_an_empty_link_has_the_defaults():
     assert read_link("") == read_link({}) == (Link(), [])
-    assert read_link("model=&text=stories") == (Link(), [])
+    link, notices = read_link("model=&text=stories")
+    assert (link.to_query(), notices) == (Link().to_query(), [])
+
+
+@pytest.mark.parametrize(("model", "kind"), [("demo", "stories"), ("owner/name", "prose")])
+def test_a_link_without_texts_means_those_of_the_model_s_kind(model, kind):
+    spec = ConversionSpec(keep=12, order="activation")
+    link = Link(model, spec)
+    assert (link.measured_on, link.calibrated_on) == (kind, kind)
+    query = link.to_query()
+    assert f"text={kind}" in query and "calibration" not in query
+    same = Link(model, spec, kind, calibration=kind)
+    assert same.to_query() == query
+    # what looks at nothing names no text that it looks at
+    assert "calibration" not in Link(model, ConversionSpec(), calibration="own-1").to_query()
 
 
 def test_names_of_hosts_are_passed_over():
@@ -167,70 +188,71 @@ def test_any_text_is_read(query):
 # as the page opens it
 
 
-def opened(opening, visitor, **query):
-    is_open, taken, _, model, text, *shown = opening.open_link(visitor(**query))
-    static, routed = shown[: len(CONTROLS) + 1], shown[len(CONTROLS) + 1 : -1]
-    assert len(routed) == len(ROUTED_CONTROLS)
-    return is_open, taken, model, text, static, routed, shown[-1]
+def opened(opening, visitor, **query) -> Opened:
+    *_, last = opening.open_link(visitor(**query))
+    return opened_link(last)
 
 
-def test_an_unknown_text_is_said_and_the_stories_are_used(opening, visitor, notices):
+@pytest.mark.parametrize("what", ["text", "calibration"])
+def test_an_unknown_text_is_said_and_the_stories_are_used(opening, visitor, notices, what):
     for text in (HOSTILE, "own-0123456789ab", "", "../../etc/passwd"):
         notices.clear()
-        *_, shown, _, _, _ = opened(opening, visitor, text=text)
+        shown = getattr(opened(opening, visitor, **{what: text}), what)
         assert shown["value"] == "stories"
         assert "stories" in [key for _, key in shown["choices"]]
         ((kind, message),) = notices
         assert kind == "Warning"
-        assert "evaluation stories are used" in message
+        assert f"The {what} of the model's kind is used" in message
         assert "<img" not in message
 
 
-def test_an_own_text_that_the_server_has_is_chosen(opening, visitor, notices):
+def test_texts_that_the_server_has_are_chosen(opening, visitor, notices):
     key = opening.use_text("A short text of a visitor.")["value"]
-    *_, shown, _, _, _ = opened(opening, visitor, text=key)
-    assert shown["value"] == key
-    assert key in [name for _, name in shown["choices"]]
+    for text, calibration in ((key, "prose"), ("prose", key), ("proxy", None)):
+        asked = {"text": text} | ({"calibration": calibration} if calibration else {})
+        found = opened(opening, visitor, **asked)
+        for shown, value in ((found.text, text), (found.calibration, calibration or "stories")):
+            assert shown["value"] == value
+            assert value in [name for _, name in shown["choices"]]
     assert notices == []
 
 
 def test_a_link_opens_its_tab(opening, visitor, notices):
     for tab in TABS:
-        assert opened(opening, visitor, tab=tab)[-1] == gr.update(selected=tab)
-    assert opened(opening, visitor, tab="branches", branches="8")[-1] == gr.update(
+        assert opened(opening, visitor, tab=tab).tab == gr.update(selected=tab)
+    assert opened(opening, visitor, tab="branches", branches="8").tab == gr.update(
         selected="branches"
     )
-    assert opened(opening, visitor)[-1] == gr.skip()
+    assert opened(opening, visitor).tab == gr.skip()
     assert notices == []
-    assert opened(opening, visitor, tab="nowhere")[-1] == gr.skip()
+    assert opened(opening, visitor, tab="nowhere").tab == gr.skip()
     assert len(notices) == 1
 
 
 def test_a_routed_link_sets_the_controls_of_the_experts(opening, visitor, notices):
     spec = ConversionSpec(method="cmoe", experts=8, active=0.5, shared=0.125)
     query = {name: values[0] for name, values in parse_qs(spec.to_query()).items()}
-    *_, static, routed, tab = opened(opening, visitor, **query)
-    assert static == [gr.skip()] * len(static)
-    assert read_routed(*routed) == spec
-    assert tab == gr.update(selected="experts")
+    found = opened(opening, visitor, **query)
+    assert found.static == (gr.skip(),) * len(found.static)
+    assert read_routed(*found.routed) == spec
+    assert found.tab == gr.update(selected="experts")
     assert notices == []
 
 
 def test_a_link_to_another_model_of_the_list_is_loaded_first(opening, visitor, notices):
-    is_open, taken, model, *_ = opened(
-        opening, visitor, model=CATALOGUE[1].key, branches="8", text="proxy"
-    )
-    assert is_open is False  # the page is filled in once the model is there
-    assert read_link(taken) == (Link(CATALOGUE[1].key, ConversionSpec(branches=8), "proxy"), [])
-    assert model == gr.skip()
+    found = opened(opening, visitor, model=CATALOGUE[1].key, branches="8", text="proxy")
+    assert found.opened == gr.skip()  # the page is filled in once the model is there
+    expected = Link(CATALOGUE[1].key, ConversionSpec(branches=8), "proxy")
+    assert read_link(found.taken) == (expected, [])
+    assert found.model == found.name == gr.skip()
     assert notices == []
 
 
 @pytest.mark.parametrize("taken", ["", None])
 def test_nothing_taken_restores_nothing(opening, taken):
     assert set(map(str, opening.restore_taken(taken or "", "demo"))) == {str(gr.skip())}
-    (step,) = opening.load_taken(taken or "", "demo", 16)
-    assert step == (gr.skip(),) * 5
+    (step,) = opening.load_taken(taken or "", "demo", *BEFORE)
+    assert step == (gr.skip(),) * LOADED
 
 
 def test_a_taken_run_of_another_model_is_loaded_and_then_restored(
@@ -238,12 +260,13 @@ def test_a_taken_run_of_another_model_is_loaded_and_then_restored(
 ):
     spec = ConversionSpec(branches=6, keep=3)
     taken = f"{Link(str(gateless_folder), spec, 'proxy').to_query()} 1764100000000"
-    *_, (status, key, *_) = opening.load_taken(taken, "demo", 16)
+    *_, (status, key, *_) = opening.load_taken(taken, "demo", *BEFORE)
     assert "gateless" in status
     assert key == str(gateless_folder)
-    is_open, name, text, *shown = opening.restore_taken(taken, key)
+    is_open, name, text, calibration, *shown = opening.restore_taken(taken, key)
     assert (is_open, name, text["value"]) == (True, key, "proxy")
+    assert calibration["value"] == "prose"  # of the model's kind
     assert (shown[0]["value"], shown[2]["value"]) == (6, 3)
     assert notices == []
-    (step,) = opening.load_taken(taken, key, 16)  # now it is there
-    assert step == (gr.skip(),) * 5
+    (step,) = opening.load_taken(taken, key, *BEFORE)  # now it is there
+    assert step == (gr.skip(),) * LOADED

@@ -13,10 +13,9 @@ from mlpmoe.explorer.loaded import (
     Calibrated,
     Conversion,
     LoadedModel,
-    calibration_stories,
     joined,
 )
-from mlpmoe.models import assets_folder
+from mlpmoe.models import CALIBRATIONS, named_calibration, named_text
 from tests.tiny import D_MODEL
 
 SHARES = {  # of 8 branches, at fade 1.2
@@ -26,7 +25,7 @@ SHARES = {  # of 8 branches, at fade 1.2
 }
 
 
-TEXT = calibration_stories()[:12_000]  # quick, and enough for 48 neurons
+TEXT = named_calibration("stories")[:12_000]  # quick, and enough for 48 neurons
 
 
 def asked(spec: ConversionSpec) -> Conversion:
@@ -157,14 +156,15 @@ def test_counts_from_memory_are_plain_counts(request, model, spec):
 def test_only_what_needs_it_is_calibrated(tiny):
     assert tiny.asked(ConversionSpec()) == ConversionSpec()
     for spec in LOOKING:
-        assert tiny.asked(spec) == Calibrated(spec, calibration_stories())
+        assert tiny.asked(spec) == Calibrated(spec, named_calibration("prose"))
+        assert tiny.asked(spec, "stories") == Calibrated(spec, named_calibration("stories"))
         assert len(repr(tiny.asked(spec))) < 1000  # the text is long
 
 
 def test_our_calibration_text_is_not_what_is_measured_on():
-    evaluation = (assets_folder() / "texts" / "evaluation.txt").read_text(encoding="utf-8")
-    lines = {line for line in calibration_stories().splitlines() if len(line) > 60}
-    assert not lines & set(evaluation.splitlines())
+    for name in CALIBRATIONS:
+        lines = {line for line in named_calibration(name).splitlines() if len(line) > 60}
+        assert lines and not lines & set(named_text(name).splitlines())
 
 
 def test_converting_says_what_it_does_and_can_be_closed(demo):
@@ -215,7 +215,7 @@ def test_another_text_is_another_conversion(demo):
     assert any(not torch.equal(first[name], second[name]) for name in first)
     first, second = (list(demo.evaluate(one, "proxy"))[-1] for one in (ours, other))
     assert first.converted != second.converted
-    assert first.dense is second.dense
+    assert first.dense == second.dense
 
 
 def test_the_dense_model_is_never_changed(demo, weights_hash):

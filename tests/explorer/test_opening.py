@@ -13,8 +13,9 @@ from mlpmoe import PRESETS, ConversionSpec, UserError
 from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, read_spec
-from tests.explorer.controls import chosen, controls, preview_values
+from mlpmoe.explorer.opening import LOADED
+from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, Share, read_spec
+from tests.explorer.controls import chosen, controls, opened_link, preview_values
 
 SKIPPED = gr.skip()
 
@@ -24,16 +25,18 @@ SKIPPED = gr.skip()
 
 def opened(opening, visitor, **query):
     """What a link sets: the model, and the values of the controls."""
-    is_open, taken, status, model, text, *shown = opening.open_link(visitor(**query))
-    shown, routed = shown[: len(CONTROLS) + 1], shown[len(CONTROLS) + 1 :]
-    assert (taken, text["value"]) == ("", query.get("text", "stories"))
-    assert routed == [SKIPPED] * len(routed)  # neither routed controls nor the tab
-    branches, keep = (shown[CONTROLS.index(name)] for name in ("branches", "keep"))
-    assert is_open is True
-    assert "Demo" in status
-    assert shown[-1] == branches["value"] <= branches["maximum"] <= MAX_BRANCHES
+    first, *_, last = map(opened_link, opening.open_link(visitor(**query)))
+    assert first.opened == first.model == SKIPPED
+    assert (last.taken, last.text["value"]) == ("", query.get("text", "stories"))
+    assert last.routed == (SKIPPED,) * len(last.routed) and last.tab == SKIPPED
+    branches, keep = (last.static[CONTROLS.index(name)] for name in ("branches", "keep"))
+    assert (last.opened, last.model) == (True, "demo")
+    assert "Demo" in last.status
+    assert branches["value"] <= branches["maximum"] <= MAX_BRANCHES
     assert keep["value"] <= branches["value"] <= keep["maximum"]
-    return model, chosen(tuple(shown))
+    share = Share.read(last.static[-1])
+    assert (share.branches, share.shown) == (branches["value"], keep["value"])
+    return last.name, chosen(last.static)
 
 
 def test_no_link_gives_the_defaults(opening, visitor, notices):
@@ -163,7 +166,7 @@ def test_choose_preset(opening, name):
         order=spec.order, fade_schedule=spec.fade_schedule, fade_score=spec.fade_score,
         fade_projections=list(spec.projections), progressive=spec.progressive,
     )  # fmt: skip
-    assert shown[-1] == spec.branches
+    assert shown[-1] == f"{spec.kept} {spec.branches} {spec.branches}"
 
 
 @pytest.mark.parametrize("name", [CUSTOM, "", None, "no such preset"])
@@ -184,10 +187,12 @@ def test_a_preset_with_more_branches_than_neurons_is_refused(opening, tmp_path):
 
 
 def test_load_reports_and_sets_the_limits(opening, gateless_folder):
-    *steps, last = opening.load(str(gateless_folder), 64)
-    assert all(update[1:] == (SKIPPED,) * 4 for update in steps)
+    *steps, last = opening.load(str(gateless_folder), "demo", 64, "stories", "stories")
+    assert all(update[1:] == (SKIPPED,) * (LOADED - 1) for update in steps)
     assert "checking" in steps[0][0]
-    status, key, branches, layer, projection = last
+    status, key, note, layer, projection, branches, text, calibration = last
+    assert note["visible"] is False
+    assert text["value"] == calibration["value"] == "prose"  # of this model's kind
     assert "gateless" in status
     assert "GPT2" in status
     assert key == str(gateless_folder)
@@ -197,8 +202,24 @@ def test_load_reports_and_sets_the_limits(opening, gateless_folder):
     assert projection["value"] == "up"
 
 
+def test_a_text_of_the_visitor_s_choice_stays(opening, gateless_folder):
+    key = opening.use_text("The ferry left at nine, and nobody had told the gulls.")["value"]
+    *_, last = opening.load(str(gateless_folder), "demo", 16, "proxy", key)
+    assert (last[-2]["value"], last[-1]["value"]) == ("proxy", key)
+    assert key in [name for _, name in last[-1]["choices"]]
+    *_, back = opening.load("demo", str(gateless_folder), 16, "prose", "prose")
+    assert (back[-2]["value"], back[-1]["value"]) == ("stories", "stories")
+
+
+def test_the_demo_model_is_called_a_toy(opening, visitor):
+    *_, last = opening.open_link(visitor())
+    note = opened_link(last).note
+    assert note["visible"] is True and "toy" in note["value"]
+
+
 def test_a_model_of_one_layer_has_a_slider_with_two_ends(opening, one_layer_folder, visitor):
-    *_, (_, key, branches, layer, _) = opening.load(str(one_layer_folder), 16)
+    loads = opening.load(str(one_layer_folder), "demo", 16, "stories", "stories")
+    *_, (_, key, _, layer, _, branches, _, _) = loads
     assert (branches["maximum"], branches["value"], layer["maximum"]) == (40, 16, 1)
     Handlers(opening.workbench).preview(visitor(), *preview_values(model=key, layer=1))
 
@@ -208,16 +229,18 @@ def test_a_failed_load_leaves_the_model_that_is_there(opening, demo, tiny_folder
     (damaged / "config.json").write_text("{")
     for name in (str(damaged), "owner/absent", "<img src=x>", "../..", "", None, 7, ["demo"]):
         with pytest.raises(gr.Error) as caught:
-            list(readable(opening.load)(name, 16))
+            list(readable(opening.load)(name, "demo", 16, "stories", "stories"))
         assert "<" not in caught.value.message
         assert str(tmp_path) not in caught.value.message
     assert opening.workbench.loaded("demo") is demo
-    status, is_open = opening.load_failed("demo")
+    name, status, is_open = opening.load_failed("demo")
+    assert name == "demo"  # what the picker shows again
     assert "Demo" in status
     assert is_open is True
 
 
 def test_progress_of_a_hostile_name_is_escaped(opening):
-    first = next(opening.load("<script>alert(1)</script>" * 100, 16))
+    loads = opening.load("<script>alert(1)</script>" * 100, "demo", 16, "stories", "stories")
+    first = next(loads)
     assert "<script" not in first[0]
     assert len(first[0]) < 600

@@ -13,8 +13,9 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer import texts as module
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.loaded import Evaluation, calibration_stories
+from mlpmoe.explorer.loaded import Evaluation
 from mlpmoe.explorer.texts import MOST_OWN, OWN_PREFIX, SHIPPED, Texts, text_choices, text_name
+from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import MAX_OWN_TEXT, TEXTS, text_digest
 from tests.explorer.calibrated import direct
 from tests.explorer.controls import preview_values, shown_values
@@ -118,7 +119,7 @@ def test_a_public_text_is_cut_into_windows(demo, monkeypatch):
 
 
 def test_a_text_that_is_calibrated_on_is_refused_for_what_calibrates(demo):
-    passage = calibration_stories()[:3000]
+    passage = named_calibration("stories")[:3000]
     key = demo.texts.add(f"Something else first.\n{passage}")
     calibrated = demo.asked(ConversionSpec(keep=12, order="activation"))
     with pytest.raises(UserError, match="share a passage"):
@@ -144,7 +145,7 @@ def test_the_page_says_so_and_measures_on_an_own_text(workbench, opening, visito
     assert text_name(key) in card
     *_, last = handlers.measure(visitor(), *shown_values(**values))
     assert key in last[6]
-    copied = opening.use_text(calibration_stories()[:3000])["value"]
+    copied = opening.use_text(named_calibration("stories")[:3000])["value"]
     steps = readable(handlers.measure)(
         visitor(), *shown_values(text=copied, keep=12, order="activation")
     )
@@ -164,4 +165,4 @@ def test_a_file_is_read_as_bytes(opening, tmp_path):
 
 def test_our_calibration_text_is_long_enough_to_calibrate_on(demo):
     assert Calibration.from_text(demo.tokenizer, named_text("calibration")).samples.numel() > 1024
-    assert named_text("calibration") == calibration_stories()
+    assert named_text("calibration") == named_calibration("stories")

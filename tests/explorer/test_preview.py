@@ -13,7 +13,7 @@ import torch
 
 from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer.loaded import LoadedModel, calibration_stories
+from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.preview import (
     HISTOGRAM_BINS,
     QUANTITY_NAMES,
@@ -23,6 +23,7 @@ from mlpmoe.explorer.preview import (
     summary,
 )
 from mlpmoe.measure.notation import count
+from mlpmoe.models import named_calibration
 
 SPECS = [
     ConversionSpec(),
@@ -188,7 +189,7 @@ DIFFERING = [SHARED_OUT, BY_NEURONS, EMPTIED, BOTH]
 
 @cache
 def direct_mlps(loaded: LoadedModel, spec: ConversionSpec) -> list:
-    calibration = Calibration.from_text(loaded.tokenizer, calibration_stories())
+    calibration = Calibration.from_text(loaded.tokenizer, named_calibration("stories"))
     model = convert(loaded.model, spec, calibration if spec.needs_calibration else None)
     return [layer.mlp for layer in model.model.layers]
 
@@ -287,7 +288,7 @@ CALIBRATED = [
 @pytest.mark.parametrize("spec", CALIBRATED, ids=ConversionSpec.to_query)
 def test_summary_of_a_calibrated_conversion(uneven, spec):
     values = summary(uneven, uneven.asked(spec))
-    calibration = Calibration.from_text(uneven.tokenizer, calibration_stories())
+    calibration = Calibration.from_text(uneven.tokenizer, named_calibration("stories"))
     report = parameter_report(convert(uneven.model, spec, calibration))
     assert values["spec"] == spec.to_dict()
     assert values["parameters"]["converted"] == report.total

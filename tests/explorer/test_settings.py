@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import gradio as gr
 import pytest
 import torch
 from hypothesis import given
@@ -18,16 +19,18 @@ from mlpmoe.core.order import ORDERS
 from mlpmoe.core.schedule import SCHEDULES
 from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import ALLOCATIONS, MAX_FADE, PROJECTIONS
-from mlpmoe.explorer.convert_panel import ALLOCATION_CHOICES, UNIT_CHOICES
+from mlpmoe.explorer.convert_panel import ALLOCATION_CHOICES, UNIT_CHOICES, convert_panel
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.settings import (
     CONTROLS,
     FADE_FIELDS,
     MAX_BRANCHES,
+    Share,
     check_shown,
     most_branches,
+    read_asked,
     read_spec,
-    settle_keep,
+    settle,
     settled,
     show_spec,
 )
@@ -78,7 +81,7 @@ def test_untouched_controls_are_the_defaults(tiny):
 def test_what_is_shown_of_a_spec_makes_it_again(tiny, spec):
     shown = show_spec(spec, tiny)
     assert read_spec(chosen(shown)) == spec
-    assert shown[-1] == spec.branches
+    assert shown[-1] == f"{spec.kept} {spec.branches} {spec.branches}"
     branches, keep = shown[CONTROLS.index("branches")], shown[CONTROLS.index("keep")]
     assert 1 <= keep["value"] <= branches["value"] <= branches["maximum"] == 48
     assert keep["maximum"] == max(2, branches["value"])
@@ -269,29 +272,124 @@ def test_the_spec_of_any_settings_has_a_link_that_opens(values):
     assert ConversionSpec.from_query(spec.to_query()) == spec
 
 
-# K follows B
+# what is sent is settled
+
+
+def settle_at(loaded, share="16 16 16", **change):
+    """What is used, what is shown instead (B, fade, K and share), and what is said."""
+    used, shown, said = settle(loaded, (*controls(**change), "stories"), share)
+    assert used[-1] == "stories"
+    return dict(zip(CONTROLS, used, strict=False)), shown, said
 
 
 @pytest.mark.parametrize(
-    ("branches", "keep", "before", "expected"),
+    ("change", "used"),
     [
-        (32, 16, 16, 32),  # all stay all
-        (8, 16, 16, 8),
-        (8, 12, 16, 8),  # never more than B
-        (32, 12, 16, 12),  # a chosen K stays
-        (16, 12, 16, 12),
-        (1, 1, 1, 1),
+        ({"fade": 5}, {"fade": 2.0}),
+        ({"fade": -1}, {"fade": 0.0}),
+        ({"branches": 0}, {"branches": 1, "keep": 1}),
+        ({"branches": -7}, {"branches": 1, "keep": 1}),
+        ({"branches": 1000}, {"branches": 48, "keep": 48}),  # as many as there are neurons
+        ({"branches": 1e300}, {"branches": 48, "keep": 48}),
+        ({"branches": 2.5}, {"branches": 3, "keep": 3}),
+        ({"branches": 8.4}, {"branches": 8, "keep": 8}),
+        ({"keep": 0}, {"keep": 1}),
+        ({"keep": 17}, {"keep": 16}),
+        ({"keep": 1e300}, {"keep": 16}),
+        ({"keep": 11.5}, {"keep": 12}),
+        ({"branches": 0, "fade": 9, "keep": -3}, {"branches": 1, "fade": 2.0, "keep": 1}),
     ],
+    ids=str,
 )
-def test_settle_keep(branches, keep, before, expected):
-    assert settle_keep(branches, keep, before) == expected
+def test_what_is_out_of_range_counts_as_the_nearest_and_that_is_shown(tiny, change, used):
+    found, (branches, fade, keep, share), said = settle_at(tiny, **change)
+    assert found == UNTOUCHED | used
+    for name, update in (("branches", branches), ("fade", fade), ("keep", keep)):
+        value = update.get("value", "as sent") if isinstance(update, dict) else update
+        if found[name] != (UNTOUCHED | change)[name]:
+            assert value == used[name]
+        else:
+            assert value in ("as sent", used.get(name))
+    assert len(said) == len(change)  # a K that only follows B is no mistake
+    assert all(sentence.endswith("is used.") for sentence in said)
+    assert Share.read(share if share != gr.skip() else "16 16 16").shown == found["keep"]
+    # whatever else asks for the conversion meanwhile gets the same one; K follows B in a moment
+    asked = read_asked(tiny, (*controls(**change), "stories"))
+    assert (asked.branches, asked.fade) == (found["branches"], found["fade"])
+    if "branches" not in change:
+        assert asked == read_spec(list(found.values()))
 
 
-@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
-def test_settled_keep_fits_and_settles_once(branches, keep, before):
-    found = settle_keep(branches, keep, before)
-    assert 1 <= found <= branches
-    assert settle_keep(branches, found, branches) == found
+def test_what_is_in_range_is_left_alone(tiny):
+    found, (branches, fade, keep, share), said = settle_at(tiny, fade=0.35, keep=9)
+    assert found == UNTOUCHED | {"fade": 0.35, "keep": 9}
+    assert (branches, keep, said) == (gr.skip(), gr.skip(), [])
+    assert "value" not in fade
+    assert share == "9 16 16"
+
+
+def test_keep_stays_the_same_share_while_branches_are_dragged(tiny):
+    """Step by step, over numbers of which it is no whole share, and back."""
+    share, keep = "8 16 16", 8
+    seen = {}
+    for branches in [*range(17, 33), *range(31, 0, -1), *range(2, 17)]:
+        used, shown, said = settle_at(tiny, share, branches=branches, keep=keep)
+        keep, share = used["keep"], shown[3]
+        assert shown[2]["value"] == keep and shown[2]["maximum"] == max(2, branches)
+        assert abs(keep - branches / 2) <= 0.5
+        assert said == []
+        seen[branches] = keep
+    assert (seen[32], seen[1], seen[16]) == (16, 1, 8)
+
+
+def test_all_stay_all(tiny):
+    share, keep = "16 16 16", 16
+    for branches in (17, 32, 5, 48, 1, 16):
+        used, shown, _ = settle_at(tiny, share, branches=branches, keep=keep)
+        keep, share = used["keep"], shown[3]
+        assert keep == branches
+
+
+def test_a_chosen_keep_is_the_share_from_then_on(tiny):
+    used, shown, _ = settle_at(tiny, "16 16 16", keep=4)
+    assert (used["keep"], shown[3]) == (4, "4 16 16")
+    used, *_ = settle_at(tiny, shown[3], branches=32, keep=4)
+    assert used["keep"] == 8
+
+
+@pytest.mark.parametrize("share", ["", "x", "1 2", "0 4 4", "5 4 4", "1 1 -3", None, "9" * 5000])
+@pytest.mark.parametrize("keep", [1, 9, 16])
+def test_without_a_share_that_can_be_read_keep_is_what_was_sent(tiny, share, keep):
+    used, *_ = settle_at(tiny, share, keep=keep)
+    assert used["keep"] == keep
+
+
+@given(
+    branches=st.integers(1, 48), moved=st.integers(1, 48), kept=st.integers(1, 48),
+    sent=st.integers(-3, 99),
+)  # fmt: skip
+def test_what_is_settled_stays(tiny, branches, moved, kept, sent):
+    """Shown once, it is sent again and nothing is shown anew."""
+    share = str(Share(min(kept, branches), branches, branches))
+    used, shown, _ = settle_at(tiny, share, branches=moved, keep=sent)
+    assert 1 <= used["keep"] <= moved
+    share = share if shown[3] == gr.skip() else shown[3]
+    again, shown, said = settle_at(tiny, share, branches=moved, keep=used["keep"])
+    assert again["keep"] == used["keep"]
+    assert shown[0] == shown[2] == shown[3] == gr.skip() and said == []
+
+
+@pytest.mark.parametrize("slider", ["branches", "fade", "keep"])
+@pytest.mark.parametrize("sent", [None, "", "8", True, [8], math.nan, math.inf, 10**400],
+                         ids=lambda sent: str(sent)[:8])  # fmt: skip
+def test_what_is_no_number_is_said(slider, sent):
+    """An emptied field sends none. Other numbers are passed on, to be settled."""
+    with gr.Blocks():
+        component = getattr(convert_panel(), slider)
+    with pytest.raises(gr.Error, match="needs a number"):
+        component.preprocess(sent)
+    for number in (-1, 0.5, 1000):
+        assert component.preprocess(number) == number
 
 
 # what the controls cannot show

@@ -26,11 +26,11 @@ from mlpmoe.explorer.loaded import (
     Calibrated,
     Conversion,
     LoadedModel,
-    calibration_stories,
     spec_of,
 )
 from mlpmoe.explorer.preview import snippet
 from mlpmoe.explorer.workbench import Workbench
+from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.controls import preview_values
 
@@ -148,7 +148,7 @@ def test_the_code_of_a_calibrated_conversion_gives_the_page_s_figures(
     real, tmp_path, monkeypatch, method
 ):
     """On a text of the visitor's own, since ours is long."""
-    seen = calibration_stories()[:6000]
+    seen = named_calibration("stories")[:6000]
     (tmp_path / "own-calibration.txt").write_text(seen, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(mlpmoe.__file__).parents[1]))

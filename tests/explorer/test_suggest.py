@@ -17,7 +17,6 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer import suggest as module
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.links import read_link
-from mlpmoe.explorer.loaded import calibration_stories
 from mlpmoe.explorer.opening import OpeningHandlers
 from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
@@ -29,6 +28,7 @@ from mlpmoe.measure.perplexity import compare, measure
 from mlpmoe.measure.search import ALLOWANCE, Budget
 from mlpmoe.measure.sweep import Run
 from mlpmoe.measure.words import in_words
+from mlpmoe.models import named_calibration
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import chosen
 from tests.explorer.searched import a_run, beaten, compute, nonzero, trace
@@ -67,7 +67,7 @@ def spec_of(query: str) -> ConversionSpec:
 
 def runs_of(demo, specs, text="proxy") -> list[Run]:
     """What the library measures of specs, with all of our calibration text."""
-    calibration = Calibration.from_text(demo.tokenizer, calibration_stories())
+    calibration = Calibration.from_text(demo.tokenizer, named_calibration("stories"))
     content = named_text(text)
     encoded = encode_text(demo.tokenizer, content)
     dense, before = measure(demo.model, encoded), parameter_report(demo.model)
@@ -356,7 +356,7 @@ def test_a_taken_row_is_restored(tab, demo, visitor, notices):
     """Through the page: the row gives a query and a time, which the page restores."""
     opening = OpeningHandlers(tab.workbench)
     *_, (_, _, _, table, queries, _) = tab.suggest(visitor(), *order(seconds=2))
-    calibration = Calibration.from_text(demo.tokenizer, calibration_stories())
+    calibration = Calibration.from_text(demo.tokenizer, named_calibration("stories"))
     for row, query in enumerate(queries):
         spec = spec_of(query)
         taken = tab.take(queries, event([row, 3]))

@@ -1,5 +1,5 @@
-"""What a server holds: results measured once, models that come and go, and a dense model that
-nothing ever changes."""
+"""What a server holds: conversions, what is counted of them, models that come and go, and a dense
+model that nothing ever changes."""
 
 from __future__ import annotations
 
@@ -12,83 +12,13 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, named_text, parameter_report, perplexity
-from mlpmoe.explorer import loaded as loaded_module
 from mlpmoe.explorer import workbench as module
-from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD, Evaluation, Progress
+from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD
 from mlpmoe.explorer.preview import preview
-from mlpmoe.explorer.recent import Recent
-from mlpmoe.explorer.texts import SHIPPED
 from mlpmoe.explorer.workbench import Workbench, model_key
 from mlpmoe.models import CATALOGUE
 
 SPEC = ConversionSpec(branches=6, fade=0.9, keep=4)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """How often a text was read by a model."""
-    calls = []
-
-    def window_losses(model, text):
-        calls.append(model)
-        yield from original(model, text)
-
-    original = loaded_module.window_losses
-    monkeypatch.setattr(loaded_module, "window_losses", window_losses)
-    return calls
-
-
-@pytest.mark.parametrize("text", SHIPPED)
-def test_evaluate_is_the_library_s_perplexity(demo, text):
-    *steps, found = demo.evaluate(SPEC, text)
-    content = named_text(text)
-    dense = perplexity(demo.model, demo.tokenizer, content)
-    converted = perplexity(convert(demo.model, SPEC), demo.tokenizer, content)
-    assert isinstance(found, Evaluation)
-    assert (found.dense, found.converted) == (dense, converted)
-    assert found.change.ratio == pytest.approx(converted.value / dense.value, rel=1e-6)
-    assert all(isinstance(step, Progress) for step in steps)
-    done = [step.done for step in steps]
-    assert done == sorted(set(done))
-    assert {step.total for step in steps} == {2 * dense.tokens} == {done[-1]}
-
-
-def test_nothing_is_measured_twice(demo, counted):
-    first = list(demo.evaluate(SPEC, "proxy"))[-1]
-    assert len(counted) == 2
-    assert list(demo.evaluate(SPEC, "proxy")) == [first]
-    other = list(demo.evaluate(ConversionSpec(), "proxy"))[-1]
-    assert len(counted) == 3
-    assert other.dense is first.dense
-    assert demo.known_evaluation(SPEC, "proxy") == first
-    assert demo.known_dense("proxy") is first.dense
-    assert demo.known_evaluation(SPEC, "stories") is demo.known_dense("stories") is None
-
-
-def test_an_unfinished_measurement_is_not_kept(demo, counted):
-    steps = demo.evaluate(SPEC, "proxy")
-    next(steps)
-    steps.close()
-    assert demo.known_dense("proxy") is None
-    steps = demo.evaluate(SPEC, "proxy")
-    while demo.known_dense("proxy") is None:
-        next(steps)
-    steps.close()
-    assert demo.known_evaluation(SPEC, "proxy") is None
-    before = len(counted)
-    list(demo.evaluate(SPEC, "proxy"))
-    assert len(counted) == before + 1  # the dense one was finished
-
-
-def test_full_caches_still_measure(workbench, monkeypatch, counted):
-    """The dense result, the oldest of all, must not make room for what is compared with it."""
-    monkeypatch.setattr(loaded_module, "RESULTS_HELD", 3)
-    demo = workbench.loaded("demo")
-    for branches in range(1, 9):
-        found = list(demo.evaluate(ConversionSpec(branches=branches), "proxy"))[-1]
-        assert isinstance(found, Evaluation)
-        assert demo.known_evaluation(ConversionSpec(branches=branches), "proxy") == found
-    assert len(counted) == 1 + 8
 
 
 def test_conversions_are_shared_and_few(demo):
@@ -97,19 +27,6 @@ def test_conversions_are_shared_and_few(demo):
     for branches in range(1, SMALL_CONVERSIONS_HELD + 1):
         demo.converted(ConversionSpec(branches=branches))
     assert demo.converted(SPEC) is not kept
-
-
-def test_recently_used_results_stay():
-    recent = Recent(2)
-    made = []
-
-    def get(key):
-        return recent.get_or_make(key, lambda: made.append(key) or key)
-
-    for key in "abacab":
-        assert get(key) == key
-    assert made == ["a", "b", "c", "b"]
-    assert len(recent) == 2
 
 
 @pytest.mark.parametrize(
@@ -160,25 +77,11 @@ def test_left_lies_between_nothing_and_all(tiny):
     "text", ["", "Stories", None, 3, ["stories"], "../evaluation.txt", "x" * 9999]
 )
 def test_unknown_texts_are_refused(tiny, text):
-    with pytest.raises(UserError, match=r"no text is called .*; allowed: stories, proxy") as caught:
+    with pytest.raises(
+        UserError, match=r"no text is called .*; allowed: stories, prose, proxy"
+    ) as caught:
         next(tiny.evaluate(SPEC, text))
     assert len(str(caught.value)) < 200
-
-
-def test_prediction_falls_as_results_come_in(demo):
-    assert demo.tokens_per_second > 0
-    both = demo.seconds_to_measure(SPEC, "proxy")
-    list(demo.evaluate(ConversionSpec(), "proxy"))
-    assert demo.seconds_to_measure(SPEC, "proxy") == pytest.approx(both / 2)
-    list(demo.evaluate(SPEC, "proxy"))
-    assert demo.seconds_to_measure(SPEC, "proxy") == 0
-
-
-def test_speed_is_measured_once(demo):
-    assert demo.known_speed(SPEC) is None
-    report = demo.speed(SPEC)
-    assert demo.speed(SPEC) is report is demo.known_speed(SPEC)
-    assert report.dense > 0 < report.converted
 
 
 def test_the_dense_model_is_never_changed(demo, weights_hash):
@@ -187,7 +90,7 @@ def test_the_dense_model_is_never_changed(demo, weights_hash):
     for spec in (SPEC, ConversionSpec(fade=2.0), ConversionSpec(keep=1)):
         preview(demo, spec, 0, "gate", "energy")
         list(demo.evaluate(spec, "proxy"))
-        demo.speed(spec)
+        list(demo.speed(spec))
     unfinished = demo.evaluate(ConversionSpec(branches=3, fade=1.0), "stories")
     next(unfinished)
     unfinished.close()
@@ -243,6 +146,18 @@ def test_the_demo_model_stays_and_a_guest_makes_room(workbench, one_layer_folder
     assert not workbench.holds(str(one_layer_folder))
     with pytest.raises(UserError, match="is not loaded on this server"):
         workbench.loaded(str(one_layer_folder))
+
+
+def test_what_the_page_opens_with_stays_too(
+    workbench, tiny_folder, one_layer_folder, gateless_folder
+):
+    """Else whoever opened the page after a visitor had loaded another model would find none."""
+    *_, first = load_all(workbench, tiny_folder)
+    workbench.staying.add(first.key)
+    for guest in (one_layer_folder, gateless_folder, tiny_folder):
+        load_all(workbench, guest)
+    assert workbench.loaded(first.key) is first
+    assert workbench.holds(str(gateless_folder)) and not workbench.holds(str(one_layer_folder))
 
 
 def test_a_failed_load_leaves_everything(workbench, one_layer_folder, tmp_path):
