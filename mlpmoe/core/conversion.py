@@ -121,16 +121,23 @@ class _Report:
 
     def __init__(self, on_progress: Progress | None, message: str) -> None:
         self.on_progress, self.last = on_progress, (message, 0.0)
-        self._lock = Lock()
+        self._lock, self._ended = Lock(), None
 
     def __call__(self, message: str, share: float) -> None:
         self.last = message, share
         self.again()
 
     def again(self) -> None:
-        if self.on_progress is not None:
-            with self._lock:
+        if self.on_progress is None:
+            return
+        with self._lock:
+            if self._ended is not None:  # said in another thread, for all of them
+                raise self._ended
+            try:
                 self.on_progress(*self.last)
+            except BaseException as ended:
+                self._ended = ended
+                raise
 
 
 def _side_by_side(

@@ -33,6 +33,7 @@ SCORING_SHARE = 1 / 16  # of the time, that measuring one spec may take
 SEARCH_TOKENS = 4096  # of the calibration text: enough to tell recipes apart, and fast
 LEAST_CALIBRATION = 1024
 CALIBRATION_SHARE = 1 / 4  # of the time
+MOMENT = 1e-6  # seconds; clocks may be coarse
 CORRECTED_PASSES = 4  # both streams, and every layer twice; see visiting.py
 
 Report = Callable[..., None]  # of a message, and a share of it that is done
@@ -63,7 +64,7 @@ class Trials:
         self.model, self.text, self.calibration, self.clock = model, text, calibration, clock
         started = clock()
         self.dense, self.report = measure(model, text), parameter_report(model)
-        self.seconds = clock() - started  # that measuring takes
+        self.seconds = max(clock() - started, MOMENT)  # that measuring takes
         self.tokens, self.mlps = scored_tokens(windows(model, text)), read_mlps(model)
         self.known: dict[ConversionSpec, Run] = {}
         self._took: dict[frozenset[str], float] = {}  # seconds of converting, the last time
@@ -189,7 +190,7 @@ def _tokens_per_second(model: PreTrainedModel, clock: Callable[[], float]) -> fl
     forward(model, PROBED // 8)  # the first pass takes longer
     started = clock()
     forward(model, PROBED)
-    return PROBED / max(clock() - started, 1e-9)
+    return PROBED / max(clock() - started, MOMENT)
 
 
 class _Projection:

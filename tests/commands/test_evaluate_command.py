@@ -3,13 +3,13 @@
 import hashlib
 import io
 import sys
+from dataclasses import replace
 
 import datasets
 import pytest
 import torch
 
 from mlpmoe.__main__ import main
-from mlpmoe.commands import texts
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
@@ -17,9 +17,12 @@ from mlpmoe.measure import speed
 from mlpmoe.measure.encoding import encode_stream, scored_tokens, windows
 from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import compare, measure, perplexity
+from mlpmoe.models import TEXTS, catalogue
 from mlpmoe.models import texts as named_texts
 from tests.commands.common import STORIES, TEXT, refused, row, strictly
 from tests.tiny import CONTEXT, byte_tokenizer, save_tiny_model, tiny_model
+
+SEEN = " ".join(f"stone {number}" for number in range(200))[:1500]  # 1,500 tokens
 
 
 def test_json_holds_what_the_library_says(evaluate):
@@ -189,16 +192,46 @@ def test_a_model_that_overflows_is_measured(tmp_path, text, capsys):
     assert found["dense"]["perplexity"] is found["perplexity_change"]["ratio"] is None
 
 
-def test_the_shipped_text_is_the_default(folder, capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """Shipped texts that take a moment only; what each begins with, in place of the real ones."""
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "evaluation.txt").write_text("Hello.", encoding="utf-8")
-    (tmp_path / "texts" / "calibration.txt").write_text(STORIES, encoding="utf-8")
-    for module in (texts, named_texts):
-        monkeypatch.setattr(module, "assets_folder", lambda: tmp_path)
-    assert main(["evaluate", str(folder), "--no-speed", "--json", "--method", "cmoe"]) == 0
+    for name, content in {
+        "evaluation": "Hello.", "calibration": STORIES,
+        "prose-evaluation": "A heron.", "prose-calibration": STORIES.replace("Stone", "Rock"),
+    }.items():  # fmt: skip
+        (tmp_path / "texts" / f"{name}.txt").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(named_texts, "assets_folder", lambda: tmp_path)
+
+
+def test_shipped_texts_are_the_default(folder, capsys, shipped, monkeypatch):
+    """Prose, but for the demo model."""
+    evaluate = ["evaluate", str(folder), "--no-speed", "--json", "--method", "cmoe"]
+    assert main(evaluate) == 0
     setting = strictly(capsys.readouterr().out)["setting"]
-    assert (setting["text"], setting["tokens"]) == ("stories", 6)
-    assert setting["calibration"] == "calibration.txt"
+    assert (setting["text"], setting["tokens"]) == ("prose", len("A heron."))
+    assert setting["calibration"] == "prose"
+    entry = replace(catalogue.CATALOGUE[0], source=folder)
+    monkeypatch.setattr(catalogue, "CATALOGUE", (entry,))
+    assert main(["evaluate", "demo", *evaluate[2:]]) == 0
+    setting = strictly(capsys.readouterr().out)["setting"]
+    assert (setting["text"], setting["tokens"]) == ("stories", len("Hello."))
+    assert setting["calibration"] == "stories"
+
+
+def test_calibration_texts_by_name(evaluate, shipped):
+    """The default, prose, is another one; a file is called like one has its folder in front."""
+    flags, found = ["--method", "cmoe", "--active", "0.5", "--json"], {}
+    for name in ("stories", "prose"):
+        _, out, _ = evaluate(*flags, "--calibration", name)
+        found[name] = strictly(out)
+        assert found[name]["setting"]["calibration"] == name
+    assert found["stories"]["converted"] != found["prose"]["converted"]
+    _, out, _ = evaluate(*flags)
+    assert strictly(out)["converted"] == found["prose"]["converted"]
+    status, out, err = evaluate(*flags, "--calibration", "./stories")
+    assert (status, out) == (1, "")
+    assert "stories cannot be read" in err
 
 
 def test_a_byte_order_mark_is_no_text(evaluate, text):
@@ -355,7 +388,7 @@ def test_a_name_wins_over_a_file_written_without_its_folder(named, wikitext, mon
 
 def test_unknown_names_are_refused(named):
     done = named("--text", "wikitext")
-    assert refused(done, "no file wikitext, and no text of that name: stories, proxy, wikitext2")
+    assert refused(done, f"no file wikitext, and no text of that name: {', '.join(TEXTS)}")
 
 
 def test_a_file_in_utf_16(evaluate, text):
@@ -388,6 +421,62 @@ def test_a_routed_conversion(evaluate, stories):
     assert f"calibrated on stories.txt, {calibration.samples.numel():,} tokens" in out
     assert "converted with --method cmoe --active 0.5" in out
     assert row(out, "in MLPs")[2] == f"{report.mlp_total:,}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "samples", "length"),
+    [([], 11, 128), (["--nsamples", "9", "--seqlen", "64"], 9, 64), (["--seqlen", "32"], 48, 32)],
+    ids=str,
+)
+def test_number_and_length_of_calibration_samples(evaluate, stories, flags, samples, length):
+    """As in other projects' scripts; without a number, the whole text of 1,500 tokens."""
+    stories.write_text(SEEN, encoding="utf-8")
+    flags = ["--method", "cmoe", "--active", "0.5", "--calibration", str(stories), *flags]
+    status, out, err = evaluate(*flags, "--json")
+    assert (status, err) == (0, "")
+    found = strictly(out)
+    text = Calibration.from_text(byte_tokenizer(), SEEN, tokens=samples * length, length=length)
+    assert text.samples.shape == (samples, length)
+    assert found["setting"]["calibration_tokens"] == samples * length
+    spec = ConversionSpec(method="cmoe", active=0.5)
+    expected = perplexity(convert(tiny_model(), spec, text), byte_tokenizer(), TEXT)
+    assert found["converted"]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nsamples", "2000"], "makes 11 samples of 128 tokens, not 2,000"),
+        (["--nsamples", "8", "--seqlen", str(CONTEXT)], "at least 2,048 are needed"),
+        (["--seqlen", str(CONTEXT + 1)], f"context has {CONTEXT} tokens"),
+    ],
+    ids=str,
+)
+def test_samples_that_cannot_be_had_are_refused(evaluate, stories, flags, words):
+    stories.write_text(SEEN, encoding="utf-8")
+    assert refused(evaluate("--method", "cmoe", "--calibration", str(stories), *flags), words)
+
+
+@pytest.mark.parametrize("flags", [["--nsamples", "7"], ["--seqlen", "1"], ["--nsamples", "x"]])
+def test_samples_that_make_no_sense_are_wrong_usage(evaluate, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate(*flags)
+    assert ended.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_too_few_tokens_for_a_fit_are_said(evaluate, stories):
+    """The usual 1,024 are enough for 48 neurons, a quarter of them is not."""
+    fitted = ["--keep", "12", "--order", "least-squares", "--calibration", str(stories)]
+    status, _, err = evaluate(*fitted)
+    assert (status, err) == (0, "")
+    status, out, err = evaluate(*fitted, "--nsamples", "8", "--seqlen", "32")
+    assert status == 0
+    assert "converted with" in out
+    assert err == (
+        "mlpmoe: least squares solves for 48 neurons per layer on 256 calibration tokens; give it "
+        "at least 384.\n"
+    )
 
 
 def test_what_looks_at_nothing_names_no_calibration_text(evaluate, stories):

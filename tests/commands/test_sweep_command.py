@@ -141,6 +141,8 @@ def test_other_settings_are_not_mixed_up(sweep, runs, text, stories):
     changed("--window", "16", "--stride", "4")
     changed("--window", "16")
     changed("--window", "16", "--protocol", "stream")
+    changed("--seqlen", "32")
+    changed("--seqlen", "32", "--nsamples", "9")
     text.write_text(TEXT.replace("fox", "dog"), encoding="utf-8")
     changed()
     stories.write_text(STORIES[300:].replace("dots", "rings"), encoding="utf-8")
@@ -149,7 +151,7 @@ def test_other_settings_are_not_mixed_up(sweep, runs, text, stories):
     stories.write_text(STORIES, encoding="utf-8")
     _, out, _ = sweep(*flags)  # the first one again
     assert strictly(out)["runs"][0]["perplexity"] == written(runs)[0]["perplexity"]
-    assert len(written(runs)) == len(seen) == 7
+    assert len(written(runs)) == len(seen) == 9
 
 
 def test_values_go_to_the_methods_that_use_them(sweep):

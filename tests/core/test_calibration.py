@@ -1,14 +1,19 @@
 """What a calibration text is, and what is gathered of a layer's activations on it."""
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 from mlpmoe.core import activations as module
-from mlpmoe.core.calibration import Calibration, check_disjoint
-from mlpmoe.core.errors import UserError
+from mlpmoe.core.calibration import Calibration, check_disjoint, few_tokens
+from mlpmoe.core.conversion import convert
+from mlpmoe.core.errors import CalibrationWarning, UserError
 from mlpmoe.core.mlps import read_mlps
+from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.visiting import visit_layers
 from tests.core.layers import (
     D_FF,
@@ -88,6 +93,73 @@ def test_no_more_tokens_than_the_text_has_or_than_are_wanted():
 def test_too_little_text_is_refused_with_its_number_of_tokens(text, tokens):
     with pytest.raises(UserError, match=f"has {tokens} tokens; at least 2,048 are needed"):
         Calibration.from_text(byte_tokenizer(), text, length=256)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "words"),
+    [(1024, 1, "needs 2 tokens at least, not 1"), (1024, 0, "2 tokens"), (1024, -3, "2 tokens"),
+     (255, 32, "255 calibration tokens make 7 samples of 32; at least 8"), (0, 32, "at least 8")],
+)  # fmt: skip
+def test_samples_that_say_nothing_are_refused(tokens, length, words):
+    with pytest.raises(UserError, match=words):
+        Calibration.from_text(byte_tokenizer(), TEXT, tokens=tokens, length=length)
+
+
+# Too few tokens for a fit ------------------------------------------------------------------
+
+
+def test_the_measured_case_is_said_and_its_remedy_is_enough():
+    """Of 1,536 neurons, where 4k tokens gave a much worse perplexity than 32k."""
+    spec = ConversionSpec(keep=12, order="least-squares", compensation="refit")
+    said = few_tokens(spec, 4096, 1536, 576)
+    assert "1,536 neurons per layer on 4,096 calibration tokens" in said
+    assert few_tokens(spec, 32_768, 1536, 576) is None
+    needed = int(said.split("at least ")[1].rstrip(".").replace(",", ""))
+    assert few_tokens(spec, needed, 1536, 576) is None
+    assert few_tokens(spec, needed - 1, 1536, 576) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "unknowns"),
+    [
+        ({}, 0),
+        ({"keep": 8}, 0),
+        ({"keep": 8, "order": "fluctuation", "compensation": "mean"}, 0),
+        ({"keep": 8, "order": "activation", "compensation": "alpha"}, 0),
+        ({"fade": 0.5, "fade_score": "wanda"}, 0),
+        ({"keep": 8, "fade_score": "sparsegpt"}, 0),  # nothing fades
+        ({"compensation": "refit"}, 0),  # nothing is lost
+        ({"keep": 8, "compensation": "refit"}, 200),  # half of 400 neurons stay
+        ({"fade": 0.5, "compensation": "refit"}, 400),
+        ({"keep": 8, "order": "least-squares"}, 400),
+        ({"fade": 0.5, "fade_score": "sparsegpt"}, 100),  # the inputs of gate and up
+        ({"fade": 0.5, "fade_score": "sparsegpt", "fade_projections": "down"}, 400),
+        ({"fade_unit": "2:4", "fade_score": "sparsegpt", "fade_projections": "up-down"}, 400),
+        ({"fade": 0.5, "fade_score": "sparsegpt", "fade_unit": "neuron"}, 400),
+        ({"method": "random", "router": "regression"}, 100),
+        ({"method": "cmoe"}, 0),
+    ],
+    ids=str,
+)
+def test_what_is_fitted_decides_how_many_tokens_are_few(fields, unknowns):
+    spec = ConversionSpec(**fields)
+    if not unknowns:
+        assert few_tokens(spec, 1, 400, 100) is None
+        return
+    assert f"{unknowns} " in few_tokens(spec, 8 * unknowns - 1, 400, 100)
+    assert few_tokens(spec, 8 * unknowns, 400, 100) is None
+
+
+def test_convert_warns_of_few_tokens_and_points_at_its_caller():
+    model, samples = build("llama"), calibration().samples
+    fitted = ConversionSpec(branches=4, keep=3, order="least-squares")
+    with pytest.warns(CalibrationWarning, match=r"on 63 calibration tokens") as caught:
+        convert(model, fitted, Calibration(samples))
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, fitted, Calibration(samples.repeat(9, 1)))
+        convert(model, replace(fitted, order="fluctuation"), Calibration(samples))
 
 
 LINE = "It was the best of times, it was the worst of times, it was the age of wisdom"

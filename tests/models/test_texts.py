@@ -20,19 +20,29 @@ from huggingface_hub.errors import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlpmoe.core.calibration import check_disjoint
 from mlpmoe.core.errors import UserError
-from mlpmoe.models.catalogue import assets_folder
+from mlpmoe.models.catalogue import CATALOGUE, assets_folder
 from mlpmoe.models.errors import ModelError
 from mlpmoe.models.texts import (
+    CALIBRATIONS,
     MAX_OWN_TEXT,
     TEXTS,
     check_own_text,
     decode_text,
+    default_calibration,
+    default_text,
+    named_calibration,
     named_text,
     text_digest,
 )
 
-FILES = {"stories": "evaluation", "proxy": "proxy", "calibration": "calibration"}
+FILES = {
+    "stories": "evaluation",
+    "prose": "prose-evaluation",
+    "proxy": "proxy",
+    "calibration": "calibration",
+}
 SOURCES = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4"}
 
 
@@ -76,8 +86,27 @@ def test_shipped_texts(name, file):
 
 @pytest.mark.parametrize("name", ["", "Stories", "wikitext", "../evaluation", None, ["c4"]])
 def test_other_names_are_refused(name):
-    with pytest.raises(UserError, match="allowed: stories, proxy, wikitext2, c4, calibration"):
+    with pytest.raises(UserError, match=f"allowed: {', '.join(TEXTS)}, calibration"):
         named_text(name)
+    with pytest.raises(UserError, match="allowed: stories, prose"):
+        named_calibration(name)
+
+
+@pytest.mark.parametrize("name", CALIBRATIONS)
+def test_shipped_calibration_texts_are_others_than_the_evaluation_texts(name):
+    seen = named_calibration(name)
+    for measured in FILES.keys() - {"calibration"}:
+        check_disjoint(seen, named_text(measured))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("demo", "stories"), ("Demo", "stories"), (CATALOGUE[0].label, "stories"),
+     ("smollm2-135m", "prose"), ("owner/demo", "prose"), ("./demo", "prose"), ("", "prose")],
+)  # fmt: skip
+def test_the_demo_model_alone_reads_stories_by_default(model, name):
+    assert (default_text(model), default_calibration(model)) == (name, name)
+    assert name in TEXTS and name in CALIBRATIONS
 
 
 def test_wikitext_keeps_its_empty_lines(load_dataset):
