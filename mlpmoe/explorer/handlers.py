@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.errors import UserError
 from .background import in_thread
 from .cards import (
     pending_perplexity_card,
@@ -23,6 +24,7 @@ from .cards import (
     speed_card,
 )
 from .convert_panel import CUSTOM
+from .events import sentence
 from .links import Link
 from .loaded import Calibrated, Conversion, LoadedModel, spec_of
 from .preview import preset_name, preview, snippet
@@ -57,8 +59,8 @@ class Handlers:
         loaded = self.workbench.loaded(model)
         loaded.texts.check(text)
         settings, used, said = settle(loaded, settings, share)
-        for sentence in said:
-            gr.Info(sentence)
+        for notice in said:
+            gr.Info(notice)
         asked = read_asked(loaded, settings)
         spec = spec_of(asked)
         self._look_at(request, (loaded.key, asked, text))
@@ -143,6 +145,8 @@ class Handlers:
                     *_structure(loaded, asked, views, message),
                     gr.skip(),
                 )
+            if said := loaded.few_tokens(asked):
+                gr.Warning(sentence(UserError(said)), title="Few calibration tokens")
             shown = self._measured_cards(loaded, asked, text, "measuring …")
             yield *shown, *_structure(loaded, asked, views, ""), gr.skip()
         if not loaded.has_text(text):

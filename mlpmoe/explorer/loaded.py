@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.branched import BranchedMLP, branch_sizes
-from ..core.calibration import Calibration, check_disjoint
+from ..core.calibration import Calibration, check_disjoint, few_tokens
 from ..core.conversion import convert_all, mlp_modules, observe
 from ..core.mlps import DenseMLP, read_mlps
 from ..core.schedule import branch_sparsities
@@ -187,6 +187,11 @@ class LoadedModel:
     def known_report(self, asked: Conversion) -> ParameterReport | None:
         """`converted_report`, if it was asked for before."""
         return self._reports.get(asked)
+
+    def few_tokens(self, asked: Calibrated) -> str | None:
+        """A sentence, if the calibration text is short for what is fitted on it."""
+        tokens = Calibration.from_text(self.tokenizer, asked.text).samples.numel()
+        return few_tokens(asked.spec, tokens, self.d_ff, self.mlps[0].weights.d_model)
 
     def converted_report(self, asked: Conversion) -> ParameterReport:
         """The parameters after conversion. Nothing is counted that was counted before: tensors of
