@@ -205,18 +205,8 @@ def read_budget(goal: str, share: float, increase: float) -> Budget:
 def sentence(loaded: LoadedModel, found: _Found) -> str:
     """What the best spec does and costs, in plain words."""
     chosen = best(found.measured, found.budget)
-    if not found.tried:
-        return "<p>Nothing was tried in that time. Give the search more seconds.</p>"
-    if best(found.tried, found.budget) and not found.measured:
-        return (
-            f"<p>Stopped before a find was measured on the {text_name(default_text(loaded.key))}. "
-            "The points are what was tried on other text.</p>"
-        )
     if chosen is None:
-        return (
-            "<p>Nothing within this budget was found. Give the search more seconds, or a larger "
-            "budget.</p>"
-        )
+        return f"<p>{_why_nothing(loaded, found)}</p>"
     words = in_words(chosen.spec)
     tokens = scored_tokens(loaded.windows(default_text(loaded.key)))
     text = (
@@ -242,6 +232,17 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
     )
 
 
+def _why_nothing(loaded: LoadedModel, found: _Found) -> str:
+    if not found.tried and not found.measured:
+        return "Nothing was tried in that time. Give the search more seconds."
+    if best(found.tried, found.budget) and not found.measured:
+        return (
+            f"Stopped before a find was measured on the {text_name(default_text(loaded.key))}. The "
+            "points are what was tried on other text."
+        )
+    return "Nothing within this budget was found. Give the search more seconds, or a larger budget."
+
+
 def empty_plot() -> go.Figure:
     return front_plot([], [], Budget(share=0.7))
 
@@ -257,7 +258,7 @@ def _table(loaded: LoadedModel, found: _Found) -> tuple[list[list[str]], list[st
 
 
 def _query(loaded: LoadedModel, run: Run) -> str:
-    return Link(loaded.key, run.spec).to_query()
+    return Link(loaded.key, run.spec, default_text(loaded.key)).to_query()
 
 
 def _row(run: Run, unbeaten: bool, chosen: bool) -> Sequence[str]:

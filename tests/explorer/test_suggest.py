@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+from functools import partial
 from html import unescape
+from time import sleep
 from types import SimpleNamespace
 
 import gradio as gr
@@ -13,7 +15,10 @@ import pytest
 import torch
 
 from mlpmoe import PRESETS, ConversionSpec, UserError, convert, named_text, parameter_report
+from mlpmoe.core import conversion
 from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.stopping import may_stop
+from mlpmoe.explorer import loaded as loaded_module
 from mlpmoe.explorer import suggest as module
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.links import read_link
@@ -22,13 +27,16 @@ from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
 from mlpmoe.explorer.suggest import SuggestHandlers, _Found, read_budget, sentence
 from mlpmoe.explorer.suggest_panel import COLUMNS, GOALS
+from mlpmoe.measure.deadline import Deadline
 from mlpmoe.measure.encoding import encode_text
 from mlpmoe.measure.notation import change, signed_percent
 from mlpmoe.measure.perplexity import compare, measure
-from mlpmoe.measure.search import ALLOWANCE, Budget
+from mlpmoe.measure.search import ALLOWANCE, Budget, search
 from mlpmoe.measure.sweep import Run
+from mlpmoe.measure.trials import Trials
 from mlpmoe.measure.words import in_words
 from mlpmoe.models import named_calibration
+from tests.explorer.asking import SOON
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import chosen
 from tests.explorer.searched import a_run, beaten, compute, nonzero, trace
@@ -38,12 +46,19 @@ SKIPPED = gr.skip()
 
 @pytest.fixture
 def tab(workbench, monkeypatch):
-    """The tab, with a text to measure on that takes a moment only."""
-    monkeypatch.setattr(module, "TEXT", "proxy")
+    """The tab, with a text to measure on that takes a moment only, and a search that ends with a
+    number of trials, so that nothing depends on time."""
+    monkeypatch.setattr(module, "default_text", lambda model: "proxy")
+    trials_of(monkeypatch, 8)
     return SuggestHandlers(workbench)
 
 
-def order(goal="nonzero", share=80, increase=5.0, calibrated=True, seconds=0.5):
+def trials_of(monkeypatch, most):
+    """Searches that propose so many specs at most."""
+    monkeypatch.setattr(module, "search", partial(search, most=most))
+
+
+def order(goal="nonzero", share=80, increase=5.0, calibrated=True, seconds=300):
     """The model and the values of the controls."""
     return "demo", goal, share, increase, calibrated, seconds
 
@@ -61,7 +76,7 @@ def finished(steps) -> SimpleNamespace:
 def spec_of(query: str) -> ConversionSpec:
     """The spec of a link to the demo model on the text that finds are measured on."""
     link, notices = read_link(query)
-    assert (link.model, link.text, notices) == ("demo", module.TEXT, [])
+    assert (link.model, link.text, notices) == ("demo", module.default_text("demo"), [])
     return link.spec
 
 
@@ -106,7 +121,7 @@ def numbers(text: str) -> list[float]:
     ids=["nonzero", "nothing but the weights", "compute", "perplexity"],
 )
 def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, text):
-    monkeypatch.setattr(module, "TEXT", text)
+    monkeypatch.setattr(module, "default_text", lambda model: text)
     found = finished(tab.suggest(visitor(), *values))
     assert found.status == ""
     assert len(found.table) == len(found.specs) == len(set(found.specs)) >= 2
@@ -157,7 +172,7 @@ def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, tex
     assert in_words(star.spec)[1:] in plain
     assert change(star.ratio, star.stderr)[:4] in plain
     assert f"{len(runs)} measured" in plain
-    assert f"{demo.text(text).scored_tokens:,} tokens" in plain
+    assert f"{demo.plan(text).tokens:,} tokens" in plain
     mark = trace(found.plot, "suggested")
     assert list(mark.x) == pytest.approx([100 * cost(star)])
     assert list(map(spec_of, mark.customdata)) == [star.spec]
@@ -166,9 +181,10 @@ def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, tex
 @pytest.mark.parametrize(("goal", "cost"), [("nonzero", nonzero), ("compute", compute)])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_the_best_is_never_worse_than_a_preset_within_the_budget(
-    tab, demo, visitor, goal, cost, calibrated
+    tab, demo, visitor, goal, cost, calibrated, monkeypatch
 ):
-    found = finished(tab.suggest(visitor(), *order(goal, calibrated=calibrated, seconds=0)))
+    trials_of(monkeypatch, 0)
+    found = finished(tab.suggest(visitor(), *order(goal, calibrated=calibrated)))
     presets = [s for s in PRESETS.values() if calibrated or not s.needs_calibration]
     if goal == "compute":  # of which zeros save nothing
         presets = [spec for spec in presets if not spec.fades]
@@ -183,9 +199,8 @@ def test_the_best_is_never_worse_than_a_preset_within_the_budget(
 
 
 def test_without_a_calibration_text_nothing_is_calibrated(tab, visitor, monkeypatch):
-    monkeypatch.setattr(module, "observe", None)
     monkeypatch.setattr(Calibration, "from_text", None)
-    found = finished(tab.suggest(visitor(), *order(calibrated=False, seconds=1)))
+    found = finished(tab.suggest(visitor(), *order(calibrated=False)))
     assert found.specs
     assert not any(spec.needs_calibration for spec in found.specs)
     for query in trace(found.plot, "tried in the search").customdata:
@@ -195,7 +210,8 @@ def test_without_a_calibration_text_nothing_is_calibrated(tab, visitor, monkeypa
 def test_progress_is_told_and_points_appear(tab, visitor):
     steps = list(tab.suggest(visitor(), *order()))
     statuses = [re.sub(r"<[^>]*>", "", step[0]) for step in steps]
-    assert statuses[0].startswith("calibrating")
+    assert statuses[0].startswith("searching")
+    assert any("searching, calibrating" in status for status in statuses)
     tried = [int(n) for s in statuses for n in re.findall(r"searching, (\d+) tried", s)]
     assert tried == sorted(tried) and tried[-1] >= 3
     finds = [tuple(map(int, m)) for s in statuses for m in re.findall(r"find (\d+) of (\d+)", s)]
@@ -227,7 +243,7 @@ def test_nothing_is_changed(tab, demo, visitor, weights_hash):
     before, modules = weights_hash(demo.model), [type(m) for m in demo.model.modules()]
     threads = threading.active_count()
     list(tab.suggest(visitor(), *order()))
-    running = tab.suggest(visitor(), *order(seconds=300))
+    running = tab.suggest(visitor(), *order())
     for _ in range(3):
         next(running)
     running.close()  # as when the page is closed
@@ -248,8 +264,9 @@ def until(steps, words: str) -> list:
     raise AssertionError(f"nothing said {words}")
 
 
-def test_stop_ends_the_search_and_still_measures(tab, visitor):
-    running = tab.suggest(visitor(), *order(seconds=300))
+def test_stop_ends_the_search_and_still_measures(tab, visitor, monkeypatch):
+    trials_of(monkeypatch, None)
+    running = tab.suggest(visitor(), *order())
     seen = until(running, "4 tried")
     assert "stopping" in tab.stop(visitor())
     rest = list(running)
@@ -261,16 +278,95 @@ def test_stop_ends_the_search_and_still_measures(tab, visitor):
     assert f"{len(found.specs)} measured" in found.said
 
 
-def test_a_second_stop_ends_the_measuring(tab, visitor):
-    running = tab.suggest(visitor(), *order(seconds=300))
+def test_a_second_stop_ends_the_measuring_and_keeps_what_is_measured(tab, visitor, monkeypatch):
+    trials_of(monkeypatch, None)
+    running = tab.suggest(visitor(), *order())
     until(running, "6 tried")
     tab.stop(visitor())
     until(running, "measuring find 2")
     tab.stop(visitor())
     found = finished(running)
     assert found.status == ""
+    assert len(found.specs) == len(found.records) == 1
+    assert "1 measured" in found.said
+
+
+def endless(*_):
+    """Work that ends only where it is stopped."""
+    for _ in range(SOON * 1000):
+        may_stop()
+        sleep(1e-3)
+    raise AssertionError("not stopped")
+
+
+def test_stop_ends_a_search_within_a_layer(tab, visitor, monkeypatch, weights_hash, demo):
+    before, threads = weights_hash(demo.model), threading.active_count()
+    monkeypatch.setattr(conversion, "convert_mlp", endless)
+    running = tab.suggest(visitor(), *order(calibrated=False))
+    until(running, "0 tried")
+    tab.stop(visitor())
+    status, said, _, table, queries, new = at_the_end(running)
+    assert (status, table, queries, new) == ("", [], [], SKIPPED)
+    assert "Nothing was tried" in said
+    assert tab._running == tab._stopping == set()
+    assert (weights_hash(demo.model), threading.active_count()) == (before, threads)
+
+
+@pytest.mark.parametrize("place", ["layer", "window"])
+def test_stop_ends_measuring_within_a_layer_and_a_window(tab, visitor, monkeypatch, place):
+    trials_of(monkeypatch, 2)
+    running = tab.suggest(visitor(), *order(share=90))
+    seen = until(running, "measuring find 1")
+    if place == "layer":
+        monkeypatch.setattr(conversion, "convert_mlp", endless)
+    else:
+        monkeypatch.setattr(loaded_module, "token_losses", endless)
+    tab.stop(visitor())
+    status, said, plot, table, queries, new = at_the_end([*seen, *running])
+    assert (status, table, queries, new) == ("", [], [], SKIPPED)
+    assert "Stopped before a find was measured on the proxy mixture" in said
+    assert len(trace(plot, "tried in the search").x) > 3  # which stays
+
+
+# the time that measuring takes
+
+
+def forecast(monkeypatch, *seconds):
+    """So many seconds for each find, the last for all that follow."""
+    monkeypatch.setattr(
+        Trials,
+        "forecast",
+        lambda self, specs, *_: [*seconds, *[seconds[-1]] * len(specs)][: len(specs)],
+    )
+
+
+def test_the_time_that_measuring_takes_is_said_and_decides_how_many_are_measured(
+    tab, visitor, monkeypatch
+):
+    forecast(monkeypatch, 180.0, 100.0, 400.0)
+    steps = list(tab.suggest(visitor(), *order(seconds=300)))
+    statuses = [step[0] for step in steps if "measuring find" in step[0]]
+    assert "measuring find 1 of 2, about 5 min left" in statuses[0]
+    assert any("measuring find 2 of 2, about 100 s left" in status for status in statuses)
+    found = finished(steps)
     assert len(found.specs) == 2
-    assert "2 measured" in found.said
+    assert re.search(r"There was no time for \d more\.", found.said)
+
+
+def test_the_best_is_measured_however_long_it_takes(tab, visitor, monkeypatch):
+    forecast(monkeypatch, 400.0)
+    steps = list(tab.suggest(visitor(), *order(seconds=300)))
+    assert any("measuring find 1 of 1, about 7 min left" in step[0] for step in steps)
+    assert len(finished(steps).specs) == 1
+
+
+def test_a_search_without_time_says_so_and_clears_what_was_there(tab, visitor, monkeypatch):
+    now = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(module, "Deadline", lambda seconds: Deadline(seconds, lambda: next(now)))
+    status, said, plot, table, queries, new = at_the_end(tab.suggest(visitor(), *order()))
+    assert (status, table, queries, new) == ("", [], [], SKIPPED)
+    assert "Nothing was tried in that time" in said
+    assert not any(len(t.x) for t in plot.data if t.name not in ("dense", "budget"))
 
 
 def test_stop_without_a_search_says_nothing(tab, visitor):
@@ -282,7 +378,7 @@ def test_stop_without_a_search_says_nothing(tab, visitor):
 def test_stop_is_for_one_visitor_and_one_search(tab, visitor):
     tab.stop(visitor())  # with nothing under way
     tab.stop(visitor("other"))
-    running = tab.suggest(visitor(), *order(seconds=1))
+    running = tab.suggest(visitor(), *order())
     until(running, "2 tried")
     tab.stop(visitor("other"))
     found = finished(running)
@@ -335,12 +431,11 @@ def test_a_model_that_is_not_loaded_is_said(tab, visitor):
 def test_time_is_limited_whatever_is_sent(tab, visitor, monkeypatch):
     asked = []
 
-    def search(model, text, budget, observed, seconds, report):
+    def deadline(seconds):
         asked.append(seconds)
-        yield from original(model, text, budget, observed, 0, report=report)
+        return Deadline(seconds)
 
-    original = module.search
-    monkeypatch.setattr(module, "search", search)
+    monkeypatch.setattr(module, "Deadline", deadline)
     list(tab.suggest(visitor(), *order(seconds=10**9, calibrated=False)))
     assert asked == [module.MAX_SECONDS]
 
@@ -355,7 +450,7 @@ def event(index):
 def test_a_taken_row_is_restored(tab, demo, visitor, notices):
     """Through the page: the row gives a query and a time, which the page restores."""
     opening = OpeningHandlers(tab.workbench)
-    *_, (_, _, _, table, queries, _) = tab.suggest(visitor(), *order(seconds=2))
+    *_, (_, _, _, table, queries, _) = tab.suggest(visitor(), *order())
     calibration = Calibration.from_text(demo.tokenizer, named_calibration("stories"))
     for row, query in enumerate(queries):
         spec = spec_of(query)
@@ -364,7 +459,7 @@ def test_a_taken_row_is_restored(tab, demo, visitor, notices):
         assert before == query
         assert int(time) > 1.7e18  # nanoseconds
         assert tab.take(queries, event([row, 0])) != taken  # a second click counts too
-        is_open, model, text, *shown = opening.restore_taken(taken, "demo")
+        is_open, model, text, _, *shown = opening.restore_taken(taken, "demo")
         assert (is_open, model, text["value"]) == (True, "demo", "proxy")
         restored = read_spec(chosen(tuple(shown[: len(CONTROLS) + 1])))
         assert in_words(restored) == in_words(spec)
@@ -429,6 +524,7 @@ def test_the_sentence_names_the_preset_it_beats(demo):
 
 
 def test_nothing_found_is_said(demo):
-    for measured in ([], [a_run(0.9)]):
-        said = sentence(demo, _Found(Budget("nonzero", 0.7), [], measured, []))
+    dear = [a_run(0.9)]
+    for tried, measured in ((dear, []), (dear, dear), ([], dear)):
+        said = sentence(demo, _Found(Budget("nonzero", 0.7), tried, measured))
         assert "Nothing within this budget was found" in said

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import threading
 from itertools import product
+from time import sleep
 
 import gradio as gr
 import pytest
 
 from mlpmoe import ConversionSpec, UserError, named_text
 from mlpmoe import perplexity as measure_perplexity
+from mlpmoe.core import conversion
+from mlpmoe.core.stopping import may_stop
+from mlpmoe.explorer import loaded, sweeping
 from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import read_spec, settled
 from mlpmoe.explorer.sweep_panel import CHOSEN, FIELDS, WRITTEN
 from mlpmoe.explorer.sweeping import SENT_AGAIN, SweepHandlers
 from mlpmoe.measure.grid import grid, read_values
+from tests.explorer.asking import SOON
 from tests.explorer.calibrated import direct
 from tests.explorer.controls import controls
 from tests.explorer.made import made_record
@@ -258,6 +264,53 @@ def test_stop_keeps_what_is_measured_and_is_for_one_visitor(tab, visitor):
     assert "Stopped: 1 measured" in seen[-1][0]
     assert "2 left" in seen[-1][0]
     assert "Done: 3" in list(tab.sweep_of(one(branches="4, 8, 16")))[-1][0]
+
+
+def endless(*_):
+    """Work that ends only where it is stopped."""
+    for _ in range(SOON * 1000):
+        may_stop()
+        sleep(1e-3)
+    raise AssertionError("not stopped")
+
+
+@pytest.mark.parametrize("place", ["layer", "window"])
+def test_stop_ends_a_run_within_a_layer_and_a_window(
+    tab, visitor, demo, monkeypatch, weights_hash, place
+):
+    before, threads = weights_hash(demo.model), threading.active_count()
+    seen, steps = [], tab.sweep_of(one(branches="4, 8, 16", keep="50%", order=["activation"]))
+    while not records_of(seen):
+        seen.append(next(steps))
+    if place == "layer":
+        monkeypatch.setattr(conversion, "convert_mlp", endless)
+    else:
+        monkeypatch.setattr(loaded, "token_losses", endless)
+    while not any("run 2 of 3" in status for status, _ in seen if status != SKIPPED):
+        seen.append(next(steps))
+    tab.stop(visitor())
+    seen += steps
+    assert len(records_of(seen)) == 1
+    assert "Stopped: 1 measured" in seen[-1][0]
+    assert weights_hash(demo.model) == before
+    assert threading.active_count() == threads
+
+
+def test_the_time_left_is_said_from_the_first_run_on(tab, demo, monkeypatch):
+    """As the plan has it, and then as the runs so far have it, less what has passed of this one."""
+    monkeypatch.setattr(type(demo), "tokens_per_second", demo.plan("proxy").tokens / 40)
+    now = [0.0]
+    monkeypatch.setattr(sweeping, "monotonic", lambda: now[0])
+    assert "3 runs, about 2 min" in plan(tab, one(branches="4, 8, 16"))
+    left = []
+    for status, new in tab.sweep_of(one(branches="4, 8, 16")):
+        if new != SKIPPED:
+            now[0] += 10  # measuring takes so long
+        elif found := re.search(r"run (\d) of 3, (.*) left", status):
+            left.append(found.groups())
+    assert list(dict.fromkeys(left)) == [
+        ("1", "about 2 min"), ("2", "about 20 s"), ("3", "about 10 s")
+    ]  # fmt: skip
 
 
 def test_a_calibrated_run_is_swept(tab, demo):
