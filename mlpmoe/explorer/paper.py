@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from time import monotonic
@@ -24,16 +24,14 @@ from ..measure.paper import (
 )
 from ..measure.speed import ROUNDS
 from ..models import default_text
+from .background import in_thread
 from .loaded import LoadedModel
 from .paper_table import ModelFigures, reproduced_notes, reproduced_table
 from .texts import text_name
 from .workbench import Workbench
 
 PROXY = "proxy"
-
-
-class _Ended(Exception):
-    """The run was stopped, or another model was loaded."""
+Report = Callable[[str, float | None], None]
 
 
 @dataclass
@@ -66,7 +64,7 @@ class PaperHandlers:
         return status, self._table(loaded), snippet(loaded.key)
 
     def stop(self, request: gr.Request) -> str:
-        """End after the step in progress; what is measured is kept."""
+        """End what is under way; what is measured is kept."""
         if request.session_hash not in self._runs:
             return ""
         self._runs[request.session_hash].stopped = True
@@ -78,59 +76,43 @@ class PaperHandlers:
         for spec in VARIANTS.values():
             spec.check_fits(loaded.d_ff)
         run = self._runs[session] = _Run(loaded.key)
-        started = monotonic()
+        started, said = monotonic(), ""
         try:
-            for doing in self._steps(loaded, run):
-                if run.stopped or run.overtaken:
-                    break
-                yield _status(f"{doing} …"), self._table(loaded)
-        except _Ended:
-            pass
+            with closing(in_thread(lambda report: self._measure(loaded, report))) as work:
+                for doing in work:
+                    if run.stopped or run.overtaken:
+                        ended = "Stopped. What is measured stays; Reproduce goes on."
+                        break
+                    if doing != said:
+                        said = doing
+                        yield _status(f"{doing} …"), self._table(loaded)
+                else:
+                    ended = f"Done in {monotonic() - started:.0f} s."
         finally:
             if self._runs.get(session) is run:
                 del self._runs[session]
         if run.overtaken:
             yield gr.skip(), gr.skip()
-        elif run.stopped:
-            yield (
-                _status("Stopped. What is measured stays; Reproduce goes on."),
-                self._table(loaded),
-            )
         else:
-            yield _status(f"Done in {monotonic() - started:.0f} s."), self._table(loaded)
+            yield _status(ended), self._table(loaded)
 
-    def _steps(self, loaded: LoadedModel, run: _Run) -> Iterator[str]:
-        """What is being done. The longest text comes last."""
+    def _measure(self, loaded: LoadedModel, report: Report) -> None:
+        """Make all figures known; the longest text comes last."""
         for variant, spec in VARIANTS.items():
-            yield f"{variant}: counting"
+            report(f"{variant}: counting", None)
             loaded.converted_report(spec)
-        yield from self._evaluated(loaded, PROXY)
-        yield from self._timed(loaded, run)
-        yield from self._evaluated(loaded, default_text(loaded.key))
+        _evaluate(loaded, PROXY, report)
+        self._time(loaded, report)
+        _evaluate(loaded, default_text(loaded.key), report)
 
-    def _evaluated(self, loaded: LoadedModel, text: str) -> Iterator[str]:
+    def _time(self, loaded: LoadedModel, report: Report) -> None:
         for variant, spec in VARIANTS.items():
-            doing = f"{variant}: perplexity on the {text_name(text)}"
-            yield doing
-            for step in loaded.evaluate(spec, text):
-                yield f"{doing}, {step.dense.tokens / step.total:.0%}"
-
-    def _timed(self, loaded: LoadedModel, run: _Run) -> Iterator[str]:
-        @contextmanager
-        def turn() -> Iterator[None]:
-            if run.stopped or run.overtaken:  # a round of a large model takes long
-                raise _Ended
-            with loaded.turns.turn():
-                yield
-
-        for variant, spec in VARIANTS.items():
-            doing = f"{variant}: generation"
-            yield f"{doing}, warming up"
-            rounds = generation_rounds(loaded.model, loaded.converted(spec), turn=turn)
+            report(f"{variant}: generation, warming up", None)
+            rounds = generation_rounds(loaded.model, loaded.converted(spec), turn=loaded.turns.turn)
             for number, time in enumerate(rounds, 1):
                 if time:
                     self._times.setdefault(loaded, {})[variant] = time
-                yield f"{doing}, round {number} of {ROUNDS}"
+                report(f"{variant}: generation, round {number} of {ROUNDS}", None)
 
     def _table(self, loaded: LoadedModel) -> str:
         texts = (PROXY, default_text(loaded.key))
@@ -157,6 +139,14 @@ class PaperHandlers:
             published=published_table(loaded.key),
         )
         return reproduced_table(model, rows) + reproduced_notes(model, rows)
+
+
+def _evaluate(loaded: LoadedModel, text: str, report: Report) -> None:
+    for variant, spec in VARIANTS.items():
+        doing = f"{variant}: perplexity on the {text_name(text)}"
+        report(doing, None)
+        for step in loaded.evaluate(spec, text):
+            report(doing, step.dense.tokens / step.total)
 
 
 def snippet(model: str) -> str:

@@ -64,7 +64,7 @@ def published_tables() -> str:
     """Both, one below the other in the same columns."""
     names = ("parameters", "non-zero", "proxy perplexity", "generation time")
     body = "".join(map(_published_body, TABLES))
-    return _sheet(f"The paper's tables ({SOURCE})", names, body)
+    return _sheet(SOURCE, names, body)
 
 
 def _published_body(table: PublishedTable) -> str:
@@ -104,7 +104,7 @@ def published_notes() -> str:
         f"<li><strong>Generation got slower, {_times(min(slower), 2)} to {max(slower):.2f},"
         "</strong> as branches run in a loop and zeros in place save nothing. The lower two rows "
         "of a table run the same matrix products, so what their times differ by "
-        f"({_percent(min(apart), 0)} and {_percent(max(apart), 0)}) is the error of timing.</li>"
+        f"({_percent(min(apart), 0)} and {_percent(max(apart), 0)}) is an error of timing.</li>"
         "</ul>"
     )
 

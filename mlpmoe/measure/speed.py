@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
+from ..core.stopping import may_stop
 from .decoding import read_on
 
 ROUNDS = 7
@@ -31,12 +32,13 @@ def rounds_in_turn(
 
     Actions take turns and every second round runs backwards, so a drift of the machine's speed
     hits all alike. One round beforehand warms up and is not counted. Each action runs within
-    `turn()`; waiting for that is not timed.
+    `turn()`; waiting for that is not timed. The work may stop before each action.
     """
     for round_ in range(-1, rounds):
         seconds = [0.0] * len(actions)
         order = range(len(actions))
         for index in order if round_ % 2 == 0 else reversed(order):
+            may_stop()
             with turn():
                 start = perf_counter()
                 actions[index]()

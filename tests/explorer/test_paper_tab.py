@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from math import exp
+from time import monotonic
 from xml.etree import ElementTree
 
 import gradio as gr
@@ -16,6 +17,7 @@ import torch
 
 from mlpmoe import UserError, convert, named_text
 from mlpmoe.__main__ import main
+from mlpmoe.core.stopping import may_stop
 from mlpmoe.explorer import loaded as loaded_models
 from mlpmoe.explorer import paper as page
 from mlpmoe.explorer.paper import PaperHandlers
@@ -32,6 +34,7 @@ from tests.tiny import save_tiny_model
 
 SKIPPED = gr.skip()
 WHOLE = "MLPMoE-All-16"
+PATIENCE = 60  # seconds
 COLUMNS = ("total", "nonzero", "proxy", "text", "loop", "fused")
 
 
@@ -82,14 +85,28 @@ def value(line: str) -> float:
     return float(re.search(r"[−±+]?\d[\d,]*\.?\d*", line)[0].replace(",", "").replace("−", "-"))
 
 
-def until(steps, condition) -> list:
-    """The steps up to the first whose status says this."""
-    seen = []
-    for step in steps:
-        seen.append(step)
-        if condition in step[0]:
-            break
-    return seen
+@pytest.fixture
+def within(monkeypatch):
+    """Have something done in the middle of a step: in the given call of a function. From there on
+    its calls take until they are stopped, as those of a large model would."""
+
+    def arrange(module, name: str, number: int, do, counts=lambda *given: True) -> list:
+        run, calls = getattr(module, name), []
+
+        def watched(*given):
+            calls.append(given) if counts(*given) else None
+            if len(calls) < number:
+                return run(*given)
+            do()
+            deadline = monotonic() + PATIENCE
+            while monotonic() < deadline:
+                may_stop()
+            raise AssertionError("nobody stopped it")
+
+        monkeypatch.setattr(module, name, watched)
+        return calls
+
+    return arrange
 
 
 # the published ones
@@ -181,72 +198,80 @@ def mean_loss(model, tokenizer, text: str) -> float:
     return sum(losses) / len(losses)
 
 
-def test_figures_come_as_they_are_ready_the_longest_text_last(tab, visitor):
+def test_figures_are_known_one_by_one_those_of_the_longest_text_last(tab, demo):
     known = []
-    for _, html in tab.reproduce(visitor(), "demo"):
-        cells = rows(html)
+
+    def look(*_):
+        cells = rows(tab._table(demo))
         known.append({(v, c) for v in cells for c in cells[v] if cells[v][c] != ["…"]})
+
+    tab._measure(demo, look)
     for before, after in pairwise(known):
         assert before <= after
     arrived = [min(i for i, some in enumerate(known) if (FADED, c) in some) for c in COLUMNS]
     total, nonzero, proxy, text, loop, fused = arrived
     assert total == nonzero < proxy < loop == fused < text
-    assert any((FADED, "total") in some and (DENSE, "proxy") not in some for some in known)
+    whole = min(i for i, some in enumerate(known) if (WHOLE, "text") in some)
+    assert whole < text
 
 
-def test_stop_keeps_what_is_measured_and_is_for_one_visitor(tab, demo, visitor):
+def test_stop_keeps_what_is_measured_and_is_for_one_visitor(tab, demo, visitor, within):
     assert tab.stop(visitor()) == ""  # nothing is under way
-    steps = tab.reproduce(visitor(), "demo")
-    seen = until(steps, "evaluation stories, ")
-    while not re.search(r"stories, [1-9]\d%", seen[-1][0]):  # windows, not the first look
-        seen.append(next(steps))
-    assert tab.stop(visitor("other")) == ""
-    assert "stopping" in tab.stop(visitor())
-    measured = demo.known_evaluation(VARIANTS[WHOLE], "stories").dense.tokens
-    rest = list(steps)
-    assert len(rest) == 1 and "Stopped" in rest[0][0]
-    found = table(rest)
-    total = demo.plan("stories").tokens
-    assert measured < total
-    # at most one window was measured after the button
-    tokens = demo.known_evaluation(VARIANTS[WHOLE], "stories").dense.tokens
-    assert tokens - measured <= 255
-    assert f"{tokens:,} of {total:,} tokens" in found[WHOLE]["text"]
+    parts = demo.plan("stories").windows
+    said = []
+
+    def press():
+        tab.stop(visitor("other"))
+        said.append(tab.stop(visitor()))
+
+    calls = within(
+        loaded_models, "token_losses", 5, press,
+        lambda model, ids, first: any(ids is part.ids for part in parts),
+    )  # fmt: skip
+    *_, (status, html) = tab.reproduce(visitor(), "demo")
+    assert "stopping" in said[0] and "Stopped" in status
+    assert len(calls) == 5
+    found = rows(html)
+    measured = sum(parts[number].scored for number in demo.plan("stories").order[:2])
+    assert f"{measured:,} of {demo.plan('stories').tokens:,} tokens" in found[WHOLE]["text"]
     assert found[FADED]["text"] == ["…"]
     assert found[FADED]["loop"] != ["…"]
-    again = list(tab.reproduce(visitor(), "demo"))
-    assert "Done" in again[-1][0]
-    assert not any("tokens" in line for cells in table(again).values() for line in cells["text"])
+    assert tab.stop(visitor()) == ""
 
 
-def test_stop_acts_between_two_generations_of_a_round(tab, visitor, monkeypatch):
-    written, original = [], paper.decode
-
-    def decode(model, tokens):
-        written.append(model)
-        if len(written) == 2:
-            tab.stop(visitor())
-        original(model, tokens)
-
-    monkeypatch.setattr(paper, "decode", decode)
-    assert "Stopped" in list(tab.reproduce(visitor(), "demo"))[-1][0]
-    assert len(written) == 2
+def test_a_stopped_run_goes_on(tab, demo, visitor):
+    steps = demo.evaluate(VARIANTS[WHOLE], "stories")
+    for _ in range(3):
+        next(steps)
+    before = rows(tab.show(visitor(), "demo")[1])
+    assert any("tokens" in line for line in before[WHOLE]["text"])
+    found = table(tab.reproduce(visitor(), "demo"))
+    assert not any("tokens" in line for cells in found.values() for line in cells["text"])
 
 
-def test_another_model_ends_it_and_keeps_its_own_table(tab, visitor, one_layer, workbench):
+def test_stop_acts_between_two_generations_of_a_round(tab, visitor, within):
+    calls = within(paper, "decode", 2, lambda: tab.stop(visitor()))
+    *_, (status, html) = tab.reproduce(visitor(), "demo")
+    assert "Stopped" in status
+    assert len(calls) == 2
+    assert rows(html)[FADED]["proxy"] != ["…"]
+
+
+def test_another_model_ends_it_and_keeps_its_own_table(tab, visitor, one_layer, workbench, within):
     workbench._models[one_layer.key] = one_layer
-    steps = tab.reproduce(visitor(), "demo")
-    until(steps, "perplexity")
-    status, html, commands = tab.show(visitor(), one_layer.key)
+    shown = []
+    within(paper, "decode", 1, lambda: shown.append(tab.show(visitor(), one_layer.key)))
+    *_, last = tab.reproduce(visitor(), "demo")
+    assert last == (SKIPPED, SKIPPED)
+    ((status, html, commands),) = shown
     assert status == ""
     assert value(rows(html)[DENSE]["total"][0]) == one_layer.report.total
     assert shlex.quote(one_layer.key) in commands
-    assert list(steps) == [(SKIPPED, SKIPPED)]
 
 
 def test_opening_the_tab_again_disturbs_nothing(tab, visitor):
     steps = tab.reproduce(visitor(), "demo")
-    until(steps, "perplexity")
+    next(steps)
     assert tab.show(visitor(), "demo")[0] == SKIPPED
     assert "Done" in list(steps)[-1][0]
 
@@ -291,8 +316,7 @@ def test_a_first_look_is_not_shown(tab, demo, visitor):
 @pytest.mark.parametrize("published", TABLES, ids=lambda table: table.key)
 def test_the_paper_s_own_model_is_held_against_its_table(tab, demo, workbench, visitor, published):
     own = workbench._models[published.key] = replace(demo, key=published.key, label="Paper's")
-    until(tab.reproduce(visitor(), published.key), "evaluation prose")
-    found = rows(tab._table(own))
+    found = table(tab.reproduce(visitor(), published.key))
     for row in published.rows:
         cells = found[row.variant]
         for column, theirs in (("total", row.total), ("nonzero", row.nonzero)):
