@@ -1,12 +1,14 @@
 """Which models there are, whether one can be loaded here, and loading it. Imports core only."""
 
-from .catalogue import CATALOGUE, CatalogueEntry, assets_folder, find_entry, resolve
+from .catalogue import CATALOGUE, CatalogueEntry, assets_folder, find_entry
+from .default import default_model
 from .errors import ModelError, format_bytes, format_parameters
 from .hub import offline_models
-from .loading import load, load_checked
+from .loading import load, load_checked, make_ready
+from .memory import memory_needed
 from .names import host_allows_any_model
 from .origin import Origin, origin_of
-from .preflight import MEMORY_FACTOR, Preflight, memory_needed, preflight
+from .preflight import Preflight, preflight
 from .texts import (
     MAX_OWN_TEXT,
     TEXTS,
@@ -20,7 +22,6 @@ from .texts import (
 __all__ = [
     "CATALOGUE",
     "MAX_OWN_TEXT",
-    "MEMORY_FACTOR",
     "TEXTS",
     "CatalogueEntry",
     "ModelError",
@@ -30,17 +31,18 @@ __all__ = [
     "assets_folder",
     "check_own_text",
     "decode_text",
+    "default_model",
     "find_entry",
     "format_bytes",
     "format_parameters",
     "host_allows_any_model",
     "load",
     "load_checked",
+    "make_ready",
     "memory_needed",
     "named_text",
     "offline_models",
     "origin_of",
     "preflight",
-    "resolve",
     "text_digest",
 ]
