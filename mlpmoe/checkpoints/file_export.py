@@ -16,13 +16,13 @@ from ..measure.encoding import EncodedText, windows
 from ..measure.perplexity import summarise
 from ..models import Preflight, load_checked
 from ..models.host import parse_dtype
-from ..models.loading import fetch_weights, read_tokenizer
+from ..models.loading import fetch_weights, prepared, read_tokenizer
 from ..version import VERSION
 from .dense_form import NAME
 from .export import SAVED, SMALL_FILES, Exported, folder_size, refuse_unless_same
 from .record import Measured, Record
 from .reload import answers
-from .source import Source
+from .source import PiecewiseError, Source
 from .streaming import STATE, FileConversion, copy_small_files, streams
 from .target import check_target, target_folder
 from .verification import (
@@ -60,12 +60,17 @@ def export_files(
     run from their files, as does the dense one, on FORWARD_TOKENS tokens of its longest window.
     text_name: what the card calls it. What was written before an interrupt is kept in
     FOLDER.partial, and another call goes on from there. Raises PiecewiseError for files that can
-    be read as a whole only, else as `export`.
+    be read as a whole only, as GGUF, else as `export`.
     """
     if not streams(spec):
         raise UserError(f"{spec.to_flags()} looks at activations, for which the model has to run.")
     report = on_progress or (lambda message, share: None)
     final = check_target(folder)
+    checked = prepared(checked, on_progress=on_progress)
+    if checked.reads_gguf:
+        raise PiecewiseError(
+            "a GGUF file is unpacked as a whole, not layer by layer; it has to fit into memory."
+        )
     tokenizer = read_tokenizer(checked, token=token)
     files = fetch_weights(checked, token=token, on_progress=on_progress)
     wanted = None if dtype == SAVED else parse_dtype(dtype)

@@ -78,7 +78,12 @@ class Record:
             "mlpmoe": self.version,
             "spec": self.spec and self.spec.to_dict(),
             "base_model": origin
-            and {"name": origin.name, "revision": origin.revision, "licence": origin.licence},
+            and {
+                "name": origin.name,
+                "revision": origin.revision,
+                "licence": origin.licence,
+                "gguf": origin.gguf,
+            },
             "form": self.form,
             "architecture": self.architecture,
             "remote_code": self.remote_code,
@@ -127,6 +132,8 @@ class Record:
             else f"the model {origin.name}"
         )  # fmt: skip
         commit = f" at commit `{origin.revision}`" if origin and origin.revision else ""
+        if origin and origin.gguf and origin.gguf != origin.name:
+            commit += f", with the weights of the GGUF file `{origin.gguf}`"
         licence = origin.licence if origin else None
         if _routed(self.spec):
             what = "its MLPs became shared and routed experts, chosen per token, without training"

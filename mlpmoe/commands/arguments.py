@@ -26,6 +26,9 @@ from ..core.spec import (
 from ..measure.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS
 
+MODEL_HELP = (
+    "short name, hub id, folder, or a GGUF file: its path, or owner/name/FILE.gguf on the hub"
+)
 SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
     "method": ("NAME", f"method of conversion: {', '.join(METHODS)}"),
     "branches": ("B", "branches per MLP"),

@@ -15,7 +15,7 @@ from ..core.conversion import convert
 from ..core.spec import ConversionSpec
 from ..models import format_bytes, load, preflight
 from ..models.host import DTYPES
-from .arguments import add_spec, add_texts, read_spec
+from .arguments import MODEL_HELP, add_spec, add_texts, read_spec
 from .terminal import print_json, print_table, progress
 from .texts import EvaluationText, calibration_text_for, evaluation_text
 
@@ -34,7 +34,7 @@ memory; after an interrupt the same command goes on.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new or empty folder")
     forms = "; ".join(f"{name}: {words}" for name, words in FORM_WORDS.items())
     parser.add_argument("--form", choices=FORM_WORDS, default=AUTO, metavar="FORM", help=forms)

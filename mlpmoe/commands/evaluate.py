@@ -17,7 +17,7 @@ from ..measure.parameters import parameter_report
 from ..measure.perplexity import Perplexity, compare, summarise
 from ..measure.speed import decode_speed
 from ..models import load
-from .arguments import add_setting, add_spec, read_spec
+from .arguments import MODEL_HELP, add_setting, add_spec, read_spec
 from .terminal import (
     parameter_rows,
     perplexity_rows,
@@ -37,7 +37,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_setting(parser)
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="skip speed")
     add_spec(parser)

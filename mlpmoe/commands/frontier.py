@@ -15,7 +15,7 @@ from ..measure.sweep import Run, sweep
 from ..measure.trials import prepare
 from ..measure.words import in_words
 from ..models import load
-from .arguments import add_setting, at_least
+from .arguments import MODEL_HELP, add_setting, at_least
 from .terminal import print_json, print_table, progress
 from .texts import calibration_text_for, evaluation_text, in_windows
 
@@ -32,7 +32,7 @@ DEFAULT_BUDGETS = "0.9,0.75,0.5"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_setting(parser)
     parser.add_argument(
         "--cost", choices=tuple(COSTS), default="nonzero",

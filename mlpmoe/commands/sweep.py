@@ -25,7 +25,7 @@ from ..measure.runs_file import RunsFile
 from ..measure.sweep import AT_ONCE, Run, check_fit, comparison
 from ..measure.tables import to_csv
 from ..models import find_entry, load
-from .arguments import add_setting, add_spec, at_least
+from .arguments import MODEL_HELP, add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress
 from .texts import calibration_text_for, evaluation_text, in_windows, read_text
 
@@ -49,7 +49,7 @@ Several sweeps, of either engine, may go on from one --out file and write to it 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="short name, hub id or folder")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_setting(parser)
     parser.add_argument(
         "--compare", action="store_true", help="every method and baseline, at each --active"
@@ -178,10 +178,10 @@ def _compared(model: PreTrainedModel, budgets: Sequence[float]) -> list[tuple[st
 
 
 def _reachable(model: str) -> str:
-    """The model's name; a folder from the root, for a worker that runs in another one. The folder
-    of a catalogue's name is not meant, see `load`."""
-    folder = Path(model)
-    return str(folder.absolute()) if find_entry(model) is None and folder.is_dir() else model
+    """The model's name; a folder or file from the root, for a worker that runs in another folder.
+    The folder of a catalogue's name is not meant, see `load`."""
+    path = Path(model)
+    return str(path.absolute()) if find_entry(model) is None and path.exists() else model
 
 
 def _budgets(texts: Sequence[str] | None) -> list[float]:

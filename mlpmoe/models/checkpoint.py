@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelError, format_bytes
+from .refusals import ADAPTER, refuse_adapter, refuse_other_formats, refuse_quantised
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -18,6 +20,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 50_000_000  # of a config or an index; real ones stay below 10 MB
 MAX_TOKENIZER_BYTES = 200_000_000  # of all tokenizer files; Gemma's, a large one, has 40 MB
+FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors calls them
+# Ends of the names of matrices, which masks and positions do not have.
+PACKABLE = ("weight", "weight_packed", "W_q")
 
 # Any one of these sets makes a tokenizer.
 VOCABULARIES = (
@@ -49,32 +54,34 @@ class Checkpoint:
     revision: str | None = None  # commit; None for a folder
     folder: Path | None = None  # where the files lie; None if they have to be downloaded
     licence: str | None = None  # as the model's card names it
+    base: str | None = None  # the model that it was made from, as its card names it
+    # the first so many bytes of a file; None if the files lie in `folder`
+    beginning: Callable[[str, int], bytes] | None = None
+
+    @property
+    def has_safetensors(self) -> bool:
+        return WEIGHTS in self.sizes or INDEX in self.sizes
 
 
 def folder_checkpoint(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, whose weight files are checked for truncation."""
+    """The checkpoint in `folder`, whose safetensors files are checked for truncation."""
     try:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     except OSError:
         raise ModelError(f"The folder of {name} cannot be read.") from None
-    licence = _licence(folder / CARD) if CARD in sizes else None
-    checkpoint = Checkpoint(name, sizes, folder.joinpath, revision, folder, licence)
-    if CONFIG in sizes:
-        for file in weight_files(checkpoint):
-            _check_header(checkpoint, file)
+    licence, base = card_facts(_card(folder / CARD) if CARD in sizes else {})
+    checkpoint = Checkpoint(name, sizes, folder.joinpath, revision, folder, licence, base)
+    if CONFIG in sizes and checkpoint.has_safetensors:
+        check_headers(name, folder, weight_files(checkpoint), base)
     return checkpoint
 
 
 def read_config(checkpoint: Checkpoint) -> dict:
     """config.json as a dict that names its model type. Raises ModelError."""
+    refuse_if_adapter(checkpoint)
     if CONFIG not in checkpoint.sizes:
         raise ModelError(
             f"{checkpoint.name} has no config.json, so it is not a transformers model."
-        )
-    if "adapter_config.json" in checkpoint.sizes:
-        raise ModelError(
-            f"{checkpoint.name} holds an adapter (PEFT), not a whole model. "
-            "Merge it into its base model first."
         )
     config = _read_json(checkpoint, CONFIG)
     if not isinstance(config.get("model_type"), str):
@@ -82,16 +89,22 @@ def read_config(checkpoint: Checkpoint) -> dict:
     return config
 
 
+def refuse_if_adapter(checkpoint: Checkpoint) -> None:
+    """Raise ModelError for what PEFT saved, with or without a config.json beside it."""
+    if ADAPTER in checkpoint.sizes:
+        raise refuse_adapter(checkpoint.name, _read_json(checkpoint, ADAPTER))
+
+
 def weight_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the safetensors files that transformers will read. Raises ModelError.
 
-    One file, or the shards that the index names. Other formats are refused: unpickling can run
-    any code, and GGUF weights are quantised.
+    One file, or the shards that the index names. Pickled weights are refused: opening them can
+    run any code.
     """
     if WEIGHTS in checkpoint.sizes:
         return (WEIGHTS,)
     if INDEX not in checkpoint.sizes:
-        _refuse_other_formats(checkpoint)
+        raise refuse_other_formats(checkpoint.name, checkpoint.sizes)
     weight_map = _read_json(checkpoint, INDEX).get("weight_map")
     names = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
     if not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
@@ -127,6 +140,33 @@ def total_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.sizes[name] for name in names)
 
 
+def check_headers(name: str, folder: Path, files: Iterable[str], base: str | None = None) -> None:
+    """Raise ModelError if a safetensors file in `folder` is cut off, or if it holds matrices that
+    are not plain floats: transformers would take packed numbers for weights.
+
+    A header says how long its file must be; reading it costs next to nothing.
+    """
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                keys = (key for key in opened.keys() if key.endswith(PACKABLE))
+                formats = {opened.get_slice(key).get_dtype() for key in keys}
+        except (SafetensorError, OSError):
+            raise ModelError(
+                f"{file} of {name} is damaged or cut off. Download or copy it again."
+            ) from None
+        packed = sorted(formats - FLOATS)
+        if packed:
+            raise refuse_quantised(name, ", ".join(packed), base)
+
+
+def card_facts(card: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The licence and the base model that the head of a model card names."""
+    licence, base = card.get("license"), card.get("base_model")
+    base = base[0] if isinstance(base, list) and base else base
+    return tuple(value if isinstance(value, str) else None for value in (licence, base))
+
+
 def _read_json(checkpoint: Checkpoint, name: str) -> dict:
     problem = f"The {name} of {checkpoint.name} cannot be read: it is not valid JSON."
     if checkpoint.sizes[name] > MAX_JSON_BYTES:
@@ -141,35 +181,10 @@ def _read_json(checkpoint: Checkpoint, name: str) -> dict:
     return content
 
 
-def _refuse_other_formats(checkpoint: Checkpoint) -> None:
-    endings = {Path(name).suffix for name in checkpoint.sizes}
-    if ".gguf" in endings:
-        raise ModelError(
-            f"{checkpoint.name} has GGUF weights only. Choose the original, unquantised model."
-        )
-    if endings & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
-        raise ModelError(
-            f"{checkpoint.name} has pickled weights only. Opening those can run any code, so they "
-            "are never read: choose a model that has model.safetensors."
-        )
-    raise ModelError(f"{checkpoint.name} has no weights: there is no model.safetensors.")
-
-
-def _licence(card: Path) -> str | None:
-    """The licence that the head of a model card names, if it can be read."""
+def _card(card: Path) -> dict[str, Any]:
+    """The head of a model card, as far as it can be read."""
     try:
-        licence = (metadata_load(card) or {}).get("license")
+        found = metadata_load(card)
     except Exception:  # YAML and its reader have many ways to fail, and none matters here
-        return None
-    return licence if isinstance(licence, str) else None
-
-
-def _check_header(checkpoint: Checkpoint, name: str) -> None:
-    """A safetensors header says how long its file must be; reading it costs next to nothing."""
-    try:
-        with safe_open(checkpoint.folder / name, framework="pt"):
-            pass
-    except (SafetensorError, OSError):
-        raise ModelError(
-            f"{name} of {checkpoint.name} is damaged or cut off. Download or copy it again."
-        ) from None
+        return {}
+    return found if isinstance(found, dict) else {}

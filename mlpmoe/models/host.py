@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -18,7 +22,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-FLOAT32_PARAMETERS = 300_000_000  # up to here a CPU answers quickly enough in float32
+FLOAT32_PARAMETERS = 50_000_000  # up to here a CPU answers quickly enough in float32
+GAIN = 1.2  # how much faster bfloat16 has to be than float32 to be chosen
+PRODUCT = (128, 1024, 2048)  # tokens, width, neurons of the product that is timed: some ms
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -60,26 +66,43 @@ def choose_dtype(
 ) -> torch.dtype:
     """`dtype`, or what suits the device where it is None.
 
-    An accelerator takes the dtype as saved. A CPU takes float32, and bfloat16 for larger models
-    where it has instructions for it: emulated bfloat16 is several times slower than float32.
+    An accelerator takes the dtype as saved. A CPU takes float32, and bfloat16 for models of more
+    than FLOAT32_PARAMETERS where it multiplies that faster: emulated, it is several times slower.
     """
     if dtype is None and device.type == "cpu":
         large = parameters > FLOAT32_PARAMETERS
-        return torch.bfloat16 if large and cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if large and bfloat16_is_faster() else torch.float32
     chosen = dtype or (saved if saved in DTYPES.values() else torch.float32)
     if chosen is torch.float64 and device.type == "mps":
         raise UserError("Apple GPUs have no float64; choose another dtype, or the device cpu.")
     return chosen
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    # Private functions of torch, which may come and go between versions.
-    checks = (
-        getattr(torch.cpu, name, None)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return any(check() for check in checks if check is not None)
+@cache
+def bfloat16_is_faster(product_seconds: Callable[[torch.dtype], float] | None = None) -> bool:
+    """Whether the CPU multiplies bfloat16 faster than float32, by timing a product of each.
+
+    Measured once per process, in some milliseconds: what a CPU announces and what torch makes of
+    it are two things. product_seconds: takes the time of one product.
+    """
+    timed = product_seconds or _product_seconds
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(4):  # the first also sets up; others may be working, so the fastest counts
+        for dtype in best:
+            best[dtype] = min(best[dtype], timed(dtype))
+        if best[torch.bfloat16] > 4 * best[torch.float32]:
+            return False
+    return best[torch.bfloat16] * GAIN < best[torch.float32]
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    tokens, width, neurons = PRODUCT
+    values = torch.ones(tokens, width, dtype=dtype)
+    weight = torch.ones(neurons, width, dtype=dtype)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        torch.nn.functional.linear(values, weight)
+        return time.perf_counter() - start
 
 
 def available_memory(device: torch.device) -> int | None:

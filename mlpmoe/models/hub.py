@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_hf_file_metadata,
+    get_session,
     hf_hub_download,
     hf_hub_url,
     snapshot_download,
@@ -27,25 +29,40 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from .catalogue import CATALOGUE, CatalogueEntry
-from .checkpoint import CONFIG, Checkpoint, folder_checkpoint, read_config, weight_files
+from .checkpoint import (
+    CARD,
+    CONFIG,
+    Checkpoint,
+    card_facts,
+    folder_checkpoint,
+    read_config,
+    weight_files,
+)
 from .errors import ModelError
+from .gguf_choice import is_gguf
 from .names import on_space
 
+SHIPPED, PACKAGED = "shipped", "from its package"
+IN_CACHE, FROM_HUB = "in the hub's cache", "from the hub"
 METADATA_TIMEOUT = 15  # seconds until an answer about a repository has to begin
 
 logger = logging.getLogger(__name__)
 
 
-def find_on_hub(repo_id: str, revision: str | None, token: str | None) -> Checkpoint:
+def find_on_hub(
+    repo_id: str, revision: str | None, token: str | None, gguf: str | None = None
+) -> Checkpoint:
     """The checkpoint `repo_id` at the commit that `revision` (default: main) now stands for.
 
     Downloads nothing but config.json, and a shard index. Where the hub cannot be reached, the
-    hub's cache on this machine answers if it holds the whole model. Raises ModelError.
+    hub's cache on this machine answers if it holds the whole model, or the GGUF file that is
+    named. Raises ModelError.
     """
     if constants.is_offline_mode():
-        return _cached(repo_id, revision, "This machine is set to work offline")
+        return _cached(repo_id, revision, gguf, "This machine is set to work offline")
     access = _access(token)
     try:
         return _listed(repo_id, revision, access)
@@ -54,7 +71,7 @@ def find_on_hub(repo_id: str, revision: str | None, token: str | None) -> Checkp
     except Exception as error:  # transport errors are httpx's or httpx2's, by client version
         problem = explain(error, repo_id, revision)
         if _is_outage(error):
-            return _cached(repo_id, revision, problem.removesuffix("."))
+            return _cached(repo_id, revision, gguf, problem.removesuffix("."))
         raise ModelError(problem) from error
 
 
@@ -94,8 +111,38 @@ def cache_folder() -> Path:
 
 
 def offline_models() -> list[CatalogueEntry]:
-    """The catalogue's models that load without network: shipped, or whole in the hub's cache."""
-    return [entry for entry in CATALOGUE if _is_on_this_machine(entry.source)]
+    """The catalogue's models that load without network: shipped, from an installed package, or
+    whole in the hub's cache."""
+    return [entry for entry in CATALOGUE if whereabouts(entry) != FROM_HUB]
+
+
+def whereabouts(entry: CatalogueEntry) -> str:
+    """Where the weights of a catalogue's model come from: SHIPPED, PACKAGED, IN_CACHE or FROM_HUB.
+    Looks at this machine only."""
+    if entry.packaged:
+        return PACKAGED
+    if not _is_on_this_machine(entry.source):
+        return FROM_HUB
+    return IN_CACHE if entry.hub_id else SHIPPED
+
+
+def answers(seconds: float) -> bool:
+    """Whether the hub can be asked at all, found out within so many seconds. Never raises."""
+    if constants.is_offline_mode():
+        return False
+    found: list[bool] = []
+
+    def ask() -> None:
+        try:
+            found.append(get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500)
+        except Exception:
+            logger.debug("the hub does not answer", exc_info=True)
+
+    # In a thread: looking up the name of a host may take longer than any timeout says.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return found == [True]
 
 
 def explain(error: BaseException, repo_id: str, revision: str | None) -> str:
@@ -161,10 +208,10 @@ def _listed(repo_id: str, revision: str | None, access: str | bool | None) -> Ch
         # asking, so ask for a file: somebody else may have downloaded it.
         url = hf_hub_url(repo_id, CONFIG, revision=info.sha)
         get_hf_file_metadata(url, token=access, timeout=METADATA_TIMEOUT)
-    licence = getattr(info.card_data, "license", None)
+    licence, base = card_facts(info.card_data.to_dict() if info.card_data else {})
     return Checkpoint(
         repo_id, sizes, _fetcher(repo_id, revision, info.sha, access), info.sha,
-        licence=licence if isinstance(licence, str) else None,
+        licence=licence, base=base, beginning=_beginning(repo_id, info.sha, access),
     )  # fmt: skip
 
 
@@ -175,7 +222,7 @@ def _fetcher(
         try:
             # Asking by branch once makes the cache note which commit it stands for, so that the
             # model is found again without network.
-            if file == CONFIG:
+            if file in (CONFIG, CARD):
                 path = Path(hf_hub_download(repo_id, file, revision=revision, token=access))
                 if path.parent.name == sha:
                     return path
@@ -186,18 +233,44 @@ def _fetcher(
     return fetch
 
 
-def _cached(repo_id: str, revision: str | None, reason: str) -> Checkpoint:
+def _beginning(repo_id: str, sha: str, access: str | bool | None) -> Callable[[str, int], bytes]:
+    def beginning(file: str, count: int) -> bytes:
+        url = hf_hub_url(repo_id, file, revision=sha)
+        headers = build_hf_headers(token=access) | {"Range": f"bytes=0-{count - 1}"}
+        try:
+            with get_session().stream(
+                "GET", url, headers=headers, timeout=METADATA_TIMEOUT, follow_redirects=True
+            ) as answer:
+                hf_raise_for_status(answer)
+                content = bytearray()
+                for piece in answer.iter_bytes():
+                    content += piece
+                    if len(content) >= count:  # from a server that sends all of it
+                        break
+                return bytes(content[:count])
+        except Exception as error:
+            raise ModelError(explain(error, repo_id, sha)) from error
+
+    return beginning
+
+
+def _cached(repo_id: str, revision: str | None, gguf: str | None, reason: str) -> Checkpoint:
     """The checkpoint in the hub's cache if it is whole; else ModelError: reason, and what works."""
-    path = try_to_load_from_cache(repo_id, CONFIG, revision=revision)
-    if isinstance(path, str):
+    # a repository of GGUF files has no config.json, but a card
+    for file in (gguf or CONFIG, CONFIG, CARD):
+        path = try_to_load_from_cache(repo_id, file, revision=revision)
+        if not isinstance(path, str):
+            continue
         folder = Path(path).parent
         try:
             checkpoint = folder_checkpoint(folder, repo_id, revision=folder.name)
-            weight_files(checkpoint)
+            if not gguf and (checkpoint.has_safetensors or not any(map(is_gguf, checkpoint.sizes))):
+                weight_files(checkpoint)
         except ModelError as error:
             logger.debug("The cache does not hold all of %s: %s", repo_id, error)
         else:
-            return checkpoint
+            if not gguf or gguf in checkpoint.sizes:
+                return checkpoint
     keys = ", ".join(entry.key for entry in offline_models()) or "none"
     raise ModelError(
         f"{reason}, and {repo_id} is not on this machine. "
@@ -212,7 +285,9 @@ def _is_on_this_machine(source: str | Path) -> bool:
             return False
         source = Path(path).parent
     try:
-        read_config(folder_checkpoint(source, source.name))
+        checkpoint = folder_checkpoint(source, source.name)
+        read_config(checkpoint)
+        weight_files(checkpoint)
     except ModelError:
         return False
     return True

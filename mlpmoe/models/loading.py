@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import hub
+from . import gguf_reading, hub, packaged
+from .checkpoint import (
+    check_headers,
+    folder_checkpoint,
+    small_files,
+    total_bytes,
+    weight_files,
+)
 from .errors import ModelError, format_bytes, shorten
+from .gguf_header import read_header
 from .origin import note_origin
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
@@ -44,13 +53,14 @@ def load(
     """The dense model, in evaluation mode on its device, and its tokenizer.
 
     id_or_folder, revision, token, allow_any: see `preflight`. dtype: "auto", or float32,
-    bfloat16, float16, float64; "auto" is the dtype as saved on a GPU, and on a CPU float32, or
-    bfloat16 for more than 300 M parameters where the CPU has instructions for it. device: "auto"
-    (CUDA, then MPS, then CPU) or a torch device. on_progress(message, fraction): called with
-    what is being done; an exception it raises cancels the load and comes out here.
+    bfloat16, float16, float64; "auto" is the dtype as saved on a GPU (bfloat16 for a quantised
+    GGUF), and on a CPU float32, or bfloat16 for more than 50 M parameters where the CPU is faster
+    with it. device: "auto" (CUDA, then MPS, then CPU) or a torch device. on_progress(message,
+    fraction): called with what is being done; an exception it raises cancels the load and comes
+    out here.
 
-    Reads safetensors only and runs no code of the repository. Raises ModelError,
-    UnsupportedModelError or UserError; nothing half-loaded is kept.
+    Reads safetensors and GGUF only, the latter into plain floats, and runs no code of the
+    repository. Raises ModelError, UnsupportedModelError or UserError; nothing half-loaded is kept.
     """
     progress = Progress(on_progress)
     progress.report("checking")
@@ -69,18 +79,50 @@ def load_checked(
     checked: Preflight, *, token: str | None = None, on_progress: OnProgress | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What `load` does after the preflight, for a caller that has shown its result first."""
-    # The tokenizer first: what is wrong with it shows before the weights are downloaded.
-    tokenizer = read_tokenizer(checked, token=token)
+    checked = prepared(checked, on_progress=on_progress)
+    # The tokenizer first: what is wrong with it shows before the weights are downloaded. In a GGUF
+    # file it comes with them, and was looked at in the header.
+    tokenizer = None if checked.reads_gguf else read_tokenizer(checked, token=token)
     folder = fetch_weights(checked, token=token, on_progress=on_progress)
     Progress(on_progress).report("reading weights")
+    tokenizer = tokenizer or _gguf_tokenizer(folder, checked)
     model = _read_model(folder, checked)
     _check_tokenizer(tokenizer, model, checked.name)
     note_origin(model, checked.origin)
     return model, tokenizer
 
 
+def make_ready(
+    name: str | os.PathLike[str],
+    *,
+    token: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Preflight:
+    """Bring a model onto this machine, so that `load` finds all of it here: downloaded, or
+    converted from its package. Nothing is loaded. Arguments and errors as for `load`."""
+    checked = prepared(preflight(name, token=token, in_memory=False), on_progress=on_progress)
+    if not checked.reads_gguf:
+        read_tokenizer(checked, token=token)
+    fetch_weights(checked, token=token, on_progress=on_progress)
+    return checked
+
+
+def prepared(checked: Preflight, *, on_progress: OnProgress | None = None) -> Preflight:
+    """The same model as files that can be read at once: one that comes in a package is converted
+    on its first use (some 20 seconds), any other is returned as it is."""
+    if not (checked.package and checked.reads_gguf):
+        return checked
+    folder = packaged.prepare(checked.package, Progress(on_progress))
+    made = folder_checkpoint(folder, checked.name)
+    weights, small = weight_files(made), small_files(made)
+    return replace(
+        checked, folder=folder, weight_files=weights, small_files=small,
+        bytes_on_disk=total_bytes(made, weights + small),
+    )  # fmt: skip
+
+
 def read_tokenizer(checked: Preflight, *, token: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone."""
+    """The tokenizer alone, of a model that is no GGUF file."""
     return _read_tokenizer(_files(checked, checked.small_files, token, None), checked.name)
 
 
@@ -88,6 +130,7 @@ def fetch_weights(
     checked: Preflight, *, token: str | None = None, on_progress: OnProgress | None = None
 ) -> Path:
     """The folder with the weight files, which are downloaded if need be."""
+    checked = prepared(checked, on_progress=on_progress)
     progress = Progress(on_progress)
     if checked.download:
         progress.report(f"downloading {format_bytes(checked.download)}", 0.0)
@@ -105,7 +148,10 @@ def _files(
 ) -> Path:
     if checked.folder is not None:
         return checked.folder
-    return hub.download(checked.source, checked.revision, files, token, bars)
+    folder = hub.download(checked.name, checked.revision, files, token, bars)
+    if checked.gguf is None and files == checked.weight_files:
+        check_headers(checked.name, folder, files)
+    return folder
 
 
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
@@ -128,6 +174,19 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def _gguf_tokenizer(folder: Path, checked: Preflight) -> PreTrainedTokenizerBase:
+    try:
+        header = read_header(folder / checked.gguf, checked.name)
+        return gguf_reading.read_tokenizer(folder, checked.gguf, header)
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers raises a bare Exception
+        logger.debug("%s: the tokenizer cannot be read", checked.name, exc_info=True)
+        raise ModelError(
+            f"The tokenizer of {checked.name} cannot be read ({type(error).__name__})."
+        ) from error
+
+
 def _agree(tokenizer: PreTrainedTokenizerBase, as_saved: Tokenizer) -> bool:
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     return ids == as_saved.encode(PROBE, add_special_tokens=False).ids
@@ -135,15 +194,18 @@ def _agree(tokenizer: PreTrainedTokenizerBase, as_saved: Tokenizer) -> bool:
 
 def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
     """The weights on their device. Errors leave nothing behind that refers to a tensor."""
+    files = {"use_safetensors": True}
+    if checked.reads_gguf:
+        files = gguf_reading.weights_from(folder, checked.gguf, checked.name)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=checked.dtype,
             device_map={"": checked.device},
-            use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **files,
         )
         problem = _missing_tensors(info, checked.name) or _not_finite(
             model.named_parameters(), checked

@@ -1,14 +1,17 @@
-"""What a person typed, made into a hub id or a folder, or refused with a readable reason."""
+"""What a person typed, made into the place of a model, or refused with a readable reason."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .catalogue import CATALOGUE, find_entry
+from .catalogue import CATALOGUE, CatalogueEntry, find_entry
 from .errors import ModelError, shorten
+from .gguf_choice import is_gguf
+from .packaged import Package
 
 MAX_NAME_CHARACTERS = 500
 MAX_REVISION_CHARACTERS = 200
@@ -17,8 +20,27 @@ HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(f"{_PART}/{_PART}")
+_HUB_FILE = re.compile(rf"({_PART}/{_PART})/([A-Za-z0-9_][A-Za-z0-9._+-]*\.gguf)", re.IGNORECASE)
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
-_ALLOWED = "Allowed are a catalogue name, a hub id in the form owner/name, or a folder"
+_ALLOWED = (
+    "Allowed are a catalogue name, a hub id in the form owner/name, a folder, or a GGUF file in "
+    "either: owner/name/FILE.gguf or folder/FILE.gguf"
+)
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """A repository on the hub, and the GGUF file of it that was named, if one was."""
+
+    repo_id: str
+    gguf: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}/{self.gguf}" if self.gguf else self.repo_id
+
+
+# a folder or a GGUF file that exists; a place on the hub; a package that is installed
+Place = Path | HubPlace | Package
 
 
 def on_space() -> bool:
@@ -39,8 +61,8 @@ def host_allows_any_model() -> bool:
     return not on_space()
 
 
-def identify(name: str | os.PathLike[str], *, allow_any: bool) -> str | Path:
-    """A hub id (str) or a folder that exists (Path), from what was asked for.
+def identify(name: str | os.PathLike[str], *, allow_any: bool) -> Place:
+    """Where the model lies that was asked for.
 
     The catalogue comes first, so that a folder which happens to be called like one of its models
     is not read by accident. Without `allow_any` nothing else passes, and the disk is not looked
@@ -52,11 +74,11 @@ def identify(name: str | os.PathLike[str], *, allow_any: bool) -> str | Path:
         text = _without_hub_address(text)
         entry = find_entry(text)
     if entry is not None:
-        return _catalogue_source(entry.source)
+        return _catalogue_place(entry, text)
     if not allow_any:
         keys = ", ".join(entry.key for entry in CATALOGUE)
         raise ModelError(f"This host loads only the models of its catalogue: {keys}.")
-    return _folder_or_hub_id(text, is_path=not isinstance(name, str))
+    return _anywhere(text, is_path=not isinstance(name, str))
 
 
 def check_revision(revision: str | None) -> str | None:
@@ -89,7 +111,8 @@ def _clean(name: str | os.PathLike[str]) -> str:
 
 
 def _without_hub_address(text: str) -> str:
-    """owner/name from the address of a model's page; other text unchanged."""
+    """owner/name, or owner/name/FILE.gguf, from the address of a model's page or of such a file;
+    other text unchanged."""
     has_scheme = "://" in text
     if not has_scheme and text.split("/")[0].lower() not in HUB_HOSTS:
         return text
@@ -107,6 +130,9 @@ def _without_hub_address(text: str) -> str:
     if len(parts) < 2 or parts[0] in ("datasets", "spaces", "collections", "docs", "papers"):
         raise ModelError(f'"{shorten(text)}" is an address on the hub, but not that of a model.')
     hub_id = "/".join(parts[:2])
+    if len(parts) == 5 and parts[2] in ("blob", "resolve") and parts[3] == "main":
+        if is_gguf(parts[4]):
+            return f"{hub_id}/{parts[4]}"
     if path not in (hub_id, f"{hub_id}/tree/main"):
         raise ModelError(
             f'"{shorten(text)}" points inside a repository. Give the model as owner/name.'
@@ -114,20 +140,30 @@ def _without_hub_address(text: str) -> str:
     return hub_id
 
 
-def _catalogue_source(source: str | Path) -> str | Path:
-    if isinstance(source, Path) and not source.is_dir():
+def _catalogue_place(entry: CatalogueEntry, text: str) -> Place:
+    if entry.hub_id:
+        # who asks for a hub id by that id means the hub's weights
+        by_hub_id = text.casefold() == entry.hub_id.casefold()
+        return entry.package if entry.packaged and not by_hub_id else HubPlace(entry.hub_id)
+    if not entry.source.is_dir():
         raise ModelError("The demo model is not part of this installation.")
-    return source
+    return entry.source
 
 
-def _folder_or_hub_id(text: str, *, is_path: bool) -> str | Path:
+def _anywhere(text: str, *, is_path: bool) -> Place:
     # A Space is open to everyone: what lies on its disk is nobody's business.
     if not on_space():
-        folder = os.path.expanduser(text)
-        if os.path.isdir(folder):
-            return Path(folder)
+        path = os.path.expanduser(text)
+        if os.path.isdir(path) or (is_gguf(path) and os.path.isfile(path)):
+            return Path(path)
         if is_path or text.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", text):
-            raise ModelError(f'There is no folder "{shorten(text)}".')
-    if not _HUB_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith(".git"):
+            what = "file" if is_gguf(text) else "folder"
+            raise ModelError(f'There is no {what} "{shorten(text)}".')
+        if is_gguf(text) and text.count("/") < 2:
+            raise ModelError(f'There is no file "{shorten(text)}".')
+    found = _HUB_FILE.fullmatch(text)
+    repo_id, gguf = found.groups() if found else (text, None)
+    bad = ".." in text or "--" in repo_id or repo_id.endswith(".git")
+    if not _HUB_ID.fullmatch(repo_id) or bad:
         raise ModelError(f'"{shorten(text)}" does not name a model. {_ALLOWED}.')
-    return text
+    return HubPlace(repo_id, gguf)

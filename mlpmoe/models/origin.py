@@ -19,6 +19,7 @@ class Origin:
     revision: str | None  # commit on the hub
     saved_dtype: torch.dtype  # of its files, whatever it was loaded as
     licence: str | None  # as its card names it
+    gguf: str | None = None  # the GGUF file that the weights were read from
 
 
 def note_origin(model: PreTrainedModel, origin: Origin) -> None:

@@ -9,27 +9,18 @@ from pathlib import Path
 import torch
 
 from . import host, hub
-from .architecture import Architecture, inspect
-from .checkpoint import (
-    CONFIG,
-    Checkpoint,
-    folder_checkpoint,
-    read_config,
-    small_files,
-    total_bytes,
-    weight_files,
-)
-from .errors import ModelError, format_bytes, format_parameters, shorten
-from .names import check_revision, host_allows_any_model, identify
+from .architecture import Architecture, build_empty, inspect
+from .checkpoint import CARD, Checkpoint, folder_checkpoint, small_files, total_bytes, weight_files
+from .errors import ModelError, format_bytes, shorten
+from .gguf_choice import choose_gguf, header_in
+from .gguf_config import ROPE_FREQUENCIES, config_of
+from .gguf_header import Header
+from .gguf_reading import check_tokenizer, saved_dtype
+from .memory import check_memory, memory_needed
+from .names import HubPlace, Place, check_revision, host_allows_any_model, identify
 from .origin import Origin
+from .packaged import Package
 
-# Memory that work with a model takes, as a multiple of its weights:
-#   1.00  the dense model
-#   0.55  one converted copy of what fade changes, gate and up: two thirds of the MLPs, and so at
-#         most about 0.55 of a model; everything else is shared with the dense model
-#   0.45  activations, logits (a window of 512 tokens has 0.3 GB of them for a vocabulary of
-#         150,000), key-value caches of two models that write side by side, the allocator's slack
-MEMORY_FACTOR = 2.0
 DISK_RESERVE = 500_000_000  # bytes that a download leaves free
 
 
@@ -53,12 +44,24 @@ class Preflight:
     device: torch.device
     saved_dtype: torch.dtype  # of the files
     licence: str | None  # as the model's card names it
+    gguf: str | None = None  # the GGUF file that the weights are from
+    package: Package | None = None  # which has that file, and is converted on the first load
+
+    @property
+    def reads_gguf(self) -> bool:
+        """Whether the weights are read from the GGUF file itself."""
+        return self.gguf is not None and self.weight_files == (self.gguf,)
 
     @property
     def origin(self) -> Origin:
         """What a model loaded from these files remembers of them."""
         return Origin(
-            self.name, self.revision is not None, self.revision, self.saved_dtype, self.licence
+            self.package.model if self.package else self.name,
+            self.package is not None or self.revision is not None,
+            self.revision,
+            self.saved_dtype,
+            self.licence,
+            self.gguf,
         )
 
 
@@ -73,42 +76,57 @@ def preflight(
     reclaimable: int = 0,
     in_memory: bool = True,
 ) -> Preflight:
-    """Check name, files, architecture, memory and disk; downloads at most config.json and index.
+    """Check name, files, architecture, memory and disk; downloads at most config.json and index,
+    or the header of a GGUF file.
 
-    source: a key or label of the catalogue, a hub id (or the address of its page), or a folder.
-    revision: branch, tag or commit on the hub. token: for gated and private models; without one,
-    that of the person who is signed in, except on a Space. allow_any: whether models outside the
-    catalogue are allowed; None lets the host decide (`host_allows_any_model`). reclaimable: bytes
-    that the caller will free before loading; they count as available. in_memory: whether the model
-    will be held in memory as a whole, and so has to fit.
+    source: a key or label of the catalogue, a hub id (or the address of its page), a folder, or a
+    GGUF file: its path, or owner/name/FILE.gguf on the hub. A place that has several GGUF files
+    and no safetensors needs one of them to be named. revision: branch, tag or commit on the hub.
+    token: for gated and private models; without one, that of the person who is signed in, except
+    on a Space. allow_any: whether models outside the catalogue are allowed; None lets the host
+    decide (`host_allows_any_model`). reclaimable: bytes that the caller will free before loading;
+    they count as available. in_memory: whether the model will be held in memory as a whole, and so
+    has to fit.
 
-    Needs no network for folders. Raises ModelError, UnsupportedModelError (its MLPs cannot be
-    split) or UserError (no such dtype or device), each with a message for the person who asked.
+    Needs no network for what is on this machine. Raises ModelError, UnsupportedModelError (its
+    MLPs cannot be split) or UserError (no such dtype or device), each with a message for the
+    person who asked.
     """
     wanted_dtype, wanted_device = host.parse_dtype(dtype), host.parse_device(device)
     revision = check_revision(revision)
     if allow_any is None:
         allow_any = host_allows_any_model()
-    found = identify(source, allow_any=allow_any)
-    checkpoint = _find(found, revision, token)
-    config = read_config(checkpoint)
-    weights, small = weight_files(checkpoint), small_files(checkpoint)
-    architecture = inspect(config, checkpoint.fetch(CONFIG).parent, checkpoint.name)
+    place = identify(source, allow_any=allow_any)
+    checkpoint, wanted = _find(place, revision, token)
+    licence = checkpoint.licence
+    gguf = choose_gguf(checkpoint, wanted)
+    if gguf is None:
+        architecture = inspect(checkpoint)
+        weights, small = weight_files(checkpoint), small_files(checkpoint)
+    else:
+        header = header_in(checkpoint, gguf)
+        architecture = _inspect_gguf(checkpoint, gguf, header)
+        licence = licence or header.metadata.get("general.license")
+        weights, small = (gguf,), ()
     chosen = host.choose_dtype(
         wanted_dtype,
         device=wanted_device,
         parameters=architecture.parameters,
         saved=architecture.saved_dtype,
     )
+    package = place if isinstance(place, Package) else None
     available = host.available_memory(wanted_device)
     if available is not None:
         available += reclaimable
+    unpacked_here = gguf is not None and wanted_device.type != "cuda"
     if in_memory:
-        _check_memory(checkpoint.name, architecture, chosen, wanted_device, available)
+        check_memory(
+            checkpoint.name, architecture, chosen, wanted_device, available, gguf=unpacked_here
+        )
     download = _missing_bytes(checkpoint, weights + small)
     _check_disk(checkpoint, download)
     return Preflight(
-        source=str(found),
+        source=checkpoint.name if package else str(place),
         name=checkpoint.name,
         revision=checkpoint.revision,
         folder=checkpoint.folder,
@@ -118,27 +136,48 @@ def preflight(
         parameters=architecture.parameters,
         bytes_on_disk=total_bytes(checkpoint, weights + small),
         download=download,
-        memory_needed=memory_needed(architecture.parameters, chosen),
+        memory_needed=memory_needed(architecture, chosen, gguf=unpacked_here),
         memory_available=available,
         dtype=chosen,
         device=wanted_device,
         saved_dtype=architecture.saved_dtype,
-        licence=checkpoint.licence,
+        licence=package.licence if package else licence,
+        gguf=package.file if package else gguf,
+        package=package,
     )
 
 
-def memory_needed(parameters: int, dtype: torch.dtype) -> int:
-    """Bytes to hold a model and one conversion of it, and to run both."""
-    return int(parameters * dtype.itemsize * MEMORY_FACTOR)
-
-
-def _find(found: str | Path, revision: str | None, token: str | None) -> Checkpoint:
-    if isinstance(found, str):
-        return hub.find_on_hub(found, revision, token)
+def _find(place: Place, revision: str | None, token: str | None) -> tuple[Checkpoint, str | None]:
+    """The files at a place, and the GGUF file that was named."""
+    if isinstance(place, HubPlace):
+        return hub.find_on_hub(place.repo_id, revision, token, place.gguf), place.gguf
     if revision is not None:
         raise ModelError("A folder has no revisions; leave the revision out.")
+    if isinstance(place, Package):
+        folder = place.converted or place.gguf.parent
+        return folder_checkpoint(folder, place.label), None if place.converted else place.file
     # The last part of a path is enough to recognise it, and says nothing about the machine.
-    return folder_checkpoint(found, shorten(found.resolve().name))
+    name = shorten(place.resolve().name)
+    if place.is_dir():
+        return folder_checkpoint(place, name), None
+    return folder_checkpoint(place.parent, name), place.name
+
+
+def _inspect_gguf(checkpoint: Checkpoint, file: str, header: Header) -> Architecture:
+    """What a GGUF file says it is made of, if that is all that is in it."""
+    name = checkpoint.name if checkpoint.name == file else f"{checkpoint.name}/{file}"
+    if checkpoint.folder is None and CARD in checkpoint.sizes:
+        checkpoint.fetch(CARD)  # by its branch, so that the file is found again without network
+    check_tokenizer(header, name)
+    found = build_empty(config_of(header, name), name, saved_dtype(header))
+    extra = header.tensors.get(ROPE_FREQUENCIES)
+    inside = header.parameters - (extra.count if extra else 0)
+    if inside != found.parameters:
+        raise ModelError(
+            f"The tensors of {name} are not those of a {found.name}: they have {inside:,} weights "
+            f"where the model has {found.parameters:,}. Choose the original model."
+        )
+    return found
 
 
 def _missing_bytes(checkpoint: Checkpoint, files: tuple[str, ...]) -> int:
@@ -157,27 +196,3 @@ def _check_disk(checkpoint: Checkpoint, download: int) -> None:
             f"{checkpoint.name} is a download of {format_bytes(download)}, but the disk has "
             f"{format_bytes(free)} free, of which {format_bytes(DISK_RESERVE)} stay reserved."
         )
-
-
-def _check_memory(
-    name: str,
-    architecture: Architecture,
-    dtype: torch.dtype,
-    device: torch.device,
-    available: int | None,
-) -> None:
-    needed = memory_needed(architecture.parameters, dtype)
-    if available is None or needed <= available:
-        return
-    smaller = memory_needed(architecture.parameters, torch.bfloat16)
-    advice = (
-        f"In bfloat16 it would fit ({format_bytes(smaller)})."
-        if smaller <= available and smaller < needed
-        else "Choose a smaller model."
-    )
-    place = "this machine" if device.type != "cuda" else f"the GPU ({device})"
-    raise ModelError(
-        f"{name} ({format_parameters(architecture.parameters)} parameters) needs about "
-        f"{format_bytes(needed)} in {str(dtype).removeprefix('torch.')}, {place} has "
-        f"{format_bytes(available)} free. {advice}"
-    )

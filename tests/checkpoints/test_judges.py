@@ -159,7 +159,7 @@ def test_generate_writes_what_the_page_shows(demo, spec, form, tmp_path):
 
 @pytest.fixture(scope="module")
 def gguf_file(made):
-    from tests.checkpoints.judges.gguf_writing import write_gguf  # needs the package gguf
+    from tests.gguf_writing import write_gguf  # needs the package gguf
 
     _, folder = made
     file = folder.with_name("gguf") / "judged.gguf"

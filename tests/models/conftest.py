@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpmoe.models import packaged
 from tests.models.fake_hub import FakeHub
 from tests.tiny import save_tiny_model
 
@@ -35,3 +36,10 @@ def own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run as on a laptop unless they say otherwise."""
     monkeypatch.delenv("SPACE_ID", raising=False)
     monkeypatch.delenv("MLPMOE_ALLOW_ANY_MODEL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real model's package is not installed, and nothing of it was converted."""
+    monkeypatch.setenv("MLPMOE_CACHE", str(tmp_path / "converted"))
+    monkeypatch.setattr(packaged, "find_spec", lambda module: None)

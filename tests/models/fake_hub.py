@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import ModelCard, close_session, constants
 from huggingface_hub.utils import _http
 
 GOOD_TOKEN = "hf_good"
@@ -39,7 +40,7 @@ class Repo:
     gated: bool = False  # files only with GOOD_TOKEN
     private: bool = False  # nothing at all without GOOD_TOKEN
     status: int | None = None  # fail every request with it
-    weight_status: int | None = None  # fail requests for safetensors files with it
+    weight_status: int | None = None  # fail requests for weight files with it
 
 
 class FakeHub:
@@ -47,7 +48,9 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
-        self.requests: list[str] = []  # "GET /owner/model/resolve/..."
+        self.requests: list[
+            str
+        ] = []  # "GET /owner/model/resolve/...", and " 4000" for that many bytes
         hub = self
 
         class Handler(_Handler):
@@ -179,12 +182,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, repo: Repo, sha: str, name: str) -> None:
         if repo.gated and self._token() != GOOD_TOKEN:
             return self._error(403, "GatedRepo", "Access to this model is restricted.")
-        if repo.weight_status is not None and name.endswith(".safetensors"):
+        if repo.weight_status is not None and name.endswith((".safetensors", ".gguf")):
             return self._error(repo.weight_status, None)
         content = repo.commits[sha].get(name)
         if content is None:
             return self._error(404, "EntryNotFound")
         headers = {"X-Repo-Commit": sha, "ETag": f'"{_blob(content)}"'}
+        wanted = re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range", ""))
+        if wanted:
+            part = content[: int(wanted[1]) + 1]
+            self.fake.requests[-1] += f" {len(part)}"
+            headers["Content-Range"] = f"bytes 0-{len(part) - 1}/{len(content)}"
+            return self._send(206, part, "application/octet-stream", headers)
         return self._send(200, content, "application/octet-stream", headers)
 
     def _info(self, repo_id: str, repo: Repo, sha: str) -> dict:
@@ -192,8 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             {"rfilename": name, "size": repo.sizes.get(name, len(content))}
             for name, content in repo.commits[sha].items()
         ]
+        card = ModelCard(repo.commits[sha].get("README.md", b"").decode())
         return {
             "id": repo_id,
+            "cardData": card.data.to_dict(),
             "sha": sha,
             "siblings": siblings,
             "private": repo.private,

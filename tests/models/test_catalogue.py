@@ -1,21 +1,18 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from mlpmoe.models.catalogue import CATALOGUE, assets_folder, find_entry, resolve
-from mlpmoe.models.names import identify
+from mlpmoe.models.catalogue import CATALOGUE, assets_folder, find_entry
+from mlpmoe.models.checkpoint import folder_checkpoint
+from mlpmoe.models.names import HubPlace, identify
 
 
 def test_entries_are_found_by_key_label_and_hub_id_in_any_case():
     for entry in CATALOGUE:
         assert find_entry(entry.key) is entry
         assert find_entry(f"  {entry.label.upper()} ") is entry
-        assert resolve(entry.key) == entry.source
         if isinstance(entry.source, str):
             assert find_entry(entry.source.lower()) is entry
-    assert resolve("somebody/else") == "somebody/else"
     assert find_entry("") is None
 
 
@@ -30,7 +27,7 @@ def test_a_folder_called_like_a_catalogue_model_is_not_read(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
     (tmp_path / "other" / "model").mkdir(parents=True)
-    assert identify("Qwen/Qwen3-0.6B", allow_any=True) == "Qwen/Qwen3-0.6B"
+    assert identify("Qwen/Qwen3-0.6B", allow_any=True) == HubPlace("Qwen/Qwen3-0.6B")
     assert identify("other/model", allow_any=True).is_dir()
 
 
@@ -40,5 +37,5 @@ def test_the_demo_model_has_the_parameters_that_the_catalogue_promises():
         pytest.skip("the demo model has not been trained here")
     from mlpmoe.models.architecture import inspect
 
-    found = inspect(json.loads(config.read_text()), config.parent, "demo")
+    found = inspect(folder_checkpoint(config.parent, "demo"))
     assert found.parameters == CATALOGUE[0].parameters

@@ -51,10 +51,11 @@ def test_auto_dtype(monkeypatch):
     def choose(device, parameters, saved=torch.bfloat16, dtype=None):
         return host.choose_dtype(dtype, device=device, parameters=parameters, saved=saved)
 
-    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: True)
-    assert choose(CPU, 135_000_000) is torch.float32
-    assert choose(CPU, 494_000_000) is torch.bfloat16
-    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(host, "bfloat16_is_faster", lambda: True)
+    assert choose(CPU, 50_000_000) is torch.float32
+    assert choose(CPU, 135_000_000) is torch.bfloat16
+    assert choose(CPU, 135_000_000, saved=torch.float32) is torch.bfloat16
+    monkeypatch.setattr(host, "bfloat16_is_faster", lambda: False)
     assert choose(CPU, 494_000_000) is torch.float32
     assert choose(CPU, 135_000_000, dtype=torch.float16) is torch.float16
     assert choose(GPU, 135_000_000) is torch.bfloat16
@@ -63,11 +64,29 @@ def test_auto_dtype(monkeypatch):
         choose(torch.device("mps"), 1, dtype=torch.float64)
 
 
-def test_cpu_capability_survives_a_torch_without_the_private_checks(monkeypatch):
-    assert host.cpu_has_bfloat16() in (True, False)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert not host.cpu_has_bfloat16()
+@pytest.mark.parametrize(
+    ("bfloat16", "faster", "products"),
+    [
+        ([9.0, 1.0, 1.0, 1.0], True, 8),  # slow only until it is set up
+        ([2.0, 1.9, 1.9, 1.9], False, 8),  # no gain worth the digits
+        ([1000.0] * 4, False, 2),  # emulated: one look is enough
+    ],
+)
+def test_the_cpu_is_asked_once_which_dtype_it_multiplies_faster(bfloat16, faster, products):
+    times = {torch.float32: [4.0, 2.0, 2.0, 3.0], torch.bfloat16: list(bfloat16)}
+    asked = []
+
+    def seconds(dtype):
+        asked.append(dtype)
+        return times[dtype].pop(0)
+
+    assert host.bfloat16_is_faster(seconds) is faster
+    assert host.bfloat16_is_faster(seconds) is faster
+    assert len(asked) == products
+
+
+def test_this_cpu_says_which_dtype_is_faster():
+    assert host.bfloat16_is_faster() in (True, False)
 
 
 def write_group(folder: Path, limit: str, usage: str, cache: int, version: int) -> None:

@@ -8,21 +8,29 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from huggingface_hub import constants
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from transformers import LlamaConfig, OPTConfig
 
 from mlpmoe.core.errors import UnsupportedModelError, UserError
 from mlpmoe.models import host
 from mlpmoe.models.catalogue import CATALOGUE
 from mlpmoe.models.errors import ModelError
-from mlpmoe.models.hub import explain, offline_models
+from mlpmoe.models.hub import answers, explain, offline_models
 from mlpmoe.models.loading import load, load_checked
+from mlpmoe.models.origin import origin_of
 from mlpmoe.models.preflight import preflight
+from tests.gguf_writing import write_gguf
 from tests.models.fake_hub import GOOD_TOKEN, FakeHub
+from tests.models.random_models import save_random
 from tests.tiny import save_tiny_model, tiny_model
 
 REPO = "owner/tiny"
@@ -176,7 +184,7 @@ def test_too_large_for_memory(hub, tiny_folder, monkeypatch):
     sizes = {"model.safetensors": 500_000_000_000}
     hub.add("owner/huge", config_only(huge, tiny_folder), sizes=sizes)
     assert re.fullmatch(
-        r"owner/huge \(25\d\.\d billion parameters\) needs about 1\.0 TB in bfloat16, "
+        r"owner/huge \(25\d\.\d billion parameters\) needs about 933\.2 GB in bfloat16, "
         r"this machine has [\d.]+ [GM]B free\. Choose a smaller model\.",
         refusal("owner/huge", dtype="bfloat16"),
     )
@@ -242,8 +250,7 @@ def test_damaged_files_from_the_hub(hub, tiny_folder):
     files = files_of(tiny_folder)
     hub.add("owner/cut", {**files, "model.safetensors": files["model.safetensors"][:-8]})
     assert refusal("owner/cut") == (
-        "The weights of owner/cut cannot be read (SafetensorError). They are damaged or do not "
-        "fit its config.json."
+        "model.safetensors of owner/cut is damaged or cut off. Download or copy it again."
     )
     hub.add("owner/words", {**files, "tokenizer.json": b"{}"})
     hub.requests.clear()
@@ -251,6 +258,104 @@ def test_damaged_files_from_the_hub(hub, tiny_folder):
     assert not hub.requested(".safetensors"), (
         "the tokenizer is tried before the weights are fetched"
     )
+
+
+# GGUF -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A repository of GGUF files of one model, with a card."""
+    folder = tmp_path_factory.mktemp("quantised")
+    saved = save_random(folder / "model", "llama", rope_parameters={"rope_type": "default"})
+    for kind in (Kind.F32, Kind.Q8_0):
+        write_gguf(saved, folder / f"tiny-{kind.name}.gguf", kind=kind)
+    card = b"---\nlicense: mit\nbase_model: owner/tiny\n---\n"
+    return {file.name: file.read_bytes() for file in folder.glob("*.gguf")} | {"README.md": card}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "owner/tiny-GGUF/tiny-Q8_0.gguf",
+        "https://huggingface.co/owner/tiny-GGUF/blob/main/tiny-Q8_0.gguf",
+        "https://huggingface.co/owner/tiny-GGUF/resolve/main/tiny-Q8_0.gguf?download=true",
+    ],
+)
+def test_a_gguf_file_of_a_repository(hub, quantised, monkeypatch, name):
+    sha = hub.add("owner/tiny-GGUF", quantised)
+    monkeypatch.setattr("mlpmoe.models.gguf_header.FIRST_PIECE", 8_000)
+    found = preflight(name, device="cpu")
+    assert found.name == "owner/tiny-GGUF" and found.gguf == "tiny-Q8_0.gguf"
+    assert found.revision == sha and found.licence == "mit"
+    assert found.download == found.bytes_on_disk == len(quantised["tiny-Q8_0.gguf"])
+    assert found.architecture == "LlamaForCausalLM"
+    pieces = [int(request.split()[-1]) for request in hub.requests if ".gguf " in request]
+    assert pieces and max(pieces) < found.download, "no more than the header"
+    assert not hub.requested(".gguf") and not hub.requested("tiny-F32.gguf")
+    seen = []
+    model, tokenizer = load_checked(found, on_progress=lambda *report: seen.append(report))
+    assert model.num_parameters() == found.parameters
+    assert tokenizer("the cat")["input_ids"]
+    assert re.fullmatch(r"downloading \d+ kB", seen[0][0])
+    origin = origin_of(model)
+    assert (origin.name, origin.on_hub, origin.gguf) == ("owner/tiny-GGUF", True, "tiny-Q8_0.gguf")
+    hub.stop()  # from the cache, by the file or, since there is only one, without
+    assert load(name, device="cpu")
+    assert load("owner/tiny-GGUF", device="cpu")
+    assert "is not on this machine" in refusal("owner/tiny-GGUF/tiny-F32.gguf")
+
+
+def test_several_gguf_files_of_a_repository(hub, quantised, tiny_folder):
+    hub.add("owner/tiny-GGUF", quantised)
+    message = refusal("owner/tiny-GGUF")
+    assert message.startswith(
+        "owner/tiny-GGUF has 2 GGUF files; name one of them as owner/tiny-GGUF/tiny-F32.gguf. "
+        "There are: tiny-F32.gguf ("
+    )
+    missing = refusal("owner/tiny-GGUF/tiny-Q4_0.gguf")
+    assert missing.startswith("owner/tiny-GGUF has no file tiny-Q4_0.gguf. There are: tiny-F32")
+    hub.add("owner/both", files_of(tiny_folder) | quantised)
+    assert preflight("owner/both").weight_files == ("model.safetensors",)
+    assert preflight("owner/both/tiny-F32.gguf").gguf == "tiny-F32.gguf"
+    hub.add("owner/plain", tiny_folder)
+    assert refusal("owner/plain/x.gguf") == "owner/plain has no file x.gguf. It has no GGUF files."
+    assert not hub.requested(".gguf"), "nothing was downloaded"
+
+
+def test_a_gguf_file_on_a_hub_with_problems(hub, quantised):
+    hub.add("owner/tiny-GGUF", quantised, weight_status=500)
+    assert "The hub has a problem of its own (error 500)" in refusal(
+        "owner/tiny-GGUF/tiny-F32.gguf"
+    )
+    hub.add("owner/cut", quantised, sizes={"tiny-F32.gguf": 20_000})
+    assert "is cut off: it has 20 kB of" in refusal("owner/cut/tiny-F32.gguf")
+
+
+def test_a_hub_that_answers(hub, monkeypatch):
+    assert answers(5.0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not answers(5.0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.stop()
+    assert not answers(5.0)
+
+
+def test_a_hub_that_is_silent_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr("mlpmoe.models.hub.get_session", lambda: threading.Event().wait(60))
+    started = perf_counter()
+    assert not answers(0.05)
+    assert perf_counter() - started < 10
+
+
+def test_quantised_weights_that_their_config_does_not_tell(hub, tiny_folder):
+    """transformers would take the packed numbers for weights."""
+    files = files_of(tiny_folder)
+    tensors = load_tensors(files["model.safetensors"])
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    hub.add("owner/packed", {**files, "model.safetensors": save_tensors(tensors, {"format": "pt"})})
+    assert refusal("owner/packed").startswith("owner/packed is quantised (F8_E4M3);")
 
 
 def test_a_progress_callback_can_cancel(hub, tiny_folder):

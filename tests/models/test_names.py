@@ -6,7 +6,7 @@ import pytest
 
 from mlpmoe.models.catalogue import CATALOGUE
 from mlpmoe.models.errors import ModelError, format_bytes, format_parameters, shorten
-from mlpmoe.models.names import check_revision, host_allows_any_model, identify
+from mlpmoe.models.names import HubPlace, check_revision, host_allows_any_model, identify
 
 HOSTILE = {
     "": "No model was named",
@@ -23,7 +23,7 @@ HOSTILE = {
     "C:\\models\\mine": "There is no folder",
     "x" * 400: "does not name a model",
     "gpt2": '"gpt2" does not name a model. Allowed are a catalogue name, a hub id in the form '
-    "owner/name, or a folder.",
+    "owner/name, a folder, or a GGUF file in either",
     "a/b/c": "does not name a model",
     "a/..": "does not name a model",
     "a--b/c": "does not name a model",
@@ -70,12 +70,12 @@ def test_what_is_not_text_is_refused(name):
     ],
 )
 def test_hub_ids_and_addresses_of_model_pages(name):
-    assert identify(name, allow_any=True) == "owner/name"
+    assert identify(name, allow_any=True) == HubPlace("owner/name")
 
 
 def test_an_address_of_a_catalogue_model_is_allowed_everywhere():
     address = f"https://huggingface.co/{CATALOGUE[1].source}"
-    assert identify(address, allow_any=False) == CATALOGUE[1].source
+    assert identify(address, allow_any=False) == HubPlace(CATALOGUE[1].source)
 
 
 def test_folders(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_space_never_looks_at_its_disk(tmp_path, monkeypatch):
     for name in (str(tmp_path), "/nowhere", tmp_path):
         with pytest.raises(ModelError, match="does not name a model"):
             identify(name, allow_any=True)
-    assert identify("owner/name", allow_any=True) == "owner/name"
+    assert identify("owner/name", allow_any=True) == HubPlace("owner/name")
 
 
 def test_hosts(monkeypatch):
