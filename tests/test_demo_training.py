@@ -1,9 +1,7 @@
 """How the demo model's stories are read, renamed and packed, and that its training still runs."""
 
 import itertools
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from hypothesis import strategies as st
 from measure import longest_copy
 from stories import HE, SHE, Renaming, read_stories
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import forked
 
 DEMO = Path(train.__file__).parent
 WIDTH = 12
@@ -114,8 +114,7 @@ def test_training_runs_repeats_itself_and_leaves_a_stock_checkpoint(tmp_path):
     command = [sys.executable, str(DEMO / "train.py"), str(DEMO / "stories.txt"), *tiny.split()]
     command += ["--compile", "0", "--share", "0.02", "--held-out", "0.005", "--epochs", "0.5"]
     for out in ("one", "two"):
-        run = [*command, "--out", str(tmp_path / out)]
-        done = subprocess.run(run, capture_output=True, text=True, env=os.environ, timeout=300)
+        done = forked.run([*command, "--out", tmp_path / out], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "held-out bits per byte" in done.stdout
     one, two = (

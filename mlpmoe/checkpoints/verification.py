@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ def answers_of(
         # its own module cache: code of a checkpoint leaves nothing behind
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
         with open(Path(room, "errors"), "w+b") as errors:
-            process = subprocess.Popen(
+            process = Popen(
                 command, cwd=room, env=os.environ | settings, stdout=errors, stderr=errors
             )
             try:
@@ -197,7 +197,7 @@ def answers_of(
                         on_progress("opening the checkpoint in a fresh process", None)
                     try:
                         process.wait(POLL)
-                    except subprocess.TimeoutExpired:
+                    except TimeoutExpired:
                         continue
             finally:
                 process.kill()

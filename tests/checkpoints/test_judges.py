@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,13 +22,14 @@ from mlpmoe.core.calibration import DOCUMENT_SEPARATOR
 from mlpmoe.measure.encoding import encode_text
 from mlpmoe.measure.perplexity import measure
 from mlpmoe.models import named_text
+from tests import forked
+from tests.forked import reloading
 
 pytestmark = pytest.mark.slow
 
 JUDGES = Path(__file__).with_name("judges")
 STATIC = ConversionSpec(branches=16, keep=12, fade=0.9)
 ROUTED = ConversionSpec(method="expertweaver", shared=0.5, active=0.75)
-PROMPTS = ("Once upon a time", "Nina had a blue sweater", "The old clock stopped")
 TOKENS = 128  # new ones, which the page's slider begins with
 LENGTH = 128  # tokens that lm-eval predicts in one window
 
@@ -51,7 +51,8 @@ def made(demo, tmp_path_factory):
     model, tokenizer = demo
     converted = convert(model, STATIC)
     folder = tmp_path_factory.mktemp("judged") / "dense"
-    export(converted, folder, tokenizer=tokenizer)
+    with reloading():
+        export(converted, folder, tokenizer=tokenizer)
     return converted, folder
 
 
@@ -64,9 +65,7 @@ def run(folder, *command):
     """Run Python offline in `folder`, with caches of its own there; what it printed."""
     own = {"HF_HOME": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
     env = os.environ | own | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=env, capture_output=True, text=True
-    )
+    done = forked.run([sys.executable, *command], cwd=folder, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -136,11 +135,15 @@ def test_lm_eval_finds_our_perplexity(demo, made, stories, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "form"),
-    [(STATIC, "dense"), (STATIC, "branches"), (ROUTED, "granite-moe")],
+    ("spec", "form", "prompt"),
+    [
+        (STATIC, "dense", "Once upon a time"),
+        (STATIC, "branches", "Nina had a blue sweater"),
+        (ROUTED, "granite-moe", "The old clock stopped"),
+    ],
     ids=["dense", "branches", "granite-moe"],
 )
-def test_generate_writes_what_the_page_shows(demo, spec, form, tmp_path):
+def test_generate_writes_what_the_page_shows(demo, spec, form, prompt, tmp_path):
     model, tokenizer = demo
     calibration = Calibration.from_text(tokenizer, named_text("calibration"), tokens=4096)
     converted = convert(model, spec, calibration=calibration if spec.routed else None)
@@ -148,13 +151,12 @@ def test_generate_writes_what_the_page_shows(demo, spec, form, tmp_path):
     made = export(converted, folder, tokenizer=tokenizer, form=form)
     code = "yes" if made.record.remote_code else "no"
     assert code == ("yes" if form == "branches" else "no")
-    printed = run(tmp_path, JUDGES / "generate_alone.py", folder, TOKENS, code, *PROMPTS)
-    texts = json.loads(printed.splitlines()[-1])
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        # the page writes with both models and shows the text of each
-        *_, (_, shown) = write_side_by_side((model, converted), tokenizer, prompt, TOKENS)
-        assert len(text) > 100
-        assert text == shown.text
+    printed = run(tmp_path, JUDGES / "generate_alone.py", folder, TOKENS, code, prompt)
+    text = json.loads(printed.splitlines()[-1])
+    # the page writes with both models and shows the text of each
+    *_, (_, shown) = write_side_by_side((model, converted), tokenizer, prompt, TOKENS)
+    assert len(text) > 100
+    assert text == shown.text
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from mlpmoe.measure.perplexity import perplexity
 from mlpmoe.measure.recipes import recipes
 from mlpmoe.measure.sweep import comparison
 from tests.commands.common import ROOT, STORIES, TEXT, refused, strictly
+from tests.forked import Forked
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
 
 
@@ -371,30 +373,35 @@ def test_a_person_sees_the_time_left(sweep, monkeypatch):
 MANY = ["--branches", "1:48:1", "--fade", "0.5,0.9"]
 
 
-def started(folder, text, runs, *flags):
-    return subprocess.Popen(
-        [sys.executable, "-m", "mlpmoe", "sweep", str(folder), "--text", str(text), *MANY,
-         "--out", str(runs), *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+class Started:
+    """A sweep in a process of its own, and what it writes to stdout and stderr."""
 
+    def __init__(self, folder, text, runs, *flags):
+        self.files = [runs.with_name(name) for name in ("stdout", "stderr")]
+        command = [sys.executable, "-m", "mlpmoe", "sweep", folder, "--text", text, *MANY, "--out",
+                   runs, *flags]  # fmt: skip
+        with open(self.files[0], "wb") as out, open(self.files[1], "wb") as err:
+            self.process = Forked(command, cwd=ROOT, env=os.environ, stdout=out, stderr=err)
 
-def wait_for_lines(process, runs, count):
-    """Until the file has that many whole lines; fails if the process ends before."""
-    deadline = time.monotonic() + 240
-    while not runs.exists() or runs.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline
-        with suppress(subprocess.TimeoutExpired):
-            pytest.fail(f"ended with {process.wait(0.02)}: {process.stderr.read()}")
+    def said(self):
+        return [file.read_text() for file in self.files]
+
+    def wait_for_lines(self, runs, count):
+        """Until the file has that many whole lines; fails if the process ends before."""
+        deadline = time.monotonic() + 240
+        while not runs.exists() or runs.read_bytes().count(b"\n") < count:
+            assert time.monotonic() < deadline
+            with suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"ended with {self.process.wait(0.02)}: {self.said()}")
 
 
 def test_a_killed_sweep_goes_on_where_it_was(sweep, folder, text, runs):
-    process = started(folder, text, runs)
+    started = Started(folder, text, runs)
     try:
-        wait_for_lines(process, runs, 3)
+        started.wait_for_lines(runs, 3)
     finally:
-        process.kill()
-        process.communicate()
+        started.process.kill()
+        started.process.wait()
     left = runs.read_bytes()
     known = left.count(b"\n")
     assert 3 <= known < 96
@@ -423,19 +430,20 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep, folder, text, runs):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 def test_an_interrupted_sweep_on_ray_goes_on_here(sweep, folder, text, runs):
-    process = started(folder, text, runs, "--engine", "ray", "--workers", "2")
+    started = Started(folder, text, runs, "--engine", "ray", "--workers", "1")
     try:
-        wait_for_lines(process, runs, 2)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        started.wait_for_lines(runs, 2)
+        children = psutil.Process(started.process.pid).children(recursive=True)
+        os.kill(started.process.pid, signal.SIGINT)
+        status = started.process.wait(timeout=120)
     finally:
-        process.kill()
+        started.process.kill()
     assert not psutil.wait_procs(children, timeout=60)[1]  # nothing is left running
-    if process.returncode == 0:
+    if status == 0:
         pytest.skip("the sweep was done before the interrupt came")
-    assert (process.returncode, out) == (130, b"")
-    assert err.endswith(b"mlpmoe: interrupted\n")
+    out, err = started.said()
+    assert (status, out) == (130, "")
+    assert err.endswith("mlpmoe: interrupted\n")
     known = runs.read_bytes().count(b"\n")
     status, out, _ = sweep(*MANY, "--out", str(runs))
     assert status == 0

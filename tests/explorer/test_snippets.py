@@ -7,18 +7,15 @@ import io
 import json
 import re
 import shlex
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
 import torch
 
-import mlpmoe
 from mlpmoe import ConversionSpec, convert, load, named_text
+from mlpmoe.__main__ import main
 from mlpmoe.commands.arguments import add_spec, read_spec
 from mlpmoe.explorer.experts import ExpertHandlers
 from mlpmoe.explorer.handlers import Handlers
@@ -73,15 +70,13 @@ def shell_line(code: str) -> str:
     return line[line.index("python") :]
 
 
-def run_shell(code: str, folder: Path | None = None) -> dict:
+def run_shell(code: str) -> dict:
     """What the command prints as JSON."""
-    words = shlex.split(shell_line(code))
-    done = subprocess.run(
-        [sys.executable, *words[1:], "--json", "--no-speed"],
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    python, flag, name, *words = shlex.split(shell_line(code))
+    assert (python, flag, name) == ("python", "-m", "mlpmoe")
+    with redirect_stdout(io.StringIO()) as out:
+        assert main([*words, "--json", "--no-speed"]) == 0
+    return json.loads(out.getvalue())
 
 
 def measured(loaded: LoadedModel, asked: Conversion, text: str) -> list[float]:
@@ -101,15 +96,13 @@ def real() -> Workbench:
 SHOWN = {"branches": 8, "keep": 6, "fade": 0.7, "fade_schedule": "uniform"}
 
 
-def compare_with_the_page(
-    loaded: LoadedModel, code: str, asked: Conversion, text: str, folder: Path | None = None
-) -> None:
+def compare_with_the_page(loaded: LoadedModel, code: str, asked: Conversion, text: str) -> None:
     """Python and the shell give what the page has measured, and what it has counted."""
     expected = measured(loaded, asked, text)
     names, printed = run_python(code)
     assert names["converted"] is not loaded.converted(asked)
     assert printed == pytest.approx(expected, rel=1e-6)
-    shown = run_shell(code, folder)
+    shown = run_shell(code)
     assert shown["spec"] == spec_of(asked).to_dict()
     told = [
         shown["dense"]["perplexity"],
@@ -151,7 +144,6 @@ def test_the_code_of_a_calibrated_conversion_gives_the_page_s_figures(
     seen = named_calibration("stories")[:6000]
     (tmp_path / "own-calibration.txt").write_text(seen, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(mlpmoe.__file__).parents[1]))
     if method == "cmoe":
         settings = expert_settings(calibration="own", own_text=seen, method=method)
         _, code, _, _ = ExpertHandlers(real).describe("demo", *settings)
@@ -159,7 +151,7 @@ def test_the_code_of_a_calibrated_conversion_gives_the_page_s_figures(
     else:
         text, spec = "proxy", ConversionSpec(keep=12, order="activation")
         code = snippet("demo", spec, text, "own-calibration.txt")
-    compare_with_the_page(real.loaded("demo"), code, Calibrated(spec, seen), text, tmp_path)
+    compare_with_the_page(real.loaded("demo"), code, Calibrated(spec, seen), text)
 
 
 # on a tiny model

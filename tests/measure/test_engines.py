@@ -150,9 +150,9 @@ def test_what_goes_wrong_on_a_worker_is_said_here(job, tmp_path, alone):
              logging_level="error", object_store_memory=100 * 2**20)  # fmt: skip
     try:
         with pytest.raises(ModelError, match=r"config\.json"):
-            list(run_on_ray(replace(job, model=str(tmp_path)), SPECS, load))
+            list(run_on_ray(replace(job, model=str(tmp_path)), SPECS, load, workers=1))
         with pytest.raises(UserError, match="a worker of Ray ended"):
-            list(run_on_ray(job, SPECS, dies))
+            list(run_on_ray(job, SPECS, dies, workers=1))
         runs = run_on_ray(job, SPECS, load)
         assert isinstance(next(runs), Run)
         working = [p for p in processes() if "_Worker" in p.name() + " ".join(p.cmdline())]

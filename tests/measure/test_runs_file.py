@@ -3,10 +3,9 @@
 import json
 import math
 import os
-import subprocess
 import sys
+import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.runs_file import RunsFile
 from mlpmoe.measure.sweep import Run
+from tests.forked import Forked
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTING = {
     "model": "demo", "dtype": "float32", "text": "stories 123abc", "calibration": None,
     "protocol": "documents", "window": 512, "stride": 512,
@@ -107,44 +106,45 @@ def test_a_disk_that_takes_a_line_in_pieces(file, monkeypatch):
 
 
 WRITER = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from tests.measure.test_runs_file import RUN, SETTING, ConversionSpec, Path, RunsFile, replace
+import os, sys, time
+from pathlib import Path
+from tests.measure.test_runs_file import RUN, SETTING, ConversionSpec, RunsFile, replace
 write = os.write
 os.write = lambda file, data: write(file, data[:100])  # many pieces, to be mixed up
-file = RunsFile(Path(sys.argv[2]), SETTING)
-print("ready", flush=True)
-sys.stdin.readline()
+file = RunsFile(Path(sys.argv[1]), SETTING)
+Path(f"ready-{sys.argv[2]}").touch()
+while not Path("go").exists():
+    time.sleep(0.001)
 for number in range(100):
-    spec = ConversionSpec(branches=number + 1, seed=int(sys.argv[3]))
+    spec = ConversionSpec(branches=number + 1, seed=int(sys.argv[2]))
     file.append(replace(RUN, spec=spec), 62)
 """
 
 
-def test_processes_that_write_at_a_time_do_not_mix(file):
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(ROOT), str(file.path), str(seed)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )
-        for seed in (1, 2)
-    ]  # fmt: skip
-    try:
-        for writer in writers:
-            assert writer.stdout.readline() == b"ready\n"
-        for writer in writers:
-            writer.stdin.write(b"\n")
-            writer.stdin.flush()
-        for writer in writers:
-            assert writer.wait(timeout=120) == 0
-    finally:
-        for writer in writers:
-            writer.kill()
-            writer.communicate()
+def test_processes_that_write_at_a_time_do_not_mix(file, tmp_path):
+    (tmp_path / "writer.py").write_text(WRITER)
+    with open(tmp_path / "said", "wb") as said:
+        command = [sys.executable, tmp_path / "writer.py", file.path]
+        room = {"cwd": tmp_path, "env": os.environ, "stdout": said, "stderr": said}
+        writers = [Forked([*command, seed], **room) for seed in (1, 2)]
+        try:
+            while len(list(tmp_path.glob("ready-*"))) < 2:
+                assert all(writer.poll() is None for writer in writers), failed(tmp_path)
+                time.sleep(0.01)
+            (tmp_path / "go").touch()
+            for writer in writers:
+                assert writer.wait(timeout=120) == 0, failed(tmp_path)
+        finally:
+            for writer in writers:
+                writer.kill()
     assert len(file.path.read_bytes().splitlines()) == 200
     assert {(spec.branches, spec.seed) for spec in file.read()} == {
         (branches, seed) for branches in range(1, 101) for seed in (1, 2)
     }
+
+
+def failed(tmp_path):
+    return (tmp_path / "said").read_text()
 
 
 def test_a_place_where_no_file_can_be(tmp_path):
