@@ -22,7 +22,7 @@ from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
 from mlpmoe.explorer.suggest import SuggestHandlers, _Found, read_budget, sentence
 from mlpmoe.explorer.suggest_panel import COLUMNS, GOALS
-from mlpmoe.measure.encoding import encode_text
+from mlpmoe.measure.encoding import encode_text, scored_tokens
 from mlpmoe.measure.notation import change, signed_percent
 from mlpmoe.measure.perplexity import compare, measure
 from mlpmoe.measure.search import ALLOWANCE, Budget
@@ -39,7 +39,7 @@ SKIPPED = gr.skip()
 @pytest.fixture
 def tab(workbench, monkeypatch):
     """The tab, with a text to measure on that takes a moment only."""
-    monkeypatch.setattr(module, "TEXT", "proxy")
+    monkeypatch.setattr(module, "default_text", lambda model: "proxy")
     return SuggestHandlers(workbench)
 
 
@@ -59,9 +59,9 @@ def finished(steps) -> SimpleNamespace:
 
 
 def spec_of(query: str) -> ConversionSpec:
-    """The spec of a link to the demo model on the text that finds are measured on."""
+    """The spec of a link to the demo model on the text of its kind."""
     link, notices = read_link(query)
-    assert (link.model, link.text, notices) == ("demo", module.TEXT, [])
+    assert (link.model, link.text, notices) == ("demo", "stories", [])
     return link.spec
 
 
@@ -106,7 +106,7 @@ def numbers(text: str) -> list[float]:
     ids=["nonzero", "nothing but the weights", "compute", "perplexity"],
 )
 def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, text):
-    monkeypatch.setattr(module, "TEXT", text)
+    monkeypatch.setattr(module, "default_text", lambda model: text)
     found = finished(tab.suggest(visitor(), *values))
     assert found.status == ""
     assert len(found.table) == len(found.specs) == len(set(found.specs)) >= 2
@@ -157,7 +157,7 @@ def test_what_is_shown_was_measured(tab, demo, visitor, monkeypatch, values, tex
     assert in_words(star.spec)[1:] in plain
     assert change(star.ratio, star.stderr)[:4] in plain
     assert f"{len(runs)} measured" in plain
-    assert f"{demo.text(text).scored_tokens:,} tokens" in plain
+    assert f"{scored_tokens(demo.windows(text)):,} tokens" in plain
     mark = trace(found.plot, "suggested")
     assert list(mark.x) == pytest.approx([100 * cost(star)])
     assert list(map(spec_of, mark.customdata)) == [star.spec]
@@ -364,8 +364,9 @@ def test_a_taken_row_is_restored(tab, demo, visitor, notices):
         assert before == query
         assert int(time) > 1.7e18  # nanoseconds
         assert tab.take(queries, event([row, 0])) != taken  # a second click counts too
-        is_open, model, text, *shown = opening.restore_taken(taken, "demo")
-        assert (is_open, model, text["value"]) == (True, "demo", "proxy")
+        is_open, model, text, calibration, *shown = opening.restore_taken(taken, "demo")
+        assert (is_open, model, text["value"]) == (True, "demo", "stories")
+        assert calibration["value"] == "stories"
         restored = read_spec(chosen(tuple(shown[: len(CONTROLS) + 1])))
         assert in_words(restored) == in_words(spec)
         if restored != spec:  # what says nothing is left out, and the same is made
