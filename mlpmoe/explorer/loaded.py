@@ -297,6 +297,7 @@ class LoadedModel:
 
     def plan(self, key: str) -> Plan:
         """In which windows and which order a text is measured."""
+        self.texts.check(key)
         return self._plans.get_or_make(key, lambda: Plan(self.model, self.text(key)))
 
     def windows(self, key: str) -> list[Window]:

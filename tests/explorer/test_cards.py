@@ -27,6 +27,7 @@ from mlpmoe.explorer.cards import (
 )
 from mlpmoe.explorer.loaded import Evaluation, Zeros
 from mlpmoe.explorer.texts import SHIPPED, text_name
+from mlpmoe.measure.encoding import Window
 from mlpmoe.measure.notation import NBSP, NO_CHANGE, count
 from mlpmoe.measure.parameters import ParameterReport
 from mlpmoe.measure.perplexity import compare, summarise
@@ -62,11 +63,18 @@ def plain(text: str) -> str:
     return text.replace(NBSP, " ")
 
 
-def evaluation(dense: torch.Tensor, converted: torch.Tensor) -> Evaluation:
-    first, second = (
-        summarise(losses, scored_bytes=len(dense) * 4) for losses in (dense, converted)
-    )
-    return Evaluation(first, second, compare(first, second))
+def piece(tokens: int) -> Window:
+    """That scores so many tokens, of four bytes each."""
+    return Window(torch.zeros(tokens + 1, dtype=torch.long), 1, 0, 0, 4 * tokens)
+
+
+def evaluation(
+    dense: torch.Tensor, converted: torch.Tensor, total: int | None = None, look: bool = False
+) -> Evaluation:
+    parts = [piece(len(dense))]
+    first, second = (summarise(losses, parts) for losses in (dense, converted))
+    change = compare(first, second)
+    return Evaluation(first, second, change, total or len(dense), look=look, parts=parts)
 
 
 def losses(mean: float, count: int = 1000) -> torch.Tensor:
@@ -154,6 +162,26 @@ def test_a_difference_inside_its_error_is_no_change():
     assert card.difference == NO_CHANGE
 
 
+def test_what_is_known_of_a_part_is_said_to_be_of_it():
+    """With its error, whether that lets anything be said or not; the first look apart."""
+    dense = losses(2.0)
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(2))
+    close = dense + 0.5 * (noise - noise.mean()) + 0.01
+    for converted in (close, close + 1):
+        some = evaluation(dense, converted, total=5000)
+        card = perplexity_card(some, "stories", 256)
+        assert "1,000 of 5,000 tokens" in card.note and "windows of 256" in card.note
+        assert "±" in card.difference
+        assert ("not measurable" in card.difference) == (converted is close)
+        look = perplexity_card(replace(some, look=True), "stories", 256)
+        assert "first look" in look.note and "1,000 tokens" in look.note
+        assert "256" not in look.note  # which its pieces are not
+        assert "±" in look.difference
+    whole = perplexity_card(evaluation(dense, close), "stories", 256)
+    assert whole.difference == NO_CHANGE
+    assert "1,000 tokens in windows of 256" in whole.note
+
+
 def test_an_infinite_perplexity_is_a_change():
     broken = losses(2.0)
     broken[3] = inf
@@ -163,7 +191,7 @@ def test_an_infinite_perplexity_is_a_change():
 
 
 def test_pending_cards():
-    dense = summarise(losses(log(8)), scored_bytes=4000)
+    dense = summarise(losses(log(8)), [piece(1000)])
     assert pending_perplexity_card(None, "stories", "wait").dense == "…"
     card = pending_perplexity_card(dense, "proxy", "measuring, 40%")
     assert (card.dense, card.converted, card.difference) == ("8.00", "…", "measuring, 40%")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from functools import wraps
+from inspect import isgeneratorfunction
+
 import gradio as gr
 import pytest
+from gradio.route_utils import Request
+from gradio.state_holder import SessionState
 
 from mlpmoe import UserError
 from mlpmoe.explorer.events import readable, sentence
+from mlpmoe.explorer.page import build_demo
+from mlpmoe.explorer.pushing import PushHandlers, PushPanel, wire_push
 
 
 def test_readable_passes_on_what_a_user_can_mend():
@@ -32,6 +41,64 @@ def test_readable_hides_what_nobody_can_mend(caplog, streams):
         list(readable(stream)()) if streams else readable(fails)()
     assert "secret" not in caught.value.message
     assert "secret" in caplog.text  # for whoever runs the server
+
+
+def silent(method):
+    """The handler as it is when it is overtaken, stopped, or has nothing to do."""
+
+    @wraps(method)
+    def nothing(*values):
+        yield from ()
+
+    return nothing
+
+
+def test_no_handler_of_the_page_can_clear_what_is_shown(workbench, monkeypatch):
+    """Gradio clears all outputs of a generator that ends without a value. So every generator of
+    the page, whatever it does, goes through `readable`; here all of them say nothing."""
+    modules = [name for name in list(sys.modules) if name.startswith("mlpmoe.explorer.")]
+    for kind in {
+        kind
+        for name in modules
+        for kind in vars(sys.modules[name]).values()
+        if isinstance(kind, type) and kind.__name__.endswith("Handlers")
+    }:
+        for name, method in list(vars(kind).items()):
+            if isgeneratorfunction(method) and not name.startswith("_"):
+                monkeypatch.setattr(kind, name, silent(method))
+    with gr.Blocks() as space:  # what is on Spaces only, without its sign-in
+        panel = PushPanel(gr.Button(), gr.Textbox(), gr.Checkbox(), gr.Button(), gr.HTML())
+        wire_push(PushHandlers(None), panel, space)
+
+    async def leaves_all(page, fn) -> bool:
+        given = await page.call_function(fn, [None] * len(fn.inputs), requests=Request())
+        state = SessionState(page)
+        shown = await page.postprocess_data(fn, given["prediction"], state)
+        return all(
+            state[output._id] == output.value
+            if output.stateful
+            else update["__type__"] == "update" and "value" not in update
+            for output, update in zip(fn.outputs, shown, strict=True)
+        )
+
+    names = set()
+    for page in (build_demo(workbench), space):
+        for fn in page.fns.values():
+            if isgeneratorfunction(fn.fn) and fn.api_visibility == "private":
+                names.add(fn.name)
+                assert asyncio.run(leaves_all(page, fn)), fn.name
+    assert names >= {
+        "open_link", "load", "load_taken", "measure_live", "measure", "write", "measure_static",
+        "suggest", "sweep", "compare", "make", "push",
+    }  # fmt: skip
+
+
+def test_what_a_stream_yields_is_passed_on_as_it_is():
+    @readable
+    def handler(count):
+        yield from range(count)
+
+    assert [list(handler(count)) for count in range(4)] == [[gr.skip()], [0], [0, 1], [0, 1, 2]]
 
 
 def test_readable_lets_a_stream_be_closed():

@@ -19,7 +19,6 @@ from mlpmoe.explorer.experts import (
     ABOUT,
     ExpertHandlers,
     best_static,
-    calibration_text,
     shipped_points,
     verdict,
 )
@@ -117,7 +116,6 @@ def test_the_text_that_is_measured_on_is_refused_for_calibration(tab):
     text = (assets_folder() / "texts" / "evaluation.txt").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="share a passage"):
         last(tab.measure("demo", 0, *settings(own_text=OWN_TEXT + text)))
-    assert calibration_text("stories", "") not in text  # ours are others
 
 
 def test_a_file_becomes_the_own_text(tab, tmp_path):
@@ -163,8 +161,9 @@ def test_what_is_measured_on_our_stories_becomes_a_run_and_its_code_is_shown(tab
     assert record.run.perplexity == pytest.approx(expected.value, rel=1e-5)
     assert record.run.mlp_macs_share == pytest.approx(demo.points.popitem()[1].compute)
     assert tab.describe("demo", *chosen)[1] == snippet("demo", spec, "stories")
-    own = tab.describe("demo", *settings("cmoe", count=8))[1]
-    assert "own-calibration.txt" in own
+    for calibration, name in (("stories", "stories"), ("own", "own-calibration.txt")):
+        code = tab.describe("demo", *settings("cmoe", count=8, calibration=calibration))[1]
+        assert f"--calibration {name} " in code
 
 
 def test_settings_that_do_not_go_together_do_not_break_the_description(tab):
@@ -213,7 +212,7 @@ def test_the_verdict_says_which_is_better():
 
 
 def test_the_shipped_comparison_is_complete():
-    found = shipped_points()
+    found = shipped_points("demo")
     expected = sum(len(experts.comparison(active)) for active in experts.BUDGETS)
     assert len(found) == expected
     assert {p.kind for p in found} == {"static", "routed", "bound"}

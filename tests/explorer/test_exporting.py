@@ -31,7 +31,7 @@ from mlpmoe.explorer.loaded import Calibrated, LoadedModel
 from mlpmoe.explorer.pushing import PushHandlers, can_push
 from mlpmoe.models import named_calibration
 from tests.explorer.calibrated import at_the_end
-from tests.explorer.controls import controls
+from tests.explorer.controls import settings
 from tests.tiny import D_FF
 
 ROUTED = ("moefication", 0.5, 8, 0.25, True, "own", "topk", "none", "stories", "")
@@ -46,7 +46,7 @@ def asked_for(
     **change: object,
 ) -> tuple:  # fmt: skip
     """What the page sends to make a checkpoint."""
-    static = controls(**{"branches": 4, "keep": 3} | change)
+    static = settings(**{"branches": 4, "keep": 3} | change)
     return "demo", source, form, dtype, text, *static, *ROUTED
 
 

@@ -13,14 +13,14 @@ from mlpmoe.explorer.generations_panel import MAX_NEW_TOKENS, MAX_PROMPT
 from mlpmoe.explorer.settings import read_spec
 from mlpmoe.measure.generation import Writing
 from tests.explorer.calibrated import CALIBRATED, direct
-from tests.explorer.controls import controls
+from tests.explorer.controls import controls, settings
 
 SKIPPED = gr.skip()
 
 
 def test_a_calibrated_model_writes(workbench, demo):
     change = CALIBRATED["refitted"]
-    steps = list(GenerationHandlers(workbench).write("demo", *controls(**change), "Hello", 24, 0.0))
+    steps = list(GenerationHandlers(workbench).write("demo", *settings(**change), "Hello", 24, 0.0))
     assert steps[0][:2] == (SKIPPED, SKIPPED)
     assert "calibrating" in steps[0][2]
     pair = (demo.model, direct(demo, read_spec(controls(**change))))
@@ -31,7 +31,7 @@ def test_a_calibrated_model_writes(workbench, demo):
 
 def test_write_gives_the_library_s_text(workbench, demo):
     *_, (dense, converted, report) = GenerationHandlers(workbench).write(
-        "demo", *controls(branches=6, fade=0.9, keep=4), "Hello", 40, 0.0
+        "demo", *settings(branches=6, fade=0.9, keep=4), "Hello", 40, 0.0
     )
     pair = (demo.model, demo.converted(ConversionSpec(branches=6, fade=0.9, keep=4)))
     *_, writings = write_side_by_side(pair, demo.tokenizer, "Hello", 40)
@@ -42,7 +42,7 @@ def test_write_gives_the_library_s_text(workbench, demo):
 def test_writing_streams_and_stops_by_the_clock(workbench, notices, monkeypatch):
     monkeypatch.setattr("mlpmoe.explorer.generations.UPDATES_PER_SECOND", math.inf)
     monkeypatch.setattr("mlpmoe.explorer.generations.WRITING_SECONDS", 0.0)
-    steps = list(GenerationHandlers(workbench).write("demo", *controls(), "Hello", 100, 0.0))
+    steps = list(GenerationHandlers(workbench).write("demo", *settings(), "Hello", 100, 0.0))
     assert len(steps) == 2
     assert "1 tokens" in steps[-1][2]
     assert notices[0][1].startswith("Stopped after")
@@ -52,7 +52,7 @@ def test_a_stopped_writer_leaves_the_weights(workbench, demo, weights_hash, monk
     monkeypatch.setattr("mlpmoe.explorer.generations.UPDATES_PER_SECOND", math.inf)
     before = weights_hash(demo.model)
     writer = GenerationHandlers(workbench).write(
-        "demo", *controls(fade=0.9, keep=8), "Hello", 100, 0.0
+        "demo", *settings(fade=0.9, keep=8), "Hello", 100, 0.0
     )
     next(writer)
     writer.close()
@@ -102,4 +102,4 @@ def test_check_writing_refuses_odd_prompts(value):
 @pytest.mark.parametrize("prompt", ["", " \n\t "])
 def test_an_empty_prompt_is_refused(workbench, prompt):
     with pytest.raises(UserError, match="prompt is empty"):
-        next(GenerationHandlers(workbench).write("demo", *controls(), prompt, 8, 0.0))
+        next(GenerationHandlers(workbench).write("demo", *settings(), prompt, 8, 0.0))

@@ -365,7 +365,7 @@ def test_all_listeners_are_private_and_one_runs_at_a_time(lesson):
     with gr.Blocks() as demo:
         model = gr.State("demo")
         with gr.Tab("How it works") as tab:
-            panel = lesson_panel(2)
+            panel = lesson_panel()
         wire_lesson(lesson, model, panel, tab)
     assert {fn.api_visibility for fn in demo.fns.values()} == {"private"}
     measuring = [fn for fn in demo.fns.values() if fn.concurrency_id == "lesson"]

@@ -103,6 +103,22 @@ def test_ids_are_those_of_the_runs_that_were_stored_before():
     assert len({r.id for r in [record, *others]}) == 4
 
 
+def test_a_calibration_text_belongs_to_a_run():
+    """Another one makes another run; that of the model's kind need not be named."""
+    spec = ConversionSpec(keep=12, order="activation")
+    usual = made_record(spec)
+    assert replace(usual, calibration="stories").id == usual.id
+    assert "calibration" not in usual.query
+    other = replace(usual, calibration="own-0123456789ab")
+    assert other.id != usual.id
+    link, notices = read_link(other.query)
+    assert (link.calibration, notices) == ("own-0123456789ab", [])
+    assert read_records(stored([entry(other), entry(usual)])) == ([other, usual], False)
+    before = entry(usual)  # as it was stored when there was one text
+    del before["calibration"]
+    assert read_records(stored([before])) == ([usual], False)
+
+
 def test_a_record_restores_its_run():
     for record in GOOD:
         link, notices = read_link(record.query)
@@ -152,7 +168,8 @@ BAD_ROWS = [
     run_changed(nonzero=1.5), run_changed(nonzero=None), run_changed(nonzero_share=math.inf),
     run_changed(nonzero_share=0), run_changed(mlp_nonzero_share=0), run_changed(macs_share=0),
     run_changed(mlp_macs_share=math.nan), run_changed(perplexity=[1]),
-    run_changed(macs_per_token=True),
+    run_changed(macs_per_token=True), changed(calibration=5), changed(calibration=["prose"]),
+    changed(calibration="\ud800"), changed(calibration="c" * 501),
 ]  # fmt: skip
 
 
@@ -241,7 +258,7 @@ def test_a_measured_record_is_what_the_library_measures(demo):
         pytest.approx(shares)
     )
     assert record.speed is None
-    speed = demo.speed(spec)
+    *_, speed = demo.speed(spec)
     assert measured_record(demo, spec, "proxy").speed == speed.speedup
 
 

@@ -379,13 +379,18 @@ def test_what_is_settled_stays(tiny, branches, moved, kept, sent):
     assert shown[0] == shown[2] == shown[3] == gr.skip() and said == []
 
 
+@pytest.fixture(scope="module")
+def panel():
+    with gr.Blocks():
+        return convert_panel()
+
+
 @pytest.mark.parametrize("slider", ["branches", "fade", "keep"])
 @pytest.mark.parametrize("sent", [None, "", "8", True, [8], math.nan, math.inf, 10**400],
                          ids=lambda sent: str(sent)[:8])  # fmt: skip
-def test_what_is_no_number_is_said(slider, sent):
+def test_what_is_no_number_is_said(panel, slider, sent):
     """An emptied field sends none. Other numbers are passed on, to be settled."""
-    with gr.Blocks():
-        component = getattr(convert_panel(), slider)
+    component = getattr(panel, slider)
     with pytest.raises(gr.Error, match="needs a number"):
         component.preprocess(sent)
     for number in (-1, 0.5, 1000):

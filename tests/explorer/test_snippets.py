@@ -29,7 +29,7 @@ from mlpmoe.explorer.preview import snippet
 from mlpmoe.explorer.workbench import Workbench
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import TEXTS
-from tests.explorer.controls import preview_values
+from tests.explorer.controls import Previewed, preview_values
 
 STATIC = [
     ConversionSpec(),
@@ -118,7 +118,8 @@ def compare_with_the_page(loaded: LoadedModel, code: str, asked: Conversion, tex
 
 @pytest.mark.slow
 def test_the_code_of_a_static_conversion_gives_the_page_s_figures(real, visitor):
-    code = Handlers(real).preview(visitor(), *preview_values(before=8, **SHOWN))[4]
+    shown = Previewed(*Handlers(real).preview(visitor(), *preview_values(share="8 8 8", **SHOWN)))
+    code = shown.code
     compare_with_the_page(real.loaded("demo"), code, ConversionSpec(**SHOWN), "proxy")
 
 
@@ -186,11 +187,35 @@ def test_the_snippet_of_an_own_text_reads_it_from_a_file(tiny, tiny_folder, tmp_
     assert "--text own-text.txt" in shell_line(code)
 
 
-def test_the_shell_calibrates_on_the_same_stories(tiny, tiny_folder):
-    spec = ConversionSpec(keep=12, order="activation")
-    shown = run_shell(snippet(str(tiny_folder), spec, "proxy"))
-    expected = measured(tiny, tiny.asked(spec), "proxy")[1]
-    assert shown["converted"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize("chosen", ["the model's", "stories", "prose", "own"])
+def test_python_and_the_shell_calibrate_on_the_text_that_was_chosen(
+    tiny, tiny_folder, tmp_path, monkeypatch, capsys, chosen
+):
+    """As the page does it. The command is called in this process, which a shell would not share."""
+    spec, text, key = ConversionSpec(keep=12, order="activation"), None, None
+    if chosen == "own":
+        text = "A lamp stood on the table “at nine” and a moth flew round it.\r\n" * 60
+        key = tiny.texts.add(text)
+        (tmp_path / "own-calibration.txt").write_text(text, encoding="utf-8", newline="")
+    elif chosen != "the model's":
+        key = chosen
+    monkeypatch.chdir(tmp_path)
+    code = snippet(str(tiny_folder), spec, "proxy", key)
+    expected = measured(tiny, tiny.asked(spec, key), "proxy")
+    _, printed = run_python(code)
+    assert printed == pytest.approx(expected, rel=1e-6)
+    capsys.readouterr()
+    words = shlex.split(shell_line(code))
+    assert words[:3] == ["python", "-m", "mlpmoe"]
+    assert main([*words[3:], "--json", "--no-speed"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["converted"]["perplexity"] == pytest.approx(expected[1], rel=1e-6)
+
+
+def forget(loaded: LoadedModel) -> None:
+    """What is known of texts, of which a test has changed one."""
+    for known in (loaded._texts, loaded._plans, loaded._losses):
+        known.clear()
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
@@ -201,15 +226,13 @@ def test_the_snippet_of_a_public_text_measures_its_windows(
     content = named_text("proxy") * 3
     entry = replace(TEXTS[name], read=lambda: content, most_windows=3)
     monkeypatch.setitem(TEXTS, name, entry)
-    tiny._texts.clear()
-    tiny._perplexities.clear()
+    forget(tiny)
     spec = ConversionSpec(keep=9)
     _, printed = run_python(snippet(str(tiny_folder), spec, name))
     assert printed == pytest.approx(measured(tiny, tiny.asked(spec), name), rel=1e-6)
     assert tiny.text(name).window == 256
     assert len(tiny.text(name).documents) == 3
-    tiny._texts.clear()
-    tiny._perplexities.clear()
+    forget(tiny)
 
 
 @pytest.mark.parametrize("model", ["demo", "owner/model", 'my models/a\'b "c"', "back\\slash"])

@@ -12,6 +12,7 @@ import torch
 
 from mlpmoe import ConversionSpec, UserError
 from mlpmoe.explorer import tokens as module
+from mlpmoe.explorer.settings import read_spec
 from mlpmoe.explorer.style import DAMAGE
 from mlpmoe.explorer.tokens import (
     DEEPEST,
@@ -24,7 +25,7 @@ from mlpmoe.explorer.tokens import (
 )
 from mlpmoe.explorer.tokens_panel import EMPTY
 from mlpmoe.measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
-from tests.explorer.controls import controls
+from tests.explorer.controls import controls, settings
 
 SKIPPED = gr.skip()
 HOSTILE = "<img src=x onerror='alert(1)'>&\""
@@ -119,12 +120,12 @@ def test_nothing_harder_is_said():
 
 
 def values(text="proxy", layer=0, **change) -> tuple:
-    return "demo", *controls(**change), text, layer
+    return "demo", *settings(**change), text, layer
 
 
 def measured(tab, text="proxy", **change):
     loaded = tab.workbench.loaded("demo")
-    spec = module.read_spec(controls(**change))
+    spec = read_spec(controls(**change))
     *_, found = loaded.evaluate(loaded.asked(spec), text)
     return loaded, spec, found
 
@@ -154,7 +155,8 @@ def test_tokens_and_sentences_are_those_that_were_measured(tab, change):
     loaded, _, found = measured(tab, **change)
     worst_list, text, drift, branches, norms, correlations = tab.show("tokens", *values(**change))
     encoded = loaded.text("proxy")
-    changes = token_changes(found.dense, found.converted, encoded, loaded.tokenizer)
+    parts = loaded.windows("proxy")
+    changes = token_changes(found.dense, found.converted, encoded, parts, loaded.tokenizer)
     plain = [
         unescape(re.sub(r"<[^>]*>", "", p)) for p in re.findall(r'<p class="loss">(.*?)</p>', text,
                                                                 re.DOTALL)
@@ -187,6 +189,31 @@ def branch_outputs(loaded, layer: int, branches: int) -> torch.Tensor:
         hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
         pieces = zip(hidden.tensor_split(branches, 1), down.tensor_split(branches, 1), strict=True)
         return torch.stack([h @ d.T for h, d in pieces])
+
+
+def test_of_a_part_of_the_text_only_that_part_is_coloured(tab):
+    """A measurement may end before the text does; the tab says so and shows what is known."""
+    loaded = tab.workbench.loaded("demo")
+    steps = loaded.evaluate(ConversionSpec(keep=2), "proxy")
+    look, window = next(steps), next(steps)
+    steps.close()
+    assert (look.look, window.look) == (True, False)
+    worst_list, text, *_ = tab.show("tokens", *values(keep=2))
+    assert f"{window.dense.tokens:,} of {window.total:,} tokens" in text
+    (part,) = window.parts
+    losses = window.converted.losses - window.dense.losses
+    coloured = [
+        float(found) for found in re.findall(r'title="([+−-][\d.]+) nats', text.replace("−", "-"))
+    ]
+    assert coloured == pytest.approx([c for c in losses.tolist() if abs(c) >= LEAST], abs=0.006)
+    document = loaded.text("proxy").documents[part.document]
+    measured_words = loaded.tokenizer.decode(document[part.start : part.end])
+    hardest = unescape(
+        re.sub(r"<[^>]*>", "", re.search(r"<li>(.*?)</li>", worst_list, re.DOTALL)[1])
+    )
+    assert hardest.split("nats", 1)[1].strip()[:12] in measured_words
+    *_, _ = loaded.evaluate(ConversionSpec(keep=2), "proxy")
+    assert "tokens are measured" not in tab.show("tokens", *values(keep=2))[1]
 
 
 @pytest.mark.parametrize("layer", [0, 1])

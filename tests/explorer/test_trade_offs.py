@@ -12,6 +12,7 @@ import pandas
 import pytest
 
 from mlpmoe import ConversionSpec, UserError, convert, write_side_by_side
+from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer.links import read_link
 from mlpmoe.explorer.preview import histograms
 from mlpmoe.explorer.records import Record
@@ -20,7 +21,7 @@ from mlpmoe.explorer.runs_table import EMPTY, NOTHING_PINNED
 from mlpmoe.explorer.trade_offs import COMPARED_TOKENS, TradeOffHandlers, shipped
 from mlpmoe.explorer.tradeoff_plot import LAYERS
 from mlpmoe.measure.speed import Ratio
-from mlpmoe.models import assets_folder
+from mlpmoe.models import assets_folder, named_calibration
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.made import made_record
 
@@ -66,7 +67,7 @@ def test_the_plot_shows_the_runs_of_this_model_and_text(tab):
     )
     assert set(drawn(figure, "runs")) == {RECORDS[i].query for i in (0, 2, 3)}
     assert drawn(figure, "sweep") == [RECORDS[1].query]
-    assert set(drawn(figure, "shipped")) == {record.query for record in shipped()}
+    assert set(drawn(figure, "shipped")) == {record.query for record in shipped("demo")}
     assert "6 runs; 4 of Demo" in about
     assert "on evaluation stories" in about
     assert table.count("<tr") == 1 + len(RECORDS)
@@ -74,7 +75,9 @@ def test_the_plot_shows_the_runs_of_this_model_and_text(tab):
     assert (comparison, more["visible"]) == (NOTHING_PINNED, False)
     figure = tab.show(text, "demo", "proxy", "nonzero", "perplexity", ALL)[0]
     assert drawn(figure, "runs") == [RECORDS[5].query]
-    assert drawn(figure, "shipped") == []  # which is on another text
+    assert len(drawn(figure, "shipped")) == len(shipped("demo"))  # whichever text is chosen
+    figure = tab.show(text, "owner/name", "proxy", "nonzero", "perplexity", ALL)[0]
+    assert drawn(figure, "shipped") == []  # none of this model
 
 
 def test_layers_are_left_out(tab):
@@ -168,16 +171,16 @@ def test_no_file_without_runs(tab):
 def test_the_shipped_comparison_is_that_of_the_file():
     path = assets_folder() / "sweeps" / "demo.jsonl"
     table = pandas.read_json(path, lines=True)
-    assert len(shipped()) == len(table) == 57
-    assert [record.run.ratio for record in shipped()] == pytest.approx(list(table["ratio"]))
-    shares = [record.run.mlp_macs_share for record in shipped()]
+    assert len(shipped("demo")) == len(table) == 57
+    assert [record.run.ratio for record in shipped("demo")] == pytest.approx(list(table["ratio"]))
+    shares = [record.run.mlp_macs_share for record in shipped("demo")]
     assert shares == pytest.approx(list(table["mlp_macs_share"]))
-    assert [record.run.spec.to_dict() for record in shipped()] == list(table["spec"])
-    assert {record.tokens for record in shipped()} == set(table["tokens"])
-    assert {(record.model, record.text) for record in shipped()} == {("demo", "stories")}
-    dense = [record.dense for record in shipped()]
+    assert [record.run.spec.to_dict() for record in shipped("demo")] == list(table["spec"])
+    assert {record.tokens for record in shipped("demo")} == set(table["tokens"])
+    assert {(record.model, record.text) for record in shipped("demo")} == {("demo", "stories")}
+    dense = [record.dense for record in shipped("demo")]
     assert dense == pytest.approx([dense[0]] * 57)  # one model, one text
-    assert len({record.id for record in shipped()}) == 57
+    assert len({record.id for record in shipped("demo")}) == 57
 
 
 # two runs side by side
@@ -215,6 +218,23 @@ def test_a_routed_and_a_calibrated_run_are_compared(tab):
     assert routed["visible"] is False  # it has no branches
     assert static["visible"] is True
     assert a and b
+
+
+def test_a_run_is_compared_as_it_was_calibrated(tab, demo):
+    """On another text than the model's own, what is written differs."""
+    spec = ConversionSpec(keep=6, order="activation", compensation="mean")
+    records = [
+        replace(made_record(spec, pinned=at), calibration=calibration)
+        for at, calibration in ((1, None), (2, "prose"))
+    ]
+    *_, (*_, a, b) = (at_the_end(tab.compare(stored(*records), 0, "gate", "Hello")),)
+    models = [
+        convert(demo.model, spec, Calibration.from_text(demo.tokenizer, named_calibration(name)))
+        for name in ("stories", "prose")
+    ]
+    *_, writings = write_side_by_side(tuple(models), demo.tokenizer, "Hello", COMPARED_TOKENS)
+    assert (a, b) == tuple(writing.text.lstrip() for writing in writings)
+    assert a != b
 
 
 def test_what_cannot_be_compared_is_said(tab, gateless_folder):
