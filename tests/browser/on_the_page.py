@@ -3,6 +3,8 @@ never for time."""
 
 from __future__ import annotations
 
+import re
+
 PATIENCE = 60_000  # milliseconds for anything awaited; a busy machine may pause anywhere
 
 TRACES = ("dropped by K", "removed by fade", "stays", "fade threshold")
@@ -68,15 +70,40 @@ def wait_for_outlines(page, **expected: int) -> None:
     )
 
 
+# The card of perplexity says of how many tokens an estimate is, until the text has ended.
+ENDED = """() => !/first look|[0-9] of [0-9]/.test(
+    document.querySelector('#card-perplexity .note')?.innerText ?? '')"""
+# Every note of that card from now on, as the visitor sees them one after the other.
+RECORD_NOTES = """() => {
+    window.notes = [];
+    const card = document.querySelector('#card-perplexity');
+    const look = () => {
+        const note = card.querySelector('.note')?.innerText ?? '(empty)';
+        if (window.notes.at(-1) !== note) window.notes.push(note);
+    };
+    new MutationObserver(look).observe(card, {subtree: true, childList: true, characterData: true});
+    look();
+}"""
+
+
 def wait_for_new_figure(page, card: str, old: str) -> str:
     page.wait_for_function(
-        """([card, old]) => {
-            const now = document.querySelector(`#card-${card} .converted`)?.innerText;
-            return now && now !== old && !now.includes('…');
-        }""",
+        f"""([card, old]) => {{
+            const now = document.querySelector(`#card-${{card}} .converted`)?.innerText;
+            return now && now !== old && !now.includes('…') && (card !== 'perplexity'
+                || ({ENDED})());
+        }}""",
         arg=[card, old],
     )
     return figure(page, card)
+
+
+def token_counts(page) -> list[int]:
+    """Of how many tokens the estimates were that RECORD_NOTES saw; none of the notes was empty."""
+    notes = page.evaluate("window.notes")
+    assert "(empty)" not in notes
+    found = (re.search(r"([\d,]+) of [\d,]+ tokens", note) for note in notes)
+    return [int(match.group(1).replace(",", "")) for match in found if match]
 
 
 def wait_until_still(page, selector: str) -> str:
@@ -137,12 +164,13 @@ def wait_for_choice(page, dropdown: str, label: str) -> None:
 
 
 def wait_until_measured(page) -> None:
-    """All four cards show figures, for the spec that the controls show."""
+    """All four cards show figures, for the spec that the controls show and the whole text."""
     page.wait_for_function(
-        """() => {
+        f"""() => {{
             const shown = [...document.querySelectorAll('#cards .card .values')];
-            return shown.length === 4 && shown.every(card => !card.textContent.includes('…'));
-        }"""
+            return shown.length === 4 && shown.every(card => !card.textContent.includes('…'))
+                && ({ENDED})();
+        }}"""
     )
 
 

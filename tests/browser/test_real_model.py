@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.browser.conftest import App
 from tests.browser.on_the_page import (
+    RECORD_NOTES,
     open_tab,
     slider,
+    token_counts,
     value,
     wait_for_text,
     wait_for_value,
@@ -24,17 +26,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow]
 
 LONG = 300_000  # milliseconds: a model of 135 M parameters on a busy machine
 QUESTION = "What is the capital of France?"
-# Every state of the card of perplexity, as the visitor sees them one after the other.
-RECORD = """() => {
-    window.seen = [];
-    const card = document.querySelector('#card-perplexity');
-    const look = () => {
-        const note = card.querySelector('.note')?.innerText ?? '(empty)';
-        if (window.seen.at(-1) !== note) window.seen.push(note);
-    };
-    new MutationObserver(look).observe(card, {subtree: true, childList: true, characterData: true});
-    look();
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +50,15 @@ def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp
     wait_for_text(page, "#status", "SmolLM2-135M-Instruct", LONG)
     wait_for_text(page, "#card-perplexity", "tokens", LONG)
 
-    page.evaluate(RECORD)
+    page.evaluate(RECORD_NOTES)
     for _ in range(4):
         slider(page, "keep").press("ArrowLeft")
     wait_for_value(page, "keep", 12)
     wait_for_text(page, "#card-nonzero", "4 of 16 branches")
     wait_for_text(page, "#card-perplexity .difference", "×", LONG)
-    page.wait_for_function("seen => window.seen.length >= 6", timeout=LONG)
-    notes = page.evaluate("window.seen")
-    assert "(empty)" not in notes
-    counts = [
-        int(found.group(1).replace(",", ""))
-        for note in notes
-        if (found := re.search(r"([\d,]+) of 8,177 tokens", note))
-    ]
-    later = counts[-3:]
-    assert later == sorted(set(later)) and len(later) == 3, notes
+    page.wait_for_function("window.notes.length >= 6", timeout=LONG)
+    counts = token_counts(page)[-3:]
+    assert len(counts) == 3 and counts == sorted(set(counts))
     ratio = re.search(r"× ([\d,.]+) ±", page.inner_text("#card-perplexity .difference"))
     assert 10 < float(ratio.group(1).replace(",", "")) < 150  # × 36 ± 2 on the whole text
     take_picture(page, "keep-12")
