@@ -27,6 +27,6 @@ def test_the_head_is_a_space_card():
 
 def test_ci_finds_both_commands():
     text = README.read_text(encoding="utf-8")
-    for name, ending in (("run", "app.py"), ("test", "pytest")):
+    for name, command in (("run", "python app.py"), ("test", "python -m pytest")):
         (block,) = re.findall(rf"<!-- {name} -->\n```bash\n(.+)\n```", text)
-        assert block.endswith(ending)
+        assert command in block
