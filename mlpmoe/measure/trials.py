@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
 
 import torch
@@ -19,16 +20,14 @@ from ..core.spec import ConversionSpec
 from ..core.stopping import stoppable
 from ..core.visiting import Observed
 from .deadline import Deadline
-from .encoding import EncodedText, encode_text, scored_tokens, windows
+from .encoding import EncodedText, encode_text, windows
+from .head import token_losses
 from .parameters import parameter_report
-from .perplexity import measure
-from .speed import forward
+from .perplexity import Perplexity, measure, summarise
 from .sweep import Run, run_of
 
-PROBED = 128  # tokens of the forward pass that tells how fast a model is
 SCORING_TOKENS = 2048  # that specs are measured on, where the text has them and the model is fast
-LONG_DOCUMENT = 2  # times what is wanted: of longer documents only the end is taken
-LEAST_SCORING = 512  # enough to tell recipes apart
+LEAST_SCORING = 512  # enough to tell recipes apart; what longer documents are cut into
 SCORING_SHARE = 1 / 16  # of the time, that measuring one spec may take
 SEARCH_TOKENS = 4096  # of the calibration text: enough to tell recipes apart, and fast
 LEAST_CALIBRATION = 1024
@@ -50,8 +49,9 @@ class TooSlow(Exception):
 class Trials:
     """A dense model, measured once, that specs are tried on.
 
-    text: what specs are measured on. calibration: what methods may look at. `known`: what was
-    measured so far. clock: of the deadlines given later.
+    text: what specs are measured on: as many of its documents as the dense model reads within
+    `seconds`, and LEAST_SCORING tokens at least. calibration: what methods may look at. `known`:
+    what was measured so far. clock: of the deadlines given later.
     """
 
     def __init__(
@@ -60,12 +60,14 @@ class Trials:
         text: EncodedText,
         calibration: Calibration | Observed | None = None,
         clock: Callable[[], float] = monotonic,
+        seconds: float = inf,
     ) -> None:
-        self.model, self.text, self.calibration, self.clock = model, text, calibration, clock
+        self.model, self.calibration, self.clock = model, calibration, clock
         started = clock()
-        self.dense, self.report = measure(model, text), parameter_report(model)
+        self.text, self.dense = _measure_some(model, text, Deadline(seconds, clock))
+        self.report = parameter_report(model)
         self.seconds = max(clock() - started, MOMENT)  # that measuring takes
-        self.tokens, self.mlps = scored_tokens(windows(model, text)), read_mlps(model)
+        self.tokens, self.mlps = self.dense.tokens, read_mlps(model)
         self.known: dict[ConversionSpec, Run] = {}
         self._took: dict[frozenset[str], float] = {}  # seconds of converting, the last time
         self._slow: dict[frozenset[str], float] = {}  # of what was given up, at least
@@ -145,7 +147,7 @@ def prepare(
     report: Report = lambda *told: None,
 ) -> Trials:
     """Trials that a model is fast enough for: of the time, measuring a spec takes SCORING_SHARE
-    and looking at the calibration CALIBRATION_SHARE, as far as the least that is needed allows.
+    and looking at the calibration CALIBRATION_SHARE, or what the least that is needed takes.
 
     text: whose end specs are measured on. calibration: what methods may look at, of which the
     beginning is used; without, or where it would take half of the time, trials have none. Raises
@@ -153,11 +155,9 @@ def prepare(
     """
     with stoppable(deadline.check):
         report("perplexity, dense")
-        speed = _tokens_per_second(model, deadline.clock)
-        wanted = round(SCORING_SHARE * deadline.left * speed)
-        scoring = scoring_text(tokenizer, text, max(LEAST_SCORING, wanted))
-        report(f"perplexity, dense, on {scored_tokens(windows(model, scoring)):,} tokens")
-        trials = Trials(model, scoring, clock=deadline.clock)
+        share = SCORING_SHARE * deadline.left
+        trials = Trials(model, scoring_text(tokenizer, text), None, deadline.clock, share)
+        report(f"by {trials.tokens:,} tokens")
         if calibration is None or LEAST_CALIBRATION * trials.seconds_per_token > deadline.left / 2:
             return trials
         wanted = round(CALIBRATION_SHARE * deadline.left / trials.seconds_per_token)
@@ -167,30 +167,44 @@ def prepare(
     return trials
 
 
-def scoring_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = SCORING_TOKENS
-) -> EncodedText:
-    """The last documents of a calibration text that hold so many tokens together, SCORING_TOKENS
-    at most; of a long one its end. Where the text is longer than a calibration reads, methods have
-    not seen them."""
-    tokens, taken = min(tokens, SCORING_TOKENS), ""
+def scoring_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
+    """The last documents of a calibration text that hold SCORING_TOKENS tokens together; of one
+    that is longer by itself the end, in pieces. Where the text is longer than a calibration reads,
+    methods have not seen them."""
+    taken: list[str] = []
     for document in reversed(text.split(DOCUMENT_SEPARATOR)):
         if document.strip():
-            ids = tokenizer(document.strip(), verbose=False)["input_ids"]
-            if len(ids) > LONG_DOCUMENT * tokens:
-                document = tokenizer.decode(ids[-tokens:], skip_special_tokens=True)
-            taken = document + (DOCUMENT_SEPARATOR + taken if taken else "")
-            encoded = encode_text(tokenizer, taken)
-            if sum(len(document) - 1 for document in encoded.documents) >= tokens:
+            taken = _end(tokenizer, document.strip()) + taken
+            encoded = encode_text(tokenizer, DOCUMENT_SEPARATOR.join(taken))
+            if sum(len(document) - 1 for document in encoded.documents) >= SCORING_TOKENS:
                 return encoded
-    return encode_text(tokenizer, taken)
+    return encode_text(tokenizer, DOCUMENT_SEPARATOR.join(taken))
 
 
-def _tokens_per_second(model: PreTrainedModel, clock: Callable[[], float]) -> float:
-    forward(model, PROBED // 8)  # the first pass takes longer
-    started = clock()
-    forward(model, PROBED)
-    return PROBED / max(clock() - started, MOMENT)
+def _end(tokenizer: PreTrainedTokenizerBase, document: str) -> list[str]:
+    ids = tokenizer(document, verbose=False)["input_ids"]
+    if len(ids) <= SCORING_TOKENS:
+        return [document]
+    starts = range(len(ids) - SCORING_TOKENS, len(ids), LEAST_SCORING)
+    pieces = (ids[start : start + LEAST_SCORING] for start in starts)
+    return [tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces]
+
+
+def _measure_some(
+    model: PreTrainedModel, text: EncodedText, deadline: Deadline
+) -> tuple[EncodedText, Perplexity]:
+    """The documents that can be measured within the time, LEAST_SCORING tokens at least, and what
+    they amount to."""
+    parts, losses = windows(model, text), []
+    for part in parts:
+        enough = deadline.left <= 0 and sum(map(len, losses)) >= LEAST_SCORING
+        if enough and part.document != parts[len(losses) - 1].document:
+            break
+        losses.append(token_losses(model, part.ids, part.first))
+    parts = parts[: len(losses)]
+    count = parts[-1].document + 1
+    measured = EncodedText(text.documents[:count], text.sizes[:count], text.window)
+    return measured, summarise(torch.cat(losses), parts)
 
 
 class _Projection:

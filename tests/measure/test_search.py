@@ -271,8 +271,8 @@ def test_nothing_is_begun_that_does_not_fit_into_the_time(model, text, monkeypat
         return measure(*given)
 
     monkeypatch.setattr(trials_module, "measure", measured)
-    trials = Trials(model, text, clock=lambda: now[0])
-    started = now[0]
+    trials, started = Trials(model, text, clock=lambda: now[0]), now[0]
+    trials.seconds = 10.0
     runs = list(search(trials, Budget(), Deadline(seconds, lambda: now[0])))
     assert now[0] - started == 10 * len(runs)
     assert len(runs) == max(0, seconds - 1) // 10  # with one more, the time would be up

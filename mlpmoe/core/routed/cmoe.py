@@ -31,6 +31,7 @@ def partition(request: Request) -> Partition:
         empty = torch.empty((0, request.size), dtype=torch.long)
         return Partition(shared, empty, representatives=empty[:, 0])
     columns = markers[:, rest].float()  # (tokens, n)
+    may_stop()
     counts = columns.sum(0)
     distances = counts[:, None] + counts[:groups] - 2 * columns.T @ columns[:, :groups]
     may_stop()
