@@ -32,13 +32,12 @@ def rounds_in_turn(
 
     Actions take turns and every second round runs backwards, so a drift of the machine's speed
     hits all alike. One round beforehand warms up and is not counted. Each action runs within
-    `turn()`; waiting for that is not timed. The work may stop before each action.
+    `turn()`; waiting for that is not timed.
     """
     for round_ in range(-1, rounds):
         seconds = [0.0] * len(actions)
         order = range(len(actions))
         for index in order if round_ % 2 == 0 else reversed(order):
-            may_stop()
             with turn():
                 start = perf_counter()
                 actions[index]()
@@ -77,9 +76,11 @@ def forward(model: PreTrainedModel, tokens: int) -> None:
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, tokens: int, prompt: int = 16) -> None:
-    """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache."""
+    """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache. It may
+    stop before each of them."""
     current, cache = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size, None
     for _ in range(tokens):
+        may_stop()
         logits, cache = read_on(model, current, cache)
         current = logits.argmax(-1, keepdim=True)
     _wait(model)

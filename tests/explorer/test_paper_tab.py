@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from math import exp
@@ -23,7 +24,7 @@ from mlpmoe.explorer import paper as page
 from mlpmoe.explorer.paper import PaperHandlers
 from mlpmoe.explorer.paper_table import published_tables
 from mlpmoe.explorer.workbench import Workbench
-from mlpmoe.measure import paper
+from mlpmoe.measure import paper, speed
 from mlpmoe.measure.encoding import encode_text, windows
 from mlpmoe.measure.notation import NBSP
 from mlpmoe.measure.paper import DENSE, FADED, TABLES, VARIANTS
@@ -85,23 +86,28 @@ def value(line: str) -> float:
     return float(re.search(r"[−±+]?\d[\d,]*\.?\d*", line)[0].replace(",", "").replace("−", "-"))
 
 
+def wait_to_be_stopped():
+    """What a step of a large model would be in the middle of."""
+    deadline = monotonic() + PATIENCE
+    while monotonic() < deadline:
+        may_stop()
+    raise AssertionError("nobody stopped it")
+
+
 @pytest.fixture
 def within(monkeypatch):
-    """Have something done in the middle of a step: in the given call of a function. From there on
-    its calls take until they are stopped, as those of a large model would."""
+    """Have something done in the middle of a step, in the given call of a function, that ends
+    the work; gives the calls."""
 
     def arrange(module, name: str, number: int, do, counts=lambda *given: True) -> list:
         run, calls = getattr(module, name), []
 
         def watched(*given):
             calls.append(given) if counts(*given) else None
-            if len(calls) < number:
-                return run(*given)
-            do()
-            deadline = monotonic() + PATIENCE
-            while monotonic() < deadline:
-                may_stop()
-            raise AssertionError("nobody stopped it")
+            if len(calls) >= number:
+                do()
+                wait_to_be_stopped()
+            return run(*given)
 
         monkeypatch.setattr(module, name, watched)
         return calls
@@ -249,12 +255,23 @@ def test_a_stopped_run_goes_on(tab, demo, visitor):
     assert not any("tokens" in line for cells in found.values() for line in cells["text"])
 
 
-def test_stop_acts_between_two_generations_of_a_round(tab, visitor, within):
-    calls = within(paper, "decode", 2, lambda: tab.stop(visitor()))
+def test_stop_acts_between_two_tokens_of_a_generation(tab, visitor, monkeypatch):
+    read, original = [], speed.read_on
+
+    def read_on(*given):
+        read.append(given)
+        if len(read) == 5:
+            tab.stop(visitor())
+            with suppress(CancelledError):  # this token is written to its end
+                wait_to_be_stopped()
+        return original(*given)
+
+    monkeypatch.setattr(speed, "read_on", read_on)
     *_, (status, html) = tab.reproduce(visitor(), "demo")
     assert "Stopped" in status
-    assert len(calls) == 2
+    assert len(read) == 5
     assert rows(html)[FADED]["proxy"] != ["…"]
+    assert rows(html)[FADED]["loop"] == ["…"]
 
 
 def test_another_model_ends_it_and_keeps_its_own_table(tab, visitor, one_layer, workbench, within):
