@@ -107,7 +107,7 @@ def test_card_and_record_know_the_base_model(tmp_path):
     model, tokenizer = load(folder)
     made = export(convert(model, SPEC), tmp_path / "out", tokenizer=tokenizer)
     assert made.record.to_dict()["base_model"] == {
-        "name": "base", "revision": None, "licence": "mit",
+        "name": "base", "revision": None, "licence": "mit", "gguf": None,
     }  # fmt: skip
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit"

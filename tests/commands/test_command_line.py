@@ -10,30 +10,48 @@ import pytest
 
 from mlpmoe.__main__ import _parser, main
 from mlpmoe.commands import evaluate as evaluate_command
+from mlpmoe.commands import models as models_command
+from mlpmoe.commands.models import NOT_HERE
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.models import CATALOGUE
+from mlpmoe.models import CATALOGUE, hub
 from tests.commands.common import ROOT, row, strictly
+from tests.tiny import save_tiny_model
 
 # models ------------------------------------------------------------------------------------
 
 
-def test_models(capsys):
+@pytest.mark.parametrize(("online", "elsewhere"), [(True, hub.FROM_HUB), (False, NOT_HERE)])
+def test_models(capsys, monkeypatch, online, elsewhere):
+    """Where each comes from: this machine, a package, the hub, or nowhere."""
+    here = {"demo": hub.SHIPPED, "smollm2-135m": hub.PACKAGED, "qwen2.5-0.5b": hub.IN_CACHE}
+    places = {entry.key: here.get(entry.key, elsewhere) for entry in CATALOGUE}
+    monkeypatch.setattr(
+        models_command, "whereabouts", lambda entry: here.get(entry.key, hub.FROM_HUB)
+    )
+    monkeypatch.setattr(models_command, "answers", lambda seconds: online)
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1 + len(CATALOGUE)
     for entry in CATALOGUE:
-        key, parameters, *_ = row(out, entry.key)
-        assert key == entry.key
-        assert parameters == f"{entry.parameters:,}"
+        key, parameters, place, *_ = row(out, entry.key)
+        assert (key, parameters) == (entry.key, f"{entry.parameters:,}")
+        assert place == places[key]
         assert entry.note in out
-    assert row(out, "r1-distill-llama-8b")[2] == "needed"
-
-
-def test_models_as_json(capsys):
+    assert row(out, "r1-distill-llama-8b")[3] == "needed"
     assert main(["models", "--json"]) == 0
-    models = strictly(capsys.readouterr().out)["models"]
-    assert [model["key"] for model in models] == [entry.key for entry in CATALOGUE]
-    assert {"parameters", "note", "needs_gpu", "source"} <= models[0].keys()
+    listed = strictly(capsys.readouterr().out)["models"]
+    assert {model["key"]: model["where"] for model in listed} == places
+    assert {"label", "parameters", "note", "needs_gpu", "source"} <= listed[0].keys()
+
+
+def test_a_model_that_is_made_ready(capsys, tmp_path):
+    folder = save_tiny_model(tmp_path / "tiny")
+    assert main(["models", "--prepare", str(folder)]) == 0
+    assert re.fullmatch(r"tiny: ready, \d+ kB\n", capsys.readouterr().out)
+    assert main(["models", "--prepare", "demo", "--json"]) == 0
+    assert strictly(capsys.readouterr().out)["model"] == "demo"
+    assert main(["models", "--prepare", str(tmp_path / "none")]) == 1
+    assert "There is no folder" in capsys.readouterr().err
 
 
 # All commands ------------------------------------------------------------------------------
