@@ -88,7 +88,7 @@ def add_endpoints(workbench: Workbench) -> None:
         Streams {"done", "total"} tokens; the last message holds the result.
         """
         loaded, asked = find(model, branches, fade, keep, compensation, more)
-        text = text or default_text(loaded.key)
+        text = default_text(loaded.key) if text is None else text
         for step in loaded.evaluate(asked, text):
             if step.complete:
                 yield {

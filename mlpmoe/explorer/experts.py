@@ -25,7 +25,7 @@ from .expert_figures import coloured_tokens, load_plot, split_plot, story_ids, v
 from .expert_plots import Point, tradeoff
 from .expert_settings import OWN, read_spec
 from .experts_panel import EMPTY
-from .loaded import Calibrated, Evaluation, LoadedModel
+from .loaded import Calibrated, Conversion, Evaluation, LoadedModel
 from .preview import snippet
 from .records import measured_record, write_records
 from .shipped import shipped
@@ -123,15 +123,15 @@ class ExpertHandlers:
                 yield _status(f"{name}: {message}"), gr.skip(), gr.skip()
             yield _status(""), tradeoff(points(loaded)), self._record(loaded, asked)
 
-    def _record(self, loaded: LoadedModel, asked: Calibrated) -> str:
+    def _record(self, loaded: LoadedModel, asked: Conversion) -> str:
         """The run for the browser to keep; none on a calibration text of the visitor's own, which
         a link cannot carry."""
-        if asked.key == OWN:
+        if isinstance(asked, Calibrated) and asked.key == OWN:
             return gr.skip()
         return write_records([measured_record(loaded, asked, default_text(loaded.key), "experts")])
 
     def _measure(
-        self, loaded: LoadedModel, asked: Calibrated, name: str, kind: str
+        self, loaded: LoadedModel, asked: Conversion, name: str, kind: str
     ) -> Iterator[str]:
         """Convert and measure, yielding what is being done; the result becomes a point."""
         for message in loaded.convert(asked):
@@ -156,9 +156,9 @@ class ExpertHandlers:
         return coloured_tokens(loaded, found, layer)
 
 
-def calibrated(loaded: LoadedModel, spec: ConversionSpec, choice: str, own: str) -> Calibrated:
-    """The spec with its calibration text, ours or the visitor's; UserError if that is empty or
-    shares a passage with what is measured."""
+def calibrated(loaded: LoadedModel, spec: ConversionSpec, choice: str, own: str) -> Conversion:
+    """The spec, with its calibration text if it needs one, ours or the visitor's; UserError if
+    that is empty or shares a passage with what is measured."""
     if choice != OWN:
         return loaded.asked(spec)
     if not isinstance(own, str) or not own.strip():

@@ -98,7 +98,7 @@ class LoadedModel:
     _histograms: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     turns: Turns = field(default_factory=Turns)  # of all that runs the models
     # what was measured of routed conversions on this server, for the trade-off plot
-    points: dict[Calibrated, Any] = field(default_factory=lambda: Recent(RESULTS_HELD))
+    points: dict[Conversion, Any] = field(default_factory=lambda: Recent(RESULTS_HELD))
     _observed: Recent = field(default_factory=lambda: Recent(1))
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
 
@@ -154,9 +154,9 @@ class LoadedModel:
     def converted(self, asked: Conversion) -> PreTrainedModel:
         return self._conversions.get_or_make(asked, lambda: self._convert(asked))
 
-    def convert(self, asked: Calibrated) -> Iterator[str]:
-        """Convert with a calibration text, yielding what is being done. Closing the iterator gives
-        up after the layer in progress."""
+    def convert(self, asked: Conversion) -> Iterator[str]:
+        """Convert, yielding what is being done. Closing the iterator gives up after the layer in
+        progress."""
         if asked in self._conversions:
             return
         made = yield from in_thread(lambda report: self._convert(asked, report))

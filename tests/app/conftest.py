@@ -44,6 +44,7 @@ def app() -> Iterator[App]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SPACE_ID", "MLPMOE_ALLOW_ANY_MODEL"):
             patch.delenv(name, raising=False)
+        patch.setenv("MLPMOE_FIRST_MODEL", "demo")
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
         with socket.socket() as probe:

@@ -20,9 +20,9 @@ from mlpmoe import (
     write_side_by_side,
 )
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer import endpoints, loaded
+from mlpmoe.explorer import endpoints, texts
 from mlpmoe.explorer.preview import summary
-from mlpmoe.models import assets_folder
+from mlpmoe.models import assets_folder, named_calibration
 from tests.app.calls import LEAKS, SPEC, refused
 
 
@@ -96,8 +96,8 @@ MORE = {
 @pytest.fixture
 def short_calibration(monkeypatch) -> str:
     """The server calibrates on as few stories as that takes."""
-    text = loaded.named_calibration("stories")[:8000]
-    monkeypatch.setattr(loaded, "calibration_stories", lambda: text)
+    text = named_calibration("stories")[:8000]
+    monkeypatch.setattr(texts, "named_calibration", lambda key: text)
     return text
 
 

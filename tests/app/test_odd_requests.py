@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from mlpmoe.explorer import handlers
-from tests.explorer.controls import controls, preview_values
+from tests.explorer.controls import Previewed, preview_values, settings
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
 LEAKS = ("Traceback", "site-packages", ".py", 'File \\"', "mlpmoe/")
-SPEC = list(controls(keep=16))
+SPEC = list(settings(keep=16))
 
 
 def call(app, name: str, data: str) -> tuple[str, str]:
@@ -174,8 +174,15 @@ def preview_data(**change: Any) -> list:
         {"projection": None},
         {"projection": ["gate"]},
         {"quantity": "other"},
+        {"share": None},
+        {"share": 5},
+        {"share": "9" * 5000},
+        {"share": ["16"]},
+        {"calibration": "../x", "order": "activation"},
+        {"calibration": None, "order": "activation"},
+        {"calibration": ["prose"], "order": "activation"},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_odd_values_for_the_page_s_own_listeners(app, change):
     message = listen(app, "preview", preview_data(**change))
@@ -187,7 +194,18 @@ def test_the_page_s_own_listener_works_when_called_well(app):
     """So that the tests above do not pass for a wrong reason."""
     message = listen(app, "preview", preview_data(branches=8))
     assert message["success"]
-    assert message["output"]["data"][1] == 8 or "value" in str(message["output"]["data"][0])
+    assert Previewed(*message["output"]["data"]).keep["value"] == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [({"branches": 10**30}, 64), ({"branches": -5}, 1), ({"branches": 2.5}, 3)],
+    ids=str,
+)
+def test_a_number_out_of_range_comes_back_as_what_is_used(app, change, shown):
+    message = listen(app, "preview", preview_data(**change))
+    assert message["success"]
+    assert Previewed(*message["output"]["data"]).branches == shown
 
 
 def test_a_slow_preview_is_not_shown_after_a_later_one(app, monkeypatch):
@@ -211,7 +229,7 @@ def test_a_slow_preview_is_not_shown_after_a_later_one(app, monkeypatch):
     "name", [None, 3, "", "/etc", "../..", "owner/absent", "<img src=x>", ["demo"], "x" * 10**6]
 )
 def test_loading_odd_names_through_the_page(app, name):
-    message = listen(app, "load", [name, 16])
+    message = listen(app, "load", [name, None, 16, "stories", "stories"])
     assert not message["success"]
     text = json.dumps(message["output"])
     assert not any(leak in text for leak in LEAKS), text
