@@ -73,10 +73,16 @@ def client(app: App) -> Client:
     return Client(app.url, verbose=False)
 
 
-@pytest.fixture
-def unharmed(app: App, client: Client) -> Iterator[None]:
-    """After the test the server still answers, and the dense model has not changed by a bit."""
+@pytest.fixture(scope="module")
+def unchanged(app: App) -> Iterator[None]:
+    """After all tests of a file the dense model has not changed by a bit."""
     before = app.fingerprint()
     yield
-    assert client.predict(branches=2, api_name="/preview")["spec"]["branches"] == 2
     assert app.fingerprint() == before
+
+
+@pytest.fixture
+def unharmed(unchanged: None, client: Client) -> Iterator[None]:
+    """After the test the server still answers; see also `unchanged`."""
+    yield
+    assert client.predict(branches=2, api_name="/preview")["spec"]["branches"] == 2

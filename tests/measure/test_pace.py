@@ -45,7 +45,7 @@ class Counter:
         self.model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
-        self.tokens += args[0].numel()
+        self.tokens += (args[0] if args else kwargs["input_ids"]).numel()
 
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 5), (16, 16), (200, 100)])
