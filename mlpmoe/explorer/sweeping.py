@@ -18,6 +18,7 @@ from ..core.spec import ConversionSpec, flag_of
 from ..measure.grid import grid, read_values
 from ..measure.pace import about
 from .events import sentence
+from .links import Link
 from .loaded import LoadedModel
 from .measuring import measuring
 from .records import Record, measured_record, read_records, write_records
@@ -128,12 +129,10 @@ class SweepHandlers:
                 f"these are {len(specs):,} runs; the page takes up to {MOST_RUNS} at a time. "
                 "Give fewer values, or sweep in the shell."
             )
-        known = {
-            record.run.spec
-            for record in read_records(stored)[0]
-            if (record.model, record.text) == (loaded.key, text)
-        }
-        missing = tuple(spec for spec in specs if spec not in known)
+        # of the same model, on the same text, calibrated on the text that the sweep looks at
+        known = {record.query for record in read_records(stored)[0]}
+        queries = (Link(loaded.key, spec, text).to_query() for spec in specs)
+        missing = tuple(s for s, query in zip(specs, queries, strict=True) if query not in known)
         return Plan(missing, len(specs) - len(missing), made.left_out)
 
 
