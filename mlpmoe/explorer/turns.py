@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..core.stopping import may_stop
+from .background import TICK
+
 
 class Turns:
     """One at a time, in the order in which they ask.
 
     A measurement asks anew for each window, so that ten visitors who measure all go on, and
-    whoever comes next waits for one step and not for a whole measurement.
+    whoever comes next waits for one step and not for a whole measurement. Who waits may stop.
     """
 
     def __init__(self) -> None:
@@ -25,7 +28,8 @@ class Turns:
         with self._free:
             self._waiting.append(mine)
             try:
-                self._free.wait_for(lambda: self._waiting[0] is mine)
+                while not self._free.wait_for(lambda: self._waiting[0] is mine, TICK):
+                    may_stop()
             except BaseException:
                 self._waiting.remove(mine)
                 self._free.notify_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlpmoe.core.stopping import stoppable
 from tests.explorer.asking import SOON, AskedTurns, started
 
 
@@ -50,5 +51,26 @@ def test_two_who_ask_again_and_again_alternate(turns):
 def test_a_turn_that_fails_is_over(turns):
     with pytest.raises(ValueError), turns.turn():
         raise ValueError
+    with turns.turn():
+        pass
+
+
+def test_who_waits_may_stop_and_the_others_go_on(turns):
+    class Stopped(Exception):
+        pass
+
+    def stop():
+        raise Stopped
+
+    ended = []
+
+    def wait() -> None:
+        with pytest.raises(Stopped), stoppable(stop), turns.turn():
+            ended.append("had a turn")
+        ended.append("stopped")
+
+    with turns.turn():
+        started(wait).join(SOON)
+        assert ended == ["stopped"]
     with turns.turn():
         pass
