@@ -11,7 +11,7 @@ from .loaded import Calibrated, Conversion, LoadedModel
 
 def measuring(loaded: LoadedModel, asked: Conversion, text: str) -> Iterator[str]:
     """Convert and measure, yielding what is being done, at least four times a second; `loaded`
-    knows the evaluation then. Closing the iterator ends it between two modules of a model, or two
+    knows the run then. Closing the iterator ends it between two modules of a model, or two
     steps of a stage."""
     if isinstance(asked, Calibrated):
         yield from loaded.convert(asked)
@@ -19,5 +19,7 @@ def measuring(loaded: LoadedModel, asked: Conversion, text: str) -> Iterator[str
     def work(report: Any) -> None:
         for step in loaded.evaluate(asked, text):
             report("perplexity", step.dense.tokens / step.total)
+        report("counting parameters")
+        loaded.run(asked, text)
 
     yield from in_thread(work)
