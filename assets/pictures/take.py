@@ -29,7 +29,9 @@ COLOURS = 128  # of a picture
 PATIENCE = 180  # seconds for anything that is waited for
 MEASURED = """() => {
     const shown = [...document.querySelectorAll('#cards .card .values')];
-    return shown.length === 4 && shown.every(card => !card.textContent.includes('…'));
+    const note = document.querySelector('#card-perplexity .note')?.innerText ?? '';
+    return shown.length === 4 && shown.every(card => !card.textContent.includes('…'))
+        && !/first look|[0-9] of [0-9]/.test(note);  // the text has ended
 }"""
 
 
@@ -71,7 +73,7 @@ def contains(page: Page, selector: str, text: str) -> None:
 
 
 def generations(page: Page) -> None:
-    page.fill("#prompt textarea", "Once upon a time, there was a dragon who liked")
+    page.fill("#prompt textarea", "Why is the sky blue? Answer in one sentence.")
     page.click("#write")
     contains(page, "#writing-report", "part at token")
 
@@ -115,17 +117,17 @@ def export(page: Page) -> None:
     contains(page, "#export-status", "Made and verified")
 
 
-# picture -> query, key of the tab, what is done there
+# picture -> query, key of the tab, what is done there; on the real model where no other is named
 PICTURES = {
     "page": ("fade=0.9", "branches", None),
     "branches": ("fade=0.9&keep=12", "branches", None),
-    "generations": ("keep=8", "generations", generations),
-    "tokens": ("keep=8", "tokens", tokens),
-    "trade-offs": ("keep=12&order=least-squares&compensation=refit", "trade-offs", trade_offs),
-    "suggest": ("keep=12", "suggest", suggest),
-    "experts": ("keep=12", "experts", experts),
+    "generations": ("fade=0.9", "generations", generations),
+    "tokens": ("fade=0.9", "tokens", tokens),
+    "trade-offs": ("model=demo&keep=12&order=least-squares&compensation=refit", "trade-offs", trade_offs),
+    "suggest": ("model=demo&keep=12", "suggest", suggest),
+    "experts": ("model=demo&keep=12", "experts", experts),
     "lesson": ("keep=12", "how", lesson),
-    "export": ("keep=12&fade=0.5", "export", export),
+    "export": ("model=demo&keep=12&fade=0.5", "export", export),
 }
 
 
