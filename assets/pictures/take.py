@@ -123,7 +123,11 @@ PICTURES = {
     "branches": ("fade=0.9&keep=12", "branches", None),
     "generations": ("fade=0.9", "generations", generations),
     "tokens": ("fade=0.9", "tokens", tokens),
-    "trade-offs": ("model=demo&keep=12&order=least-squares&compensation=refit", "trade-offs", trade_offs),
+    "trade-offs": (
+        "model=demo&keep=12&order=least-squares&compensation=refit",
+        "trade-offs",
+        trade_offs,
+    ),
     "suggest": ("model=demo&keep=12", "suggest", suggest),
     "experts": ("model=demo&keep=12", "experts", experts),
     "lesson": ("keep=12", "how", lesson),
