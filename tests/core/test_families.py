@@ -28,7 +28,6 @@ TOKENS = (1 + torch.arange(24) * 7 % (VOCABULARY - 1)).reshape(2, 12)
 NEW_TOKENS = 3
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
-each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 
 
 @cache
@@ -149,8 +148,7 @@ def test_reading_is_the_module_s_own_tensors(name):
 
 
 @each_family
-@each_dtype
-@pytest.mark.parametrize("branches", [5, 16])
+@pytest.mark.parametrize(("dtype", "branches"), [(torch.float32, 16), (torch.float64, 5)])
 def test_all_branches_without_fade_equal_dense(name, dtype, branches):
     dense = dense_model(name, dtype)
     converted = convert(dense, ConversionSpec(branches=branches))
@@ -160,8 +158,9 @@ def test_all_branches_without_fade_equal_dense(name, dtype, branches):
 
 
 @each_family
-@each_dtype
-@pytest.mark.parametrize(("branches", "keep"), [(5, 3), (16, 11)])
+@pytest.mark.parametrize(
+    ("dtype", "branches", "keep"), [(torch.float32, 5, 3), (torch.float64, 16, 11)]
+)
 def test_fade_and_keep_equal_the_paper(name, dtype, branches, keep):
     dense = dense_model(name, dtype)
     converted = convert(dense, ConversionSpec(branches=branches, fade=0.9, keep=keep))
