@@ -65,7 +65,7 @@ def plain(text: str) -> str:
 
 def piece(tokens: int) -> Window:
     """That scores so many tokens, of four bytes each."""
-    return Window(torch.zeros(tokens + 1, dtype=torch.long), 1, 0, 0, 4 * tokens)
+    return Window(torch.zeros(tokens + 1, dtype=torch.long), 1, 0, 0, 4 * tokens, 0, 0)
 
 
 def evaluation(

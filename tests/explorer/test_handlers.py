@@ -369,7 +369,8 @@ def test_a_calibrated_measurement_is_overtaken_by_another_calibrated_one(handler
     previewed(handlers, visitor(), **second)
     assert list(stale) == []
     asked = demo.asked(read_spec(controls(**first)))
-    assert not demo.known_evaluation(asked, "proxy").complete
+    known = demo.known_evaluation(asked, "proxy")
+    assert known is None or not known.complete
     last = Measured(*at_the_end(live(handlers, visitor(), **second)))
     assert "…" not in "".join(last[:4])
 

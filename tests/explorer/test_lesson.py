@@ -43,7 +43,7 @@ def caught(tiny) -> SimpleNamespace:
     found = []
     mlp = tiny.model.model.layers[LAYER].mlp
     handle = mlp.register_forward_hook(lambda _, args, out: found.append((args[0][0], out[0])))
-    ids = tiny.text("stories").documents[0][:64]
+    ids = tiny.text("prose").documents[0][:64]
     try:
         with torch.no_grad():
             tiny.model(ids[None])
@@ -176,7 +176,7 @@ def test_split_names_uneven_branches(reading):
 def test_shuffled_neurons_say_the_same(any_model):
     """What the question claims, on the model as converted by the library."""
     spec = ConversionSpec(branches=8, order="random")
-    ids = any_model.text("stories").documents[0][None, :32]
+    ids = any_model.text("prose").documents[0][None, :32]
     with torch.no_grad():
         shuffled = convert(any_model.model, spec)(ids).logits
         assert torch.allclose(shuffled, any_model.model(ids).logits, atol=1e-3)

@@ -207,7 +207,7 @@ def test_of_a_part_of_the_text_only_that_part_is_coloured(tab):
     ]
     assert coloured == pytest.approx([c for c in losses.tolist() if abs(c) >= LEAST], abs=0.006)
     document = loaded.text("proxy").documents[part.document]
-    measured_words = loaded.tokenizer.decode(document[part.start : part.end])
+    measured_words = loaded.tokenizer.decode(document[part.start : part.start + len(part.ids)])
     hardest = unescape(
         re.sub(r"<[^>]*>", "", re.search(r"<li>(.*?)</li>", worst_list, re.DOTALL)[1])
     )
