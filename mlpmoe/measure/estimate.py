@@ -18,6 +18,7 @@ from .perplexity import Perplexity, PerplexityChange, compare, summarise
 # conversion hurts it by another factor, so its losses are never pooled with those of windows.
 LOOK_PIECES = 3
 LOOK_TOKENS = 128
+SETTLED_TOKENS = 4096  # at least, where the text has them
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Evaluation:
 
     @property
     def settled(self) -> bool:
-        """Whether the error is below what is shown: 0.1 % up to a doubling, then the third
-        digit."""
-        if self.look:
+        """Whether the error is below what is shown: 0.1 % up to a doubling, then the third digit;
+        and on SETTLED_TOKENS, since the perplexities themselves are shown too."""
+        if self.look or self.dense.tokens < min(SETTLED_TOKENS, self.total):
             return False
         ratio = self.change.ratio
         step = 1e-3 if ratio < 2 else 10 ** (floor(log10(min(ratio, 1e9))) - 2)

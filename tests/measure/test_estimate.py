@@ -178,11 +178,11 @@ def test_a_public_text_sharpens_in_its_own_windows(models):
 # what is enough
 
 
-def made(ratio: float, stderr: float, *, tokens: int = 100, look: bool = False) -> Evaluation:
+def made(ratio: float, stderr: float, *, tokens: int = 5000, look: bool = False) -> Evaluation:
     losses, blocks = torch.zeros(tokens), torch.arange(tokens)
     dense = Perplexity(10.0, 0.1, tokens, 1.0, losses, blocks)
     change = PerplexityChange(ratio, stderr, True)
-    return Evaluation(dense, dense, change, 1000, look=look)
+    return Evaluation(dense, dense, change, 10_000, look=look)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,15 @@ def test_it_is_settled_once_the_error_is_below_what_is_shown(ratio, enough, too_
     assert made(ratio, enough).settled
     assert not made(ratio, too_much).settled
     assert not made(ratio, enough, look=True).settled
-    assert made(ratio, too_much, tokens=1000).settled  # there is no more
-    assert not made(ratio, enough, tokens=1000, look=True).complete
+    assert made(ratio, too_much, tokens=10_000).settled  # there is no more
+    assert not made(ratio, enough, tokens=1000).settled  # too few for the perplexities
+    assert not made(ratio, enough, tokens=10_000, look=True).complete
 
 
 @pytest.mark.parametrize("ratio", [float("inf"), 1e300, 1e-300])
 def test_a_broken_model_never_settles_by_chance(ratio):
     assert not made(ratio, float("nan")).settled
-    assert made(ratio, float("nan"), tokens=1000).settled
+    assert made(ratio, float("nan"), tokens=10_000).settled
 
 
 def test_losses_that_are_not_numbers_are_carried_to_the_end(plan, models):
