@@ -123,8 +123,8 @@ def test_every_step_is_recomputed_from_the_pieces_it_names(plan, models):
         assert step.total == steps[-1].dense.tokens
         for part in step.parts:  # it says where it stands in the text
             document = plan.text.documents[part.document]
-            assert torch.equal(part.ids, document[part.start : part.end])
-            sizes = plan.text.sizes[part.document][part.start + part.first : part.end]
+            assert torch.equal(part.ids, document[part.start : part.start + len(part.ids)])
+            sizes = plan.text.sizes[part.document][part.start + part.first :][: part.scored]
             assert part.size == int(sizes.sum())
         bits = log(found[1]) / log(2) * step.dense.tokens / sum(part.size for part in step.parts)
         assert step.converted.bits_per_byte == pytest.approx(bits, rel=1e-5)
