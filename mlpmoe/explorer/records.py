@@ -18,8 +18,10 @@ from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..measure.speed import Ratio
 from ..measure.sweep import Run
+from ..models.texts import TEXTS
 from .links import LONGEST, Link
 from .loaded import Calibrated, Conversion, LoadedModel
+from .texts import OWN_PREFIX
 
 MOST_RECORDS = 300  # more are forgotten, the oldest first; see page.js
 SOURCES = ("measured", "sweep", "suggest", "experts")  # where on the page it was measured
@@ -48,8 +50,11 @@ class Record:
 
     @property
     def query(self) -> str:
-        """The link's query string that restores the run."""
-        return Link(self.model, self.run.spec, self.text, calibration=self.calibration).to_query()
+        """The link's query string that restores the run; one that comes with the project was
+        measured on a text that is not here, and is restored on the model's own."""
+        here = self.text in TEXTS or self.text.startswith(OWN_PREFIX)
+        text = self.text if here else None
+        return Link(self.model, self.run.spec, text, calibration=self.calibration).to_query()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

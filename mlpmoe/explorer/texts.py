@@ -78,6 +78,8 @@ def text_name(key: str) -> str:
     """What the page calls a text."""
     if key in TEXTS:
         return TEXTS[key].label
+    if not key.startswith(OWN_PREFIX):  # of runs that come with the project
+        return key.removesuffix(".txt")
     return f"own text {key.removeprefix(OWN_PREFIX)[:6]}"
 
 
