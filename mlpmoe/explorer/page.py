@@ -39,6 +39,7 @@ from .links import FIRST_TAB, TABS
 from .opening import OpeningHandlers
 from .paper import PaperHandlers
 from .paper_panel import wire_paper
+from .settings import Share
 from .style import CSS_VARIABLES
 from .suggest import SuggestHandlers
 from .suggest_panel import suggest_panel, wire_suggest
@@ -75,9 +76,10 @@ class PageState:
 
 
 def _page_state() -> PageState:
-    share, taken, query, tab = (
-        gr.Textbox("", visible="hidden", elem_id=name)
-        for name in ("share-kept", "taken", "query", "open-tab")
+    # as the controls stand at first: a preview must not set them before a link has
+    share = gr.Textbox(str(Share(16, 16, 16)), visible="hidden", elem_id="share-kept")
+    taken, query, tab = (
+        gr.Textbox("", visible="hidden", elem_id=name) for name in ("taken", "query", "open-tab")
     )
     return PageState(gr.State(DEMO_KEY), share, gr.State(False), taken, query, tab)
 
