@@ -159,14 +159,19 @@ class Handlers:
             yield cards("measuring …")
             if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) is not None:
                 yield cards("measuring …")
+
+        def run() -> str:
+            return write_records([measured_record(loaded, asked, text)])
+
+        # a run now, since the visitor may go on before its speed is there
+        yield *cards("measuring …")[:-1], run()
         for report in timing:
             if report is not None:
                 yield cards("measuring …")
         # the structure's cards once more: a page that was busy may have passed over them
         perplexity, speed, *_ = cards("")
         nonzero, compute, *_ = _structure(loaded, asked, views, "")
-        record = measured_record(loaded, asked, text)
-        yield perplexity, speed, nonzero, compute, *(gr.skip(),) * 2, write_records([record])
+        yield perplexity, speed, nonzero, compute, *(gr.skip(),) * 2, run()
 
     def _measured_cards(
         self, loaded: LoadedModel, asked: Conversion, text: str, message: str
