@@ -158,7 +158,7 @@ def speed_card(speed: SpeedReport, loaded: LoadedModel) -> Card:
 
 
 def pending_speed_card(message: str) -> Card:
-    return Card("Tokens per second", "…", "…", message, "measured after perplexity")
+    return Card("Tokens per second", "…", "…", message, "measured in turn with perplexity")
 
 
 def status_line(loaded: LoadedModel) -> str:

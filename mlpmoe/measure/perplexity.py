@@ -89,7 +89,7 @@ def measure(
 ) -> Perplexity:
     """`perplexity` of a text that is encoded already."""
     parts = windows(model, text, window, stride)
-    return summarise(torch.cat([token_losses(model, p.ids, p.first) for p in parts]), parts)
+    return summarise(torch.cat(list(window_losses(model, text, window, stride))), parts)
 
 
 def compare(dense: Perplexity, other: Perplexity) -> PerplexityChange:
