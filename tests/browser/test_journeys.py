@@ -88,8 +88,12 @@ def test_first_visit(open_page, take_picture):
     slider(page, "branches").focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    wait_for_spec(page, branches=branches + 5, keep=branches + 5)  # all stay all
-    wait_for_outlines(page, stays=branches + 5, zeroed=branches + 4, thresholds=branches + 4)
+    branches += 5
+    kept = int(branches * 12 / 16 + 0.5)
+    wait_for_spec(page, branches=branches, keep=kept)
+    wait_for_outlines(
+        page, stays=kept, zeroed=kept - 1, thresholds=kept - 1, dropped=branches - kept
+    )
     wait_until_measured(page)
     assert page.locator("[data-testid=toast-text]").count() == 0
 

@@ -13,6 +13,7 @@ from mlpmoe import ConversionSpec, UserError, convert, named_text, perplexity
 from mlpmoe.explorer import loaded as module
 from mlpmoe.explorer.loaded import Calibrated
 from mlpmoe.explorer.preview import preview
+from mlpmoe.measure import estimate
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.asking import SOON, AskedTurns, started
@@ -108,11 +109,13 @@ def test_what_is_measured_stays_known_while_others_measure_other_texts(workbench
 # what ends by itself
 
 
-def test_a_measurement_by_itself_ends_where_its_error_is_small(demo, scored):
-    """Nothing removed changes nothing: the first window tells."""
+def test_a_measurement_by_itself_ends_where_its_error_is_small(demo, scored, monkeypatch):
+    """Nothing removed changes nothing: as soon as there are tokens enough for the perplexities."""
+    monkeypatch.setattr(estimate, "SETTLED_TOKENS", 300)
     *_, found = demo.evaluate(ConversionSpec(), "proxy", whole=False)
     assert found.settled and not found.complete
-    assert len(found.parts) == 1
+    *before, last = (part.scored for part in found.parts)
+    assert sum(before) < 300 <= sum(before) + last
     before = len(scored)
     assert list(demo.evaluate(ConversionSpec(), "proxy", whole=False)) == [found]
     assert len(scored) == before  # to look again costs nothing
