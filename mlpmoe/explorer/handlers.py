@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import UserError
+from ..core.stopping import stoppable
 from .background import in_thread
 from .cards import (
     pending_perplexity_card,
@@ -26,7 +28,7 @@ from .cards import (
 from .convert_panel import CUSTOM
 from .events import sentence
 from .links import Link
-from .loaded import Calibrated, Conversion, LoadedModel, spec_of
+from .loaded import Calibrated, Conversion, LoadedModel, ends_here, spec_of
 from .preview import preset_name, preview, snippet
 from .records import measured_record, write_records
 from .settings import parted, read_asked, settle
@@ -122,9 +124,19 @@ class Handlers:
             return
         mine = self._look_at(request, at, whole)
         speed_anew = whole
+
+        def check() -> None:
+            if self._latest.get(session) is not mine:
+                raise CancelledError  # also in the middle of a window
+
         with closing(self._steps(loaded, asked, text, views, mine.whole, speed_anew)) as steps:
-            for step in steps:
-                if self._latest.get(session) is not mine:
+            while True:
+                try:
+                    with stoppable(check):
+                        check()
+                        step = next(steps)
+                    check()
+                except (CancelledError, StopIteration):
                     break
                 yield step
 
@@ -136,6 +148,9 @@ class Handlers:
 
         def cards(message: str) -> tuple[Any, ...]:
             return *self._measured_cards(loaded, asked, text, message), *nothing
+
+        def run() -> str:
+            return write_records([measured_record(loaded, asked, text)])
 
         if not loaded.is_converted(asked):
             for message in loaded.convert(asked):
@@ -155,16 +170,12 @@ class Handlers:
                 yield cards(f"{message} …")
         untimed = speed_anew or loaded.known_speed(asked) is None
         timing = loaded.speed(asked) if untimed else iter(())
-        for number, _ in enumerate(loaded.evaluate(asked, text, whole)):
-            yield cards("measuring …")
+        for number, found in enumerate(loaded.evaluate(asked, text, whole)):
+            # the run together with its figures: who sees them may go on at once
+            ended = ends_here(found, whole)
+            yield *cards("measuring …")[:-1], run() if ended else gr.skip()
             if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) is not None:
                 yield cards("measuring …")
-
-        def run() -> str:
-            return write_records([measured_record(loaded, asked, text)])
-
-        # a run now, since the visitor may go on before its speed is there
-        yield *cards("measuring …")[:-1], run()
         for report in timing:
             if report is not None:
                 yield cards("measuring …")

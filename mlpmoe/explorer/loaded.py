@@ -322,8 +322,7 @@ class LoadedModel:
 
     def evaluate(self, asked: Conversion, text: str, whole: bool = True) -> Iterator[Evaluation]:
         """Measure dense and converted model on the same windows in turn and yield what is known
-        after each. The last is complete; with `whole` False it may also be one whose error is
-        below what is shown, or that has LIVE_TOKENS tokens.
+        after each, up to where `ends_here`.
 
         Each step is a turn (see `Turns`). Closing the iterator stops after the step in progress.
         """
@@ -335,13 +334,13 @@ class LoadedModel:
         losses = self._losses.get_or_make((asked, text), Losses)
         scores = _scored_by(self.model), _scored_by(converted)
         known = plan.evaluation(dense, losses)
-        if known and not whole and _enough(known):
+        if known and ends_here(known, whole):
             yield known
             return
         for step in sharpen(plan, dense, losses, *scores, self.turns.turn):
             self._losses.get_or_make((None, text), lambda: dense)  # others make room first
             yield step
-            if not whole and _enough(step):
+            if ends_here(step, whole):
                 break
 
     def _known(self, asked: Conversion | None, text: str) -> Losses:
@@ -381,9 +380,11 @@ def _scored_by(model: PreTrainedModel) -> Callable[[Window], Tensor]:
     return lambda part: token_losses(model, part.ids, part.first)
 
 
-def _enough(found: Evaluation) -> bool:
-    """Whether a measurement that runs by itself may end here."""
-    return found.settled or (not found.look and found.dense.tokens >= LIVE_TOKENS)
+def ends_here(found: Evaluation, whole: bool) -> bool:
+    """Whether a measurement ends with this: at the end of the text, or (`whole` False) where its
+    error is below what is shown, or after LIVE_TOKENS tokens."""
+    enough = found.settled or (not found.look and found.dense.tokens >= LIVE_TOKENS)
+    return found.complete or (enough and not whole)
 
 
 def _requested(spec: ConversionSpec, d_ff: int) -> float | None:

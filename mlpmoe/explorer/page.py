@@ -12,7 +12,6 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from ..models import assets_folder, host_allows_any_model
-from ..models.catalogue import DEMO_KEY
 from .components import (
     BranchesPanel,
     CardsPanel,
@@ -65,7 +64,7 @@ Perplexity and speed are measured, parameters and compute are counted, on this s
 class PageState:
     """What a visitor's page remembers beside its visible controls."""
 
-    model: gr.State  # key of the loaded model
+    model: gr.State  # key of the loaded model; "" until one is, so that the first is a change too
     # The share that K stands for, see `settings.Share`. A component and no gr.State, because the
     # page must send it together with the B and K it belongs to.
     share: gr.Textbox
@@ -81,7 +80,7 @@ def _page_state() -> PageState:
     taken, query, tab = (
         gr.Textbox("", visible="hidden", elem_id=name) for name in ("taken", "query", "open-tab")
     )
-    return PageState(gr.State(DEMO_KEY), share, gr.State(False), taken, query, tab)
+    return PageState(gr.State(""), share, gr.State(False), taken, query, tab)
 
 
 def launch_kwargs() -> dict[str, Any]:

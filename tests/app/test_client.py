@@ -87,7 +87,7 @@ MORE = {
     "neurons": {"fade": 0.9, "more": {"fade_unit": "neuron", "order": "random", "seed": 7}},
     "calibrated": {
         "branches": 8, "fade": 0.9, "keep": 6, "compensation": "mean",
-        "more": {"fade_score": "wanda", "allocation": "sensitivity"},
+        "more": {"fade_score": "wanda", "order": "fluctuation"},
     },
     "calibrated by a common field": {"branches": 8, "keep": 6, "compensation": "refit"},
 }  # fmt: skip

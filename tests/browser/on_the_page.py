@@ -122,12 +122,15 @@ def wait_until_still(page, selector: str) -> str:
 
 def notice(page) -> str:
     """The text of the latest notice, which is then closed."""
-    toast = page.locator("[data-testid=toast-text]").last
-    toast.wait_for()
-    shown = toast.element_handle()
-    text = shown.inner_text()
-    page.locator("[data-testid=toast-close]").last.click()
-    shown.wait_for_element_state("hidden")
+    found = page.wait_for_function(
+        "() => { const said = [...document.querySelectorAll('[data-testid=toast-text]')].at(-1);"
+        " return said && {text: said.innerText}; }"
+    )
+    text = found.json_value()["text"]
+    page.evaluate(  # it may have gone by itself meanwhile
+        "document.querySelectorAll('[data-testid=toast-close]').forEach(close => close.click())"
+    )
+    page.wait_for_function("!document.querySelector('[data-testid=toast-text]')")
     return text
 
 

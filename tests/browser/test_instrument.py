@@ -180,8 +180,6 @@ def test_a_link_is_shared(open_page, new_window, server: str):
     window = new_window()
     for query, said in (
         ("?tab=nowhere&keep=12", "tab 'nowhere'"),
-        ("?fade=much", "must be a number"),
-        ("?text=novel", "text is called 'novel'"),
         ("?text=own-0123456789ab", "Paste it again"),
         ("?model=nobody/nothing&keep=12", "Press Load"),
     ):
@@ -217,16 +215,16 @@ def fill_sweep(page, **values: str) -> None:
 
 
 def test_a_sweep_is_stopped_and_resumed(open_page, take_picture):
-    """Twelve recipes are measured in one go; it is stopped after some, the page is closed, and the
+    """Many recipes are measured in one go; it is stopped after some, the page is closed, and the
     rest is measured the next time."""
     page = open_page("?keep=12")
     open_tab(page, "Trade-offs")
     wait_for_rows(page, 1)
-    grid = {"branches": "8, 16", "fade": "0, 0.5, 0.9", "keep": "100%, 75%"}
+    grid = {"branches": "8, 16", "fade": "0, 0.5, 0.9", "keep": "100%, 75%, 50%"}
     fill_sweep(page, **grid)
-    wait_for_text(page, "#sweep-plan", "12 runs, 1 of them measured before")
+    wait_for_text(page, "#sweep-plan", "18 runs, 1 of them measured before")
     page.click("#start-sweep")
-    page.wait_for_function("document.querySelectorAll('#runs tbody tr').length > 3")
+    page.wait_for_function("document.querySelectorAll('#runs tbody tr').length > 2")
     page.click("#stop-sweep")
     wait_until_still(page, "#sweep-status")
     stopped = len(rows(page))
@@ -237,21 +235,21 @@ def test_a_sweep_is_stopped_and_resumed(open_page, take_picture):
     open_tab(page, "Trade-offs")
     wait_for_rows(page, stopped)
     there = len(rows(page))
-    assert 3 < there < 12
+    assert 2 < there < 18
     fill_sweep(page, **grid)
-    wait_for_text(page, "#sweep-plan", f"12 runs, {there} of them measured before")
+    wait_for_text(page, "#sweep-plan", f"18 runs, {there} of them measured before")
     page.click("#start-sweep")
     wait_for_text(page, "#sweep-status", "Done")
     status = page.inner_text("#sweep-status")
-    assert f"{12 - there} measured in" in status
+    assert f"{18 - there} measured in" in status
     assert f"{there} were there before" in status
-    wait_for_rows(page, 12)
-    assert len({row[1] for row in rows(page)}) == 12
+    wait_for_rows(page, 18)
+    assert len({row[1] for row in rows(page)}) == 18
     page.wait_for_function(
-        "document.querySelectorAll('#trade-offs .points path.point').length > 12"
+        "document.querySelectorAll('#trade-offs .points path.point').length > 18"
     )
     take_picture(page, "done")
-    wait_for_text(page, "#sweep-plan", "12 runs, 12 of them measured before")
+    wait_for_text(page, "#sweep-plan", "18 runs, 18 of them measured before")
 
     page.fill("#sweep-keep textarea, #sweep-keep input", "some")
     page.wait_for_selector("#sweep-plan .problem")
@@ -317,6 +315,7 @@ def test_own_text(open_page, take_picture):
     """Somebody measures on a text of their own, pastes nothing, gives a file that is no text, and
     asks for a public text where there is no network."""
     page = open_page("?keep=12")
+    wait_for_text(page, "#card-nonzero", "4 of 16 branches")
     on_stories = figure(page, "perplexity")
     open_accordion(page, "text-choice")
     page.fill("#own-text textarea", STORY * 20)
@@ -361,8 +360,6 @@ def test_own_text(open_page, take_picture):
     assert page.input_value("#text input") != name
 
     choose(page, "text", "WikiText-2 (test)")
-    wait_for_text(page, "#card-perplexity", "reads the text first")
-    page.click("#measure")
     said = notice(page)
     assert said.startswith("WikiText-2")
     assert "needs a network once" in said
@@ -394,8 +391,8 @@ def test_where_the_text_breaks(open_page, take_picture):
     assert page.locator("#coloured-text .loss").count() > 5
 
     page.wait_for_selector("#drift .js-line")
-    layers = page.get_attribute("#tokens-layer input[type=range]", "max")
-    assert page.locator("#drift .points path.point").count() == 3 * (int(layers) + 1)
+    layers = page.locator("#drift .points path.point").count() // 3
+    page.wait_for_selector(f"#tokens-layer input[type=range][max='{layers - 1}']")
     page.wait_for_selector("#branch-correlations .hm image")
     assert page.locator("#branch-norms .bars .point").count() == 16
     assert page.locator("#branch-figures tbody tr").count() == 5

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlpmoe.explorer.style import DAMAGE
 from mlpmoe.measure.notation import NBSP, change, count, number, signed_percent
+from mlpmoe.models import assets_folder
 
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 finite = st.floats(-1e300, 1e300).filter(lambda value: value == 0 or abs(value) > 1e-300)
@@ -159,3 +160,14 @@ def test_damage_darkens_all_the_way():
 
     levels = [brightness(colour) for colour in DAMAGE]
     assert all(a - b > 10 for a, b in pairwise(levels))
+
+
+def test_no_selector_has_a_comma_within_brackets():
+    """Gradio cuts selectors at every comma and puts its prefix before each part."""
+    for file in assets_folder().glob("*.css"):
+        style = re.sub(r"/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        selectors = re.findall(r"([^{};]+)\{", style)
+        assert selectors, file.name
+        for selector in selectors:
+            if not selector.strip().startswith("@"):
+                assert not re.search(r"\([^()]*,", selector), f"{file.name}: {selector.strip()}"
