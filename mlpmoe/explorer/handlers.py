@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass
+from math import inf
+from time import monotonic
 from typing import Any
 
 import gradio as gr
@@ -36,6 +38,7 @@ from .workbench import Workbench
 
 STRUCTURE = 4  # outputs of `_structure`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
+BETWEEN_ESTIMATES = 0.25  # seconds, at least: a page is busy with each for a while
 VISITORS_REMEMBERED = 10_000
 
 
@@ -170,14 +173,24 @@ class Handlers:
                 yield cards(f"{message} …")
         untimed = speed_anew or loaded.known_speed(asked) is None
         timing = loaded.speed(asked) if untimed else iter(())
+        shown = -inf
+
+        def due() -> bool:
+            nonlocal shown
+            late = monotonic() - shown > BETWEEN_ESTIMATES
+            shown = monotonic() if late else shown
+            return late
+
         for number, found in enumerate(loaded.evaluate(asked, text, whole)):
-            # the run together with its figures: who sees them may go on at once
             ended = ends_here(found, whole)
-            yield *cards("measuring …")[:-1], run() if ended else gr.skip()
-            if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) is not None:
+            if due() or ended:
+                # the run together with its figures: who sees them may go on at once
+                yield *cards("measuring …")[:-1], run() if ended else gr.skip()
+            timed = number % WINDOWS_PER_ROUND == 0 and number and next(timing, None)
+            if timed and due():
                 yield cards("measuring …")
         for report in timing:
-            if report is not None:
+            if report and due():
                 yield cards("measuring …")
         # the structure's cards once more: a page that was busy may have passed over them
         perplexity, speed, *_ = cards("")

@@ -120,7 +120,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     first = FirstModel(workbench)
     first.start()
     with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(HEADER, elem_id="header")
+        header = gr.Markdown(HEADER, elem_id="header")
         state, fields = _page_state(), run_fields()
         picker = model_panel(host_allows_any_model())
         with gr.Row():
@@ -193,7 +193,20 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             [*convert.settings, *experts.settings], state.tab, state.taken, demo,
         )  # fmt: skip
         opened["branches"].select(None, js=RESIZE, **PRIVATE)
+    _report_progress_on(demo, header)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
+
+
+def _report_progress_on(demo: gr.Blocks, component: gr.Markdown) -> None:
+    """Let hidden progress be reported to one component instead of to every output.
+
+    At each message of any event, Gradio's page tells all components that ever had some progress of
+    their state, and looks for each through the whole tree: that took 0.7 s of every step of a
+    slider. The first component of the page is found at once.
+    """
+    for fn in demo.fns.values():
+        if fn.show_progress == "hidden":
+            fn.show_progress_on = [component]
 
 
 def _wire_opening(

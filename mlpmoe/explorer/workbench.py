@@ -39,7 +39,8 @@ class Workbench:
                 pass
         if key not in self._models:
             raise UserError(
-                f"{name!r:.80} is not loaded on this server (any more). Load it on the page first."
+                f"{f'{name!r:.80}' if name != '' else 'the model of this page'} is not loaded on "
+                "this server (any more). Load it on the page first."
             )
         self._models.move_to_end(key)
         return self._models[key]

@@ -52,6 +52,10 @@ def app() -> Iterator[App]:
             port = probe.getsockname()[1]
         workbench = Workbench()
         blocks = build_demo(workbench)
+        # sessions begin as if the demo model had been opened, as listeners that are called without
+        # the page expect
+        (model,) = (b for b in blocks.blocks.values() if isinstance(b, gr.State) and b.value == "")
+        model.value = "demo"
         _, url, _ = blocks.launch(
             prevent_thread_lock=True,
             quiet=True,

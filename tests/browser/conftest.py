@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,16 @@ def browser() -> Iterator[object]:
     if not Path(CHROMIUM).exists():
         missing = f"there is no browser at {CHROMIUM}; set MLPMOE_CHROMIUM to one"
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import Page, sync_playwright
     except ImportError:
         missing = "playwright is not installed"
     if missing and os.environ.get("CI"):
         pytest.fail(missing)
     if missing:
         pytest.skip(missing)
-    with sync_playwright() as playwright:
+    with sync_playwright() as playwright, pytest.MonkeyPatch.context() as patch:
+        # Playwright looks at every frame, which makes the browser draw each of them
+        patch.setattr(Page, "wait_for_function", partialmethod(Page.wait_for_function, polling=100))
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield chromium
         chromium.close()

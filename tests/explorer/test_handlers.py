@@ -16,6 +16,7 @@ import torch
 from mlpmoe import ConversionSpec, convert, named_text, parameter_report
 from mlpmoe import perplexity as measure_perplexity
 from mlpmoe.core.calibration import MAX_TOKENS, Calibration
+from mlpmoe.explorer import handlers as module
 from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.generations import GenerationHandlers
@@ -97,6 +98,22 @@ def test_preview_shows_what_was_measured_before(handlers, visitor):
 
 
 # a measurement, as it sharpens
+
+
+@pytest.fixture(autouse=True)
+def every_estimate(monkeypatch):
+    """Is shown, however fast the machine is."""
+    monkeypatch.setattr(module, "BETWEEN_ESTIMATES", 0)
+
+
+def test_a_page_is_not_flooded_with_estimates(handlers, demo, visitor, monkeypatch):
+    monkeypatch.setattr(module, "BETWEEN_ESTIMATES", 1e9)
+    previewed(handlers, visitor(), fade=0.9)
+    first, run, last = live(handlers, visitor(), fade=0.9)
+    assert "first look" in first.perplexity
+    assert [step.new == SKIPPED for step in (first, run, last)] == [True, False, False]
+    assert tokens_of(run.perplexity) == tokens_of(last.perplexity)
+    assert "…" not in last.perplexity + last.speed
 
 
 def test_a_measurement_sharpens_by_itself_and_ends_with_a_run(handlers, demo, visitor):

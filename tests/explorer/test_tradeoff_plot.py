@@ -172,7 +172,9 @@ def test_error_bars_are_those_that_were_measured():
 def test_presets_are_squares():
     name = "Keep 12 of 16 (paper)"
     specs = PRESETS[name], ConversionSpec(keep=3)
-    made = {layer: [made_record(spec, model=f"owner/{layer}") for spec in specs] for layer in STYLES}
+    made = {
+        layer: [made_record(spec, model=f"owner/{layer}") for spec in specs] for layer in STYLES
+    }
     found = points_of(tradeoff_plot(made, [], "nonzero", "perplexity"))
     for layer, (_, symbol, _) in STYLES.items():
         preset, other = made[layer]

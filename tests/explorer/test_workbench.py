@@ -144,6 +144,8 @@ def test_the_demo_model_stays_and_a_guest_makes_room(workbench, one_layer_folder
     assert workbench.loaded("demo") is demo
     assert workbench.holds(str(gateless_folder))
     assert not workbench.holds(str(one_layer_folder))
+    with pytest.raises(UserError, match="the model of this page is not loaded"):
+        workbench.loaded("")  # of a page that a server before this one had opened
     with pytest.raises(UserError, match="is not loaded on this server"):
         workbench.loaded(str(one_layer_folder))
 
