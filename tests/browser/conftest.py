@@ -176,7 +176,9 @@ def new_window(browser, server: str, request: pytest.FixtureRequest) -> Iterator
         if request.node.stash.get(FAILED, False):
             SCREENSHOTS.mkdir(exist_ok=True)
             for number, page in enumerate(context.pages):
-                page.screenshot(path=SCREENSHOTS / f"failed-{request.node.name}-{number}.png")
+                page.screenshot(
+                    path=SCREENSHOTS / f"failed-{request.node.name}-{number}.png", full_page=True
+                )
         context.close()
     assert [u for u in elsewhere if not u.startswith((f"{server}/", "data:", "blob:"))] == []
     assert complaints == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-PATIENCE = 60_000  # milliseconds for anything awaited; a busy machine may pause anywhere
+PATIENCE = 120_000  # milliseconds for anything awaited; a busy machine may pause anywhere
 
 TRACES = ("dropped by K", "removed by fade", "stays", "fade threshold")
 SHOWN = {  # key of a tab -> what tells that it is filled in
