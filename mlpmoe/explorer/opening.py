@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -20,7 +21,8 @@ from .expert_settings import show_spec as show_routed
 from .first_model import FirstModel
 from .links import Link, read_link
 from .loaded import LoadedModel
-from .settings import CONTROLS, most_branches, show_spec
+from .preview import preset_name
+from .settings import CONTROLS, most_branches, read_spec, show_spec
 from .texts import calibration_choices, text_choices
 from .workbench import Workbench, model_key
 
@@ -135,9 +137,11 @@ class OpeningHandlers:
             return gr.skip()
         return self.use_text(Path(path).read_bytes())
 
-    def choose_preset(self, model: str, name: str) -> tuple:
+    def choose_preset(self, model: str, name: str, *values: Any) -> tuple:
+        """What the controls show of a preset. Gradio says that a dropdown was used also as the
+        focus leaves it; then the controls, whose values are given too, may move on meanwhile."""
         loaded = self.workbench.loaded(model)
-        if name not in PRESETS:
+        if name not in PRESETS or name == _named(values):
             return (gr.skip(),) * (len(CONTROLS) + 1)
         PRESETS[name].check_fits(loaded.d_ff)
         return show_spec(PRESETS[name], loaded)
@@ -197,3 +201,11 @@ class OpeningHandlers:
 def _query(taken: str) -> str:
     """What page.js sends: a query string and, after a space, the time."""
     return taken.partition(" ")[0]
+
+
+def _named(values: Sequence[Any]) -> str | None:
+    """The preset that the controls show, if they show one."""
+    try:
+        return preset_name(read_spec(values))
+    except UserError:
+        return None

@@ -225,7 +225,10 @@ def _wire_opening(
         **QUIET,
     ).then(None, js="() => mlpmoe.show()", **PRIVATE)  # fmt: skip
     convert.preset.input(
-        readable(handlers.choose_preset), [state.model, convert.preset], static, **QUIET
+        readable(handlers.choose_preset),
+        [state.model, convert.preset, *convert.settings],
+        static,
+        **QUIET,
     )
     by_name = picker.load.click(
         readable(handlers.load), [picker.name, *asked], loads, trigger_mode="once",

@@ -15,7 +15,7 @@ from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.handlers import Handlers
 from mlpmoe.explorer.opening import LOADED
 from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, Share, read_spec
-from tests.explorer.controls import chosen, controls, opened_link, preview_values
+from tests.explorer.controls import chosen, controls, opened_link, preview_values, settings
 
 SKIPPED = gr.skip()
 
@@ -160,7 +160,7 @@ def test_a_link_may_name_a_model_to_load(opening, visitor, notices):
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_choose_preset(opening, name):
     spec = PRESETS[name]
-    shown = opening.choose_preset("demo", name)
+    shown = opening.choose_preset("demo", name, *settings(branches=3, fade=0.1))
     assert chosen(shown) == controls(
         branches=spec.branches, fade=spec.fade, keep=spec.kept, compensation=spec.compensation,
         order=spec.order, fade_schedule=spec.fade_schedule, fade_score=spec.fade_score,
@@ -171,7 +171,16 @@ def test_choose_preset(opening, name):
 
 @pytest.mark.parametrize("name", [CUSTOM, "", None, "no such preset"])
 def test_other_presets_change_nothing(opening, name):
-    assert opening.choose_preset("demo", name) == (SKIPPED,) * (len(CONTROLS) + 1)
+    shown = opening.choose_preset("demo", name, *settings())
+    assert shown == (SKIPPED,) * (len(CONTROLS) + 1)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_that_is_shown_is_not_taken_again(opening, name):
+    """As the focus leaves the dropdown: what is moved next would be set back."""
+    shown = chosen(opening.choose_preset("demo", name, *settings(branches=3, fade=0.1)))
+    again = opening.choose_preset("demo", name, *shown, "stories")
+    assert again == (SKIPPED,) * (len(CONTROLS) + 1)
 
 
 def test_a_preset_with_more_branches_than_neurons_is_refused(opening, tmp_path):
@@ -180,7 +189,7 @@ def test_a_preset_with_more_branches_than_neurons_is_refused(opening, tmp_path):
     folder = str(save_tiny_model(tmp_path / "narrow", intermediate_size=12))
     list(opening.workbench.load(folder))
     with pytest.raises(UserError, match="12 neurons"):
-        opening.choose_preset(folder, "Fractal Fade (paper)")
+        opening.choose_preset(folder, "Fractal Fade (paper)", *settings(branches=3))
 
 
 # loading
