@@ -136,7 +136,6 @@ class Handlers:
             while True:
                 try:
                     with stoppable(check):
-                        check()
                         step = next(steps)
                     check()
                 except (CancelledError, StopIteration):
@@ -186,8 +185,7 @@ class Handlers:
             if due() or ended:
                 # the run together with its figures: who sees them may go on at once
                 yield *cards("measuring …")[:-1], run() if ended else gr.skip()
-            timed = number % WINDOWS_PER_ROUND == 0 and number and next(timing, None)
-            if timed and due():
+            if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) and due():
                 yield cards("measuring …")
         for report in timing:
             if report and due():

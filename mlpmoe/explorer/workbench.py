@@ -38,9 +38,9 @@ class Workbench:
             for _ in self.load(DEMO_KEY):
                 pass
         if key not in self._models:
+            what = "the model of this page" if name == "" else f"{name!r:.80}"
             raise UserError(
-                f"{f'{name!r:.80}' if name != '' else 'the model of this page'} is not loaded on "
-                "this server (any more). Load it on the page first."
+                f"{what} is not loaded on this server (any more). Load it on the page first."
             )
         self._models.move_to_end(key)
         return self._models[key]
