@@ -73,6 +73,8 @@ def wait_for_outlines(page, **expected: int) -> None:
 # The card of perplexity says of how many tokens an estimate is, until the text has ended.
 ENDED = """() => !/first look|[0-9] of [0-9]/.test(
     document.querySelector('#card-perplexity .note')?.innerText ?? '')"""
+# Of how many different numbers of tokens the estimates were that RECORD_NOTES saw.
+COUNTS = "new Set(window.notes.map(note => note.match(/[0-9,]+ of [0-9]/)?.[0]).filter(Boolean))"
 # Every note of that card from now on, as the visitor sees them one after the other.
 RECORD_NOTES = """() => {
     window.notes = [];

@@ -126,9 +126,10 @@ def test_stop_and_go_on(open_page):
     make_checkpoint(page)
 
 
-def test_a_phone_by_keyboard(open_page, take_picture):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_by_keyboard(open_page, take_picture, scheme: str):
     """On a phone, without a mouse: nothing sticks out, nothing jumps, axe finds nothing."""
-    page = open_page("?keep=8&tab=export", width=390, height=844)
+    page = open_page("?keep=8&tab=export", width=390, height=844, color_scheme=scheme)
     wait_for_text(page, "#export-plan", "384 of 768")
     page.focus("#make-checkpoint")
     page.keyboard.press("Enter")
@@ -141,5 +142,5 @@ def test_a_phone_by_keyboard(open_page, take_picture):
     page.keyboard.press("ArrowLeft")
     wait_for_value(page, "keep", 7)
     wait_for_text(page, "#export-stale", "changed since")
-    take_picture(page, "made")
+    take_picture(page, f"made-{scheme}")
     assert violations(page) == set()

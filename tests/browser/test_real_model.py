@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.browser.conftest import App
 from tests.browser.on_the_page import (
+    COUNTS,
     RECORD_NOTES,
     open_tab,
     slider,
@@ -26,7 +27,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow]
 
 LONG = 300_000  # milliseconds: a model of 135 M parameters on a busy machine
 QUESTION = "What is the capital of France?"
-COUNTS = "new Set(window.notes.map(note => note.match(/[0-9,]+ of [0-9]/)?.[0]).filter(Boolean))"
 
 
 @pytest.fixture(scope="module")
