@@ -13,8 +13,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from mlpmoe.measure.head import LOGITS_AT_ONCE
 from mlpmoe.models.architecture import Architecture
-from mlpmoe.models.memory import memory_needed
+from mlpmoe.models.memory import LOGITS, memory_needed
 from tests.gguf_writing import write_gguf
 from tests.models.random_models import large_tokenizer
 
@@ -39,7 +40,7 @@ model, tokenizer = load_checked(checked)
 whole = ConversionSpec(branches=16, order="norm", fade=0.5, fade_projections="gate-up-down")
 converted = convert(model, whole)
 for each in (model, converted):
-    perplexity(each, tokenizer, "a cat sat " * 60, window=512, stride=256)
+    perplexity(each, tokenizer, "a cat sat " * 600, window=512, stride=512)
 print(json.dumps([checked.memory_needed, status("VmHWM:") - before]))
 """
 LLAMA = Architecture(
@@ -53,6 +54,7 @@ def test_every_part_counts():
     assert weights + copy < needed < 1.05 * (weights + copy)
     assert memory_needed(LLAMA, torch.float32) > 1.9 * needed
     assert memory_needed(replace(LLAMA, mlp_parameters=0), torch.bfloat16) < needed - 0.9 * copy
+    assert LOGITS == LOGITS_AT_ONCE
     # a head is scored in pieces, so a larger vocabulary takes more for its tokens only
     wider = memory_needed(replace(LLAMA, vocabulary=2 * LLAMA.vocabulary), torch.bfloat16)
     assert wider - needed < 200e6
