@@ -45,12 +45,7 @@ def magnitude_threshold(
     weight = weight.detach()
     if weight.dtype == torch.float64:
         weight = weight.float()  # the paper compares in float32
-    last = weight.numel() - 1
-    if last < QUANTILE_LIMIT:
-        rank = float(np.float32(sparsity) * np.float32(last))
-    else:
-        rank = sparsity * last
-    low, high = floor(rank), min(ceil(rank), last)
+    rank, low, high = _rank(weight.numel(), sparsity)
     if weight.is_cuda:
         magnitudes = weight.abs().float().flatten()
         below, above = (magnitudes.kthvalue(k + 1).values.cpu() for k in (low, high))
@@ -60,8 +55,50 @@ def magnitude_threshold(
         next_up = bits[low + 1 :].min() if high > low else bits[low]
         found = np.array([bits[low], next_up])
         below, above = torch.from_numpy(found).view(weight.dtype).float()
-    value = float(torch.lerp(below, above, rank - floor(rank)))
+    return _between(below, above, rank - low)
+
+
+def _rank(count: int, sparsity: float) -> tuple[float, int, int]:
+    """Where the quantile lies among `count` sorted magnitudes, and the places beside it."""
+    last = count - 1
+    if last < QUANTILE_LIMIT:
+        rank = float(np.float32(sparsity) * np.float32(last))
+    else:
+        rank = sparsity * last
+    return rank, floor(rank), min(ceil(rank), last)
+
+
+def _between(below: Tensor, above: Tensor, part: float) -> Threshold:
+    value = float(torch.lerp(below, above, part))
     return Threshold(value, cut=float(above) if value >= float(above) else float(below))
+
+
+class MagnitudeCounts:
+    """How often each magnitude occurs in a tensor of 16-bit floats, which have few: what a fade
+    leaves of it, for any strength, without fading it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        counts = np.bincount(_magnitude_bits(weight.detach().cpu()).ravel())
+        found = counts.nonzero()[0]
+        values = torch.from_numpy(found.astype(np.int16)).view(weight.dtype)
+        self.values = values.float().numpy()  # distinct magnitudes, ascending
+        self.counts = counts[found].astype(np.int32)
+        self.ends = self.counts.cumsum()  # weights up to each magnitude
+
+    def threshold(self, sparsity: float) -> float:
+        """As `magnitude_threshold` gives it; 0.0 if nothing is asked for."""
+        return self._threshold(sparsity).value if sparsity else 0.0
+
+    def left(self, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
+        """The magnitudes above zero that stay, ascending, and how often each occurs."""
+        cut = self._threshold(sparsity).cut if sparsity else 0.0
+        first = np.searchsorted(self.values, np.float32(cut), side="right")
+        return self.values[first:], self.counts[first:]
+
+    def _threshold(self, sparsity: float) -> Threshold:
+        rank, low, high = _rank(int(self.ends[-1]), sparsity)
+        below, above = np.searchsorted(self.ends, (low, high), side="right")
+        return _between(*torch.from_numpy(self.values[[below, above]]), rank - low)
 
 
 def fade_projection(

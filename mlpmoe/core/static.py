@@ -50,7 +50,7 @@ def build_static(
     if spec.fade_unit == "neuron":
         stage = _drop_neurons(stage, weights, spec, sparsities, layer)
     elif spec.pattern or any(sparsities):
-        projections = _projections(weights, spec)
+        projections = faded_projections(weights, spec)
     kept, thresholds = stage.weights, {}
 
     def zero(name: str, moment: Tensor | None) -> None:
@@ -117,8 +117,8 @@ def _drop_neurons(
     return _Stage(permute(stage.weights, chosen), tuple(sizes), present[chosen])
 
 
-def _projections(weights: MLPWeights, spec: ConversionSpec) -> tuple[str, ...]:
-    """The projections to fade that this MLP has."""
+def faded_projections(weights: MLPWeights, spec: ConversionSpec) -> tuple[str, ...]:
+    """The projections to fade that this MLP has. SpecError if it has none of them."""
     names = spec.projections
     if weights.gate is None:
         names = tuple(name for name in names if name != "gate")

@@ -14,7 +14,8 @@ from ..measure.notation import change, count, difference, number, signed_percent
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
-from .loaded import LoadedModel, Zeros
+from .loaded import LoadedModel
+from .structure import Zeros
 from .texts import text_name
 
 COMPENSATION_NAMES = {

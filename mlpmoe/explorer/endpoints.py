@@ -16,9 +16,10 @@ from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE, default_text
+from .asked import Conversion, spec_of
 from .events import IN_TURNS, MODEL_QUEUE, readable
 from .generations import check_writing
-from .loaded import Conversion, LoadedModel, spec_of
+from .loaded import LoadedModel
 from .preview import summary
 from .workbench import Workbench
 

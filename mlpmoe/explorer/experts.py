@@ -21,11 +21,12 @@ from ..measure.routing import routing
 from ..measure.sweep import BOUND, STATIC, comparison
 from ..models import default_text
 from ..models.texts import check_own_text
+from .asked import Calibrated, Conversion
 from .expert_figures import coloured_tokens, load_plot, split_plot, story_ids, variation_plot
 from .expert_plots import Point, tradeoff
 from .expert_settings import OWN, read_spec
 from .experts_panel import EMPTY
-from .loaded import Calibrated, Conversion, Evaluation, LoadedModel
+from .loaded import Evaluation, LoadedModel
 from .preview import snippet
 from .records import measured_record, write_records
 from .shipped import shipped
@@ -97,7 +98,7 @@ class ExpertHandlers:
             yield _status(message), *(gr.skip(),) * 8
         evaluation = loaded.known_evaluation(asked, default_text(loaded.key))
         converted = loaded.converted(asked)
-        report, share = loaded.converted_report(asked), loaded.points[asked].compute
+        report, share = loaded.structure.report(asked), loaded.points[asked].compute
         found = routing(converted, story_ids(loaded)[:LOAD_TOKENS])
         varied = variation_plot(converted, spec.tau)
         yield (
@@ -138,7 +139,7 @@ class ExpertHandlers:
             yield f"{message} …"
         for step in loaded.evaluate(asked, default_text(loaded.key)):
             yield f"measuring perplexity, {step.dense.tokens / step.total:.0%}"
-        report = loaded.converted_report(asked)
+        report = loaded.structure.report(asked)
         share = report.mlp_macs_per_token / loaded.report.mlp_macs_per_token
         loaded.points.pop(asked, None)  # so that it comes last
         loaded.points[asked] = Point(name, kind, share, step.change.ratio, step.change.stderr)

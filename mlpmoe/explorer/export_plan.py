@@ -23,7 +23,8 @@ from ..core.spec import ConversionSpec
 from ..models import CALIBRATIONS, format_bytes
 from ..models.host import available_memory, free_disk
 from ..models.names import on_space
-from .loaded import Calibrated, Conversion, LoadedModel, spec_of
+from .asked import Calibrated, Conversion, spec_of
+from .loaded import LoadedModel
 from .run_words import model_name, short_recipe
 from .texts import OWN_PREFIX
 
@@ -76,7 +77,7 @@ def expected_bytes(loaded: LoadedModel, wanted: Wanted) -> int:
     """Bytes of the checkpoint, from the parameters: of the dense model while the conversion is
     not made."""
     made = loaded.is_converted(wanted.asked)
-    report = loaded.converted_report(wanted.asked) if made else loaded.report
+    report = loaded.structure.report(wanted.asked) if made else loaded.report
     return report.total * wanted_dtype(loaded, wanted.dtype).itemsize
 
 

@@ -19,6 +19,7 @@ from ..checkpoints.record import read_spec_file
 from ..core.calibration import check_disjoint
 from ..core.errors import UserError
 from ..models import CALIBRATIONS, find_entry, format_bytes
+from .asked import Calibrated
 from .background import in_thread
 from .events import sentence
 from .expert_settings import check_shown as check_routed
@@ -29,7 +30,7 @@ from .export_plan import Wanted, check_room, command, dtype_choices, folder_name
 from .export_result import Made, result, stale_note, zipped_files
 from .handed_out import HandedOut, workspace, zip_folder
 from .links import Link
-from .loaded import Calibrated, LoadedModel
+from .loaded import LoadedModel
 from .run_words import model_name, short_recipe
 from .settings import check_shown, parted, read_asked
 from .texts import OWN_PREFIX, text_name

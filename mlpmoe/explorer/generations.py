@@ -14,9 +14,10 @@ from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..measure.generation import Writing, parted_at, write_side_by_side
 from ..models.catalogue import DEMO_KEY
+from .asked import Calibrated, spec_of
 from .cards import describe
 from .generations_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, QUESTIONS, STORIES
-from .loaded import Calibrated, LoadedModel, spec_of
+from .loaded import LoadedModel
 from .settings import parted, read_asked
 from .workbench import Workbench
 

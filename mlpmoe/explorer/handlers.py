@@ -19,6 +19,7 @@ import gradio as gr
 
 from ..core.errors import UserError
 from ..core.stopping import stoppable
+from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
 from .cards import (
     pending_perplexity_card,
@@ -30,7 +31,7 @@ from .cards import (
 from .convert_panel import CUSTOM
 from .events import sentence
 from .links import Link
-from .loaded import Calibrated, Conversion, LoadedModel, ends_here, spec_of
+from .loaded import LoadedModel, ends_here
 from .preview import preset_name, preview, snippet
 from .records import measured_record, write_records
 from .settings import parted, read_asked, settle

@@ -9,35 +9,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.branched import BranchedMLP, branch_sizes
+from ..core.branched import BranchedMLP
 from ..core.calibration import Calibration, check_disjoint, few_tokens
 from ..core.conversion import convert_all, mlp_modules, observe
 from ..core.mlps import DenseMLP, read_mlps
-from ..core.schedule import branch_sparsities
 from ..core.spec import ConversionSpec
 from ..core.visiting import Observed
 from ..measure.encoding import EncodedText, Window, context_length, encode_protocol
 from ..measure.estimate import Evaluation, Losses, Plan, sharpen
 from ..measure.head import token_losses
-from ..measure.magnitudes import Magnitudes, branch_sums, branched_mlps, magnitudes, neuron_sums
-from ..measure.parameters import ParameterReport, parameter_report
+from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport, decode_rounds, forward
 from ..measure.sweep import Run, run_of
-from ..measure.words import joined
 from ..models import Preflight, default_calibration
 from ..models.texts import TEXTS
+from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
 from .recent import Recent
+from .structure import Structure
 from .texts import OWN_PREFIX, SHIPPED, Texts
 from .turns import Turns
 
@@ -51,31 +49,6 @@ PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measur
 LIVE_TOKENS = 16_384  # that a measurement takes by itself; the whole text on request
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A spec together with the text it may look at; stands where a spec does."""
-
-    spec: ConversionSpec
-    text: str = field(repr=False)
-    key: str = field(default="stories", compare=False)  # of the text, for links and runs
-
-
-Conversion = ConversionSpec | Calibrated
-
-
-def spec_of(asked: Conversion) -> ConversionSpec:
-    return asked.spec if isinstance(asked, Calibrated) else asked
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Sparsity that fade was asked for and what it did, over the kept branches."""
-
-    what: str  # is zeroed: "gate and up", "neurons", ...
-    requested: float | None  # the mean of s_i over the neurons, or n/m; None if layers differ
-    realised: float  # more where several weights equal the threshold
-
-
 @dataclass(eq=False)
 class LoadedModel:
     """A dense model in memory with all that was found out about it."""
@@ -87,15 +60,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     texts: Texts = field(default_factory=Texts)
     _conversions: Recent = field(default_factory=lambda: Recent(CONVERSIONS_HELD))
-    _reports: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
-    _sums: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _plans: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _losses: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
-    _zeros: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _shapes: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
-    _histograms: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     turns: Turns = field(default_factory=Turns)  # of all that runs the models
     # what was measured of routed conversions on this server, for the trade-off plot
     points: dict[Conversion, Any] = field(default_factory=lambda: Recent(RESULTS_HELD))
@@ -119,17 +88,13 @@ class LoadedModel:
         return ["gate", "up", "down"] if self.mlps[0].weights.gate is not None else ["up", "down"]
 
     @cached_property
-    def _dense_nonzero(self) -> dict[int, int]:
-        return {id(p): int(torch.count_nonzero(p)) for p in self.model.parameters()}
-
-    @cached_property
-    def _dense_sums(self) -> Recent:
-        return Recent(2 * 3 * len(self.mlps))
+    def structure(self) -> Structure:
+        return Structure(self.model, self.mlps, self.converted)
 
     @cached_property
     def report(self) -> ParameterReport:
         """The parameters of the dense model."""
-        return parameter_report(self.model, lambda tensor: self._dense_nonzero.get(id(tensor)))
+        return self.structure.dense
 
     @cached_property
     def tokens_per_second(self) -> float:
@@ -184,99 +149,10 @@ class LoadedModel:
                 text, lambda: observe(self.model, calibration, report)
             )
 
-    def known_report(self, asked: Conversion) -> ParameterReport | None:
-        """`converted_report`, if it was asked for before."""
-        return self._reports.get(asked)
-
     def few_tokens(self, asked: Calibrated) -> str | None:
         """A sentence, if the calibration text is short for what is fitted on it."""
         tokens = Calibration.from_text(self.tokenizer, asked.text).samples.numel()
         return few_tokens(asked.spec, tokens, self.d_ff, self.mlps[0].weights.d_model)
-
-    def converted_report(self, asked: Conversion) -> ParameterReport:
-        """The parameters after conversion. Nothing is counted that was counted before: tensors of
-        the dense model, and branches."""
-        return self._reports.get_or_make(asked, lambda: self._report(asked))
-
-    def _report(self, asked: Conversion) -> ParameterReport:
-        model = self.converted(asked)
-        if spec_of(asked).routed:
-            return parameter_report(model)
-        sums = self.sums(asked, "nonzero")
-        known = dict(self._dense_nonzero)
-        for layer, mlp in enumerate(branched_mlps(model)):
-            for name, linear in mlp.projections.items():
-                known[id(linear.weight)] = int(sums[name][layer].sum())
-        return parameter_report(model, lambda tensor: known.get(id(tensor)))
-
-    def sums(self, asked: Conversion, quantity: str) -> dict[str, Tensor]:
-        """`branch_sums` of the converted model; tensors of the dense model are summed once."""
-        return self._sums.get_or_make(
-            (asked, quantity),
-            lambda: branch_sums(self.converted(asked), quantity, self._neuron_sums),
-        )
-
-    def _neuron_sums(self, weight: Tensor, projection: str, quantity: str) -> Tensor:
-        place = (weight.data_ptr(), weight.stride())
-        dense = self._dense_places.get(place)
-        if dense is None:
-            return neuron_sums(weight, projection, quantity)
-        whole = self._dense_sums.get_or_make(
-            (place, quantity), lambda: neuron_sums(dense, projection, quantity)
-        )
-        return whole[: weight.shape[1 if projection == "down" else 0]]  # the first neurons
-
-    @cached_property
-    def _dense_places(self) -> dict[tuple, Tensor]:
-        """Where the projections of the dense model lie in memory: what a conversion leaves as it
-        is lies there too."""
-        tensors = [getattr(mlp.weights, name) for mlp in self.mlps for name in self.projections]
-        return {(tensor.data_ptr(), tensor.stride()): tensor for tensor in tensors}
-
-    def histogram(
-        self, asked: Conversion, layer: int, projection: str, bins: int, upper: float
-    ) -> Magnitudes:
-        """`magnitudes` of a conversion, binned once per layer and branches."""
-        return self._histograms.get_or_make(
-            (asked, layer, projection, bins, upper),
-            lambda: magnitudes(self.converted(asked), layer, projection, bins, upper),
-        )
-
-    def whole(self, asked: Conversion) -> Conversion:
-        """The same branches with nothing removed."""
-        spec = spec_of(asked)
-        spec = ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed)
-        return replace(asked, spec=spec) if spec.needs_calibration else spec
-
-    def left(self, asked: Conversion, quantity: str) -> Tensor:
-        """The share of each branch's non-zero weights ("nonzero") or squared weights ("energy")
-        that the conversion leaves; (layers, B), 0 to 1."""
-        left, whole = (
-            torch.stack(list(self.sums(s, quantity).values())).sum(0)
-            for s in (asked, self.whole(asked))
-        )
-        return left / whole.clamp(min=1e-30)
-
-    def zeros(self, asked: Conversion) -> Zeros | None:
-        """What fade asks for and what it does, over all layers; None without fade."""
-        if not spec_of(asked).fades:
-            return None
-        return self._zeros.get_or_make(asked, lambda: self._count_zeros(asked))
-
-    def _count_zeros(self, asked: Conversion) -> Zeros:
-        spec = spec_of(asked)
-        mlps = branched_mlps(self.converted(asked))
-        kept = [
-            sum(branch_sizes(dense.weights.d_ff, spec.branches)[: len(mlp.sizes)])
-            for dense, mlp in zip(self.mlps, mlps, strict=True)
-        ]
-        requested = _requested(spec, self.d_ff)
-        if spec.fade_unit == "neuron":
-            return Zeros("neurons", requested, 1 - sum(sum(m.sizes) for m in mlps) / sum(kept))
-        names = [name for name in spec.projections if name in self.projections]
-        weights = sum(mlp.projections[name].weight.numel() for mlp in mlps for name in names)
-        left = sum(float(self.sums(asked, "nonzero")[name].sum()) for name in names)
-        return Zeros(joined(names), requested, 1 - left / weights)
 
     def has_text(self, key: str) -> bool:
         """Whether `text` answers at once. UserError if no text has this key."""
@@ -317,7 +193,7 @@ class LoadedModel:
 
     def run(self, asked: Conversion, text: str) -> Run:
         """What was measured and counted of a conversion; it must have been measured."""
-        measured, report = self.known_evaluation(asked, text), self.converted_report(asked)
+        measured, report = self.known_evaluation(asked, text), self.structure.report(asked)
         return run_of(spec_of(asked), measured.dense, measured.converted, self.report, report)
 
     def evaluate(self, asked: Conversion, text: str, whole: bool = True) -> Iterator[Evaluation]:
@@ -385,16 +261,3 @@ def ends_here(found: Evaluation, whole: bool) -> bool:
     error is below what is shown, or after LIVE_TOKENS tokens."""
     enough = found.settled or (not found.look and found.dense.tokens >= LIVE_TOKENS)
     return found.complete or (enough and not whole)
-
-
-def _requested(spec: ConversionSpec, d_ff: int) -> float | None:
-    """The share that fade is asked to remove, in the mean over the kept neurons; None if layers
-    share it out."""
-    if spec.allocation != "uniform":
-        return None
-    if spec.pattern:
-        return spec.pattern[0] / spec.pattern[1]
-    sizes = branch_sizes(d_ff, spec.branches)[: spec.kept]
-    shares = branch_sparsities(spec.branches, spec.fade, spec.fade_schedule, spec.fade_exponent)
-    asked = sum(size * share for size, share in zip(sizes, shares, strict=False))
-    return asked / sum(sizes)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .asked import Calibrated, Conversion
 from .background import in_thread
-from .loaded import Calibrated, Conversion, LoadedModel
+from .loaded import LoadedModel
 
 
 def measuring(loaded: LoadedModel, asked: Conversion, text: str) -> Iterator[str]:

@@ -100,7 +100,7 @@ class PaperHandlers:
         """Make all figures known; the longest text comes last."""
         for variant, spec in VARIANTS.items():
             report(f"{variant}: counting", None)
-            loaded.converted_report(spec)
+            loaded.structure.report(spec)
         _evaluate(loaded, PROXY, report)
         self._time(loaded, report)
         _evaluate(loaded, default_text(loaded.key), report)
@@ -120,7 +120,7 @@ class PaperHandlers:
         rows = [
             ReproducedRow(
                 variant,
-                loaded.known_report(spec),
+                loaded.structure.known_report(spec),
                 tuple(_windows_only(loaded.known_evaluation(spec, text)) for text in texts),
                 times.get(variant),
             )

@@ -13,8 +13,9 @@ from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
 from ..models import default_calibration
 from ..models.texts import TEXTS
+from .asked import Conversion, spec_of
 from .cards import Card, compute_card, nonzero_card
-from .loaded import Conversion, LoadedModel, spec_of
+from .loaded import LoadedModel
 from .plots import branch_histograms, branches_left
 from .texts import OWN_PREFIX
 
@@ -37,10 +38,10 @@ def preview(
     loaded: LoadedModel, asked: Conversion, layer: int, projection: str, quantity: str
 ) -> Preview:
     """Cards and plots of the structure of one conversion."""
-    spec, report = spec_of(asked), loaded.converted_report(asked)
-    left = loaded.left(asked, _known(quantity, QUANTITY_NAMES))
+    spec, report = spec_of(asked), loaded.structure.report(asked)
+    left = loaded.structure.left(asked, _known(quantity, QUANTITY_NAMES))
     return Preview(
-        nonzero=nonzero_card(loaded.report, report, spec, loaded.zeros(asked)),
+        nonzero=nonzero_card(loaded.report, report, spec, loaded.structure.zeros(asked)),
         compute=compute_card(loaded.report, report, spec),
         histograms=histograms(loaded, asked, layer, _known(projection, loaded.projections)),
         heat=branches_left(left, QUANTITY_NAMES[quantity]),
@@ -53,16 +54,16 @@ def histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: s
     weight = getattr(loaded.mlps[layer].weights, projection).detach().float()
     upper = HISTOGRAM_REACH * float(weight.square().mean()) ** 0.5 or 1.0
     dense, converted = (
-        loaded.histogram(each, layer, projection, HISTOGRAM_BINS, upper)
-        for each in (loaded.whole(asked), asked)
+        loaded.structure.histogram(each, layer, projection, HISTOGRAM_BINS, upper)
+        for each in (loaded.structure.whole(asked), asked)
     )
     return branch_histograms(dense, converted, layer, projection, spec_of(asked).fades)
 
 
 def summary(loaded: LoadedModel, asked: Conversion) -> dict[str, Any]:
     """The numbers of the structure as plain values, for the API."""
-    spec, zeros = spec_of(asked), loaded.zeros(asked)
-    dense, converted = loaded.report, loaded.converted_report(asked)
+    spec, zeros = spec_of(asked), loaded.structure.zeros(asked)
+    dense, converted = loaded.report, loaded.structure.report(asked)
     return {
         "model": loaded.label,
         "spec": spec.to_dict(),

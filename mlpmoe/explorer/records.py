@@ -19,8 +19,9 @@ from ..core.spec import ConversionSpec
 from ..measure.speed import Ratio
 from ..measure.sweep import Run
 from ..models.texts import TEXTS
+from .asked import Calibrated, Conversion
 from .links import LONGEST, Link
-from .loaded import Calibrated, Conversion, LoadedModel
+from .loaded import LoadedModel
 from .texts import OWN_PREFIX
 
 MOST_RECORDS = 300  # more are forgotten, the oldest first; see page.js

@@ -12,7 +12,8 @@ import gradio as gr
 from ..core.errors import UserError
 from ..core.schedule import DEFAULT_EXPONENT
 from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec
-from .loaded import Conversion, LoadedModel
+from .asked import Conversion
+from .loaded import LoadedModel
 
 EXPONENTS = (0.25, 8.0)  # of the schedule power, on the page
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff

@@ -16,7 +16,8 @@ from ..measure.drift import drift
 from ..measure.estimate import Evaluation
 from ..measure.notation import number
 from ..measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
-from .loaded import Calibrated, Conversion, LoadedModel
+from .asked import Calibrated, Conversion
+from .loaded import LoadedModel
 from .settings import parted, read_asked
 from .style import DAMAGE
 from .token_plots import correlations_plot, drift_plot, norms_plot
@@ -79,7 +80,7 @@ class TokenHandlers:
 def _branches(
     loaded: LoadedModel, asked: Conversion, ids: torch.Tensor, layer: int
 ) -> tuple[Any, ...]:
-    whole = loaded.converted(loaded.whole(asked))
+    whole = loaded.converted(loaded.structure.whole(asked))
     spec = asked.spec if isinstance(asked, Calibrated) else asked
     found = branch_statistics(whole, min(layer, len(loaded.mlps) - 1), ids, spec.kept)
     return branches_html(found, spec), norms_plot(found), correlations_plot(found)

@@ -13,8 +13,9 @@ import gradio as gr
 from ..core.errors import UserError
 from ..measure.generation import write_side_by_side
 from ..measure.tables import to_csv
+from .asked import Calibrated, Conversion
 from .generations import UPDATES_PER_SECOND, WRITING_SECONDS, check_writing
-from .loaded import Calibrated, Conversion, LoadedModel
+from .loaded import LoadedModel
 from .preview import histograms
 from .published import published
 from .records import Record, pinned, read_records

@@ -11,7 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlpmoe.core.branched import branch_sizes
-from mlpmoe.core.fade import QUANTILE_LIMIT, fade_projection, magnitude_threshold
+from mlpmoe.core.fade import (
+    QUANTILE_LIMIT,
+    MagnitudeCounts,
+    fade_projection,
+    magnitude_threshold,
+)
 from mlpmoe.core.mlps import MLPWeights
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.static import build_static
@@ -92,6 +97,19 @@ def test_survivors_are_those_of_the_paper(dtype, data, sparsity):
     assert thresholds == (paper_threshold(weight, sparsity),)
     assert faded.dtype == dtype
     assert torch.equal(bits(weight), bits(before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@given(data=st.data(), sparsity=sparsities)
+def test_counts_know_what_would_survive(dtype, data, sparsity):
+    weight = data.draw(weights(dtype))
+    counts = MagnitudeCounts(weight)
+    magnitudes = weight.abs().float()
+    if sparsity:
+        magnitudes = magnitudes[paper_mask(weight, sparsity)]
+        assert counts.threshold(sparsity) == paper_threshold(weight, sparsity)
+    values, many = counts.left(sparsity)
+    assert np.repeat(values, many).tolist() == magnitudes[magnitudes > 0].sort().values.tolist()
 
 
 @each_device

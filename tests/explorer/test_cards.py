@@ -25,7 +25,8 @@ from mlpmoe.explorer.cards import (
     speed_card,
     status_line,
 )
-from mlpmoe.explorer.loaded import Evaluation, Zeros
+from mlpmoe.explorer.loaded import Evaluation
+from mlpmoe.explorer.structure import Zeros
 from mlpmoe.explorer.texts import SHIPPED, text_name
 from mlpmoe.measure.encoding import Window
 from mlpmoe.measure.notation import NBSP, NO_CHANGE, count

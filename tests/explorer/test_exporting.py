@@ -23,11 +23,12 @@ from mlpmoe.checkpoints.export import SAVED
 from mlpmoe.commands.arguments import read_spec as read_flags
 from mlpmoe.commands.convert import add_arguments
 from mlpmoe.explorer import export_plan, exporting, handed_out, pushing
+from mlpmoe.explorer.asked import Calibrated
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.export_panel import BRANCHES, EXPERTS
 from mlpmoe.explorer.export_plan import MEASURED, Wanted, check_room, command, folder_name, plan
 from mlpmoe.explorer.exporting import ExportHandlers
-from mlpmoe.explorer.loaded import Calibrated, LoadedModel
+from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.pushing import PushHandlers, can_push
 from mlpmoe.models import named_calibration
 from tests.explorer.calibrated import at_the_end

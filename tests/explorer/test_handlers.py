@@ -320,7 +320,7 @@ def test_a_calibrated_conversion_is_pending_and_then_measured(handlers, demo, vi
     report = parameter_report(expected)
     assert f">{count(report.nonzero)}<" in last.nonzero
     assert f">{count(report.macs_per_token)}<" in last.compute
-    assert count(report.total) == count(demo.converted_report(demo.asked(spec)).total)
+    assert count(report.total) == count(demo.structure.report(demo.asked(spec)).total)
     text = named_text("proxy")
     found = demo.known_evaluation(demo.asked(spec), "proxy").converted
     measured = measure_perplexity(expected, demo.tokenizer, text)

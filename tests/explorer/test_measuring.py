@@ -11,7 +11,8 @@ import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, named_text, perplexity
 from mlpmoe.explorer import loaded as module
-from mlpmoe.explorer.loaded import Calibrated
+from mlpmoe.explorer import structure
+from mlpmoe.explorer.asked import Calibrated
 from mlpmoe.explorer.preview import preview
 from mlpmoe.measure import estimate
 from mlpmoe.models import named_calibration
@@ -281,13 +282,13 @@ def test_what_others_convert_does_not_make_it_forgotten(workbench, monkeypatch, 
 
 
 def test_histograms_are_binned_once_per_layer_and_branches(demo, monkeypatch):
-    binned, original = [], module.magnitudes
+    binned, original = [], structure.magnitudes
 
     def magnitudes(model, layer, *more):
         binned.append(layer)
         return original(model, layer, *more)
 
-    monkeypatch.setattr(module, "magnitudes", magnitudes)
+    monkeypatch.setattr(structure, "magnitudes", magnitudes)
     for fade in (0.5, 0.6, 0.5):
         preview(demo, ConversionSpec(fade=fade), 0, "gate", "nonzero")
     assert binned == [0, 0, 0]  # the whole branches, and two settings
@@ -303,9 +304,9 @@ def test_whole_branches_are_those_of_the_same_calibration_text(demo):
     asked = Calibrated(
         ConversionSpec(branches=6, keep=3, order="activation"), OWN * 40, demo.texts.add(OWN * 40)
     )
-    assert demo.whole(asked) == Calibrated(replace(asked.spec, keep=None), asked.text)
+    assert demo.structure.whole(asked) == Calibrated(replace(asked.spec, keep=None), asked.text)
     for quantity in ("nonzero", "energy"):
-        left = demo.left(asked, quantity)
+        left = demo.structure.left(asked, quantity)
         assert torch.equal(left[:, :3], torch.ones(2, 3))
         assert torch.equal(left[:, 3:], torch.zeros(2, 3))
 

@@ -156,7 +156,7 @@ def test_before_the_button_only_what_is_known_is_shown(tab, demo, visitor):
     assert value(found[DENSE]["total"][0]) == demo.report.total
     assert found[FADED] == {column: ["…"] for column in COLUMNS}
     assert commands.count("mlpmoe evaluate demo") == 4
-    assert not demo.known_report(VARIANTS[FADED])  # looking converts nothing
+    assert not demo.structure.known_report(VARIANTS[FADED])  # looking converts nothing
 
 
 def test_the_rows_are_the_library_s(tab, demo, visitor):

@@ -17,14 +17,10 @@ import torch
 from mlpmoe import ConversionSpec, convert, load, named_text
 from mlpmoe.__main__ import main
 from mlpmoe.commands.arguments import add_spec, read_spec
+from mlpmoe.explorer.asked import Calibrated, Conversion, spec_of
 from mlpmoe.explorer.experts import ExpertHandlers
 from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.loaded import (
-    Calibrated,
-    Conversion,
-    LoadedModel,
-    spec_of,
-)
+from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.preview import snippet
 from mlpmoe.explorer.workbench import Workbench
 from mlpmoe.models import named_calibration

@@ -39,11 +39,11 @@ def test_counts_from_memory_are_plain_counts(request, model, spec):
     loaded = request.getfixturevalue(model)
     spec = ConversionSpec(**{**spec.to_dict(), "branches": min(spec.branches, loaded.d_ff)})
     assert loaded.report == parameter_report(loaded.model)
-    assert loaded.converted_report(spec) == parameter_report(convert(loaded.model, spec))
+    assert loaded.structure.report(spec) == parameter_report(convert(loaded.model, spec))
 
 
 def test_zeros_are_counted_over_the_kept_branches(tiny):
-    zeros = tiny.zeros(SPEC)
+    zeros = tiny.structure.zeros(SPEC)
     wanted = [0.9 * b / 6 for b in range(4)]  # 48 neurons: all branches have 8
     assert zeros.requested == pytest.approx(sum(wanted) / 4)
     gates = [
@@ -54,19 +54,19 @@ def test_zeros_are_counted_over_the_kept_branches(tiny):
     zero = sum(int((weight == 0).sum()) for weight in gates)
     assert zeros.realised == pytest.approx(zero / sum(weight.numel() for weight in gates))
     assert zeros.what == "gate and up"
-    assert tiny.zeros(ConversionSpec(keep=3)) is None
+    assert tiny.structure.zeros(ConversionSpec(keep=3)) is None
 
 
 def test_zeros_count_neurons_where_branches_differ_in_size(one_layer):
     """40 neurons in 16 branches: the first 8 have 3 each, the others 2."""
     sizes = [3] * 8 + [2] * 8
     wanted = sum(n * 0.9 * b / 16 for b, n in enumerate(sizes)) / 40
-    assert one_layer.zeros(ConversionSpec(fade=0.9)).requested == pytest.approx(wanted)
+    assert one_layer.structure.zeros(ConversionSpec(fade=0.9)).requested == pytest.approx(wanted)
 
 
 def test_left_lies_between_nothing_and_all(tiny):
     for quantity in ("nonzero", "energy"):
-        left = tiny.left(SPEC, quantity)
+        left = tiny.structure.left(SPEC, quantity)
         assert left.shape == (2, 6)
         assert ((left >= 0) & (left <= 1)).all()
         assert (left[:, 4:] == 0).all()
@@ -105,8 +105,8 @@ def test_threads_get_their_own_right_results(demo, weights_hash):
 
     def work(spec):
         barrier.wait(timeout=30)
-        report = demo.converted_report(spec)
-        left = demo.left(spec, "nonzero")
+        report = demo.structure.report(spec)
+        left = demo.structure.left(spec, "nonzero")
         return report, left, list(demo.evaluate(spec, "proxy"))[-1]
 
     with ThreadPoolExecutor(len(specs)) as pool:

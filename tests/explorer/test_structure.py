@@ -1,0 +1,72 @@
+"""What fades of 16-bit weights leave, counted without making them, is what the made ones hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mlpmoe import ConversionSpec, convert, magnitudes, parameter_report
+from mlpmoe.core.mlps import read_mlps
+from mlpmoe.explorer.structure import Structure
+from mlpmoe.measure.magnitudes import branch_weights, branched_mlps
+from tests.tiny import tiny_model
+
+SPECS = [
+    ConversionSpec(branches=6, fade=0.9),
+    ConversionSpec(branches=5, fade=2.0, keep=3, fade_projections="gate-up-down"),
+    ConversionSpec(
+        branches=7, fade=0.6, order="norm", fade_schedule="uniform", fade_projections="up-down",
+        keep=6, compensation="none",
+    ),
+    ConversionSpec(branches=48, fade=0.3, order="random", seed=3),
+]  # fmt: skip
+
+
+def model(kind: str, dtype: torch.dtype) -> torch.nn.Module:
+    if kind == "llama":
+        return tiny_model().to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_inner=48)
+        return GPT2LMHeadModel(config).to(dtype)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ConversionSpec.to_query)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_counted_is_made(kind, dtype, spec):
+    dense, made = model(kind, dtype), []
+
+    def converted(asked: ConversionSpec) -> torch.nn.Module:
+        made.append(asked)
+        return convert(dense, asked)
+
+    structure, faded = Structure(dense, read_mlps(dense), converted), convert(dense, spec)
+    assert structure.report(spec) == parameter_report(faded)
+    left = {"nonzero": [], "energy": []}
+    whole = convert(dense, ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed))
+    names = branched_mlps(faded)[0].projections
+    for some, all_ in zip(branched_mlps(faded), branched_mlps(whole), strict=True):
+        for quantity, sums in left.items():
+            power = 0 if quantity == "nonzero" else 2
+            sums.append([
+                sum(
+                    float((w[w != 0].double().abs() ** power).sum())
+                    for name in names
+                    for w in branch_weights(mlp, name)[branch : branch + 1]
+                )
+                for mlp in (some, all_)
+                for branch in range(spec.branches)
+            ])  # fmt: skip
+    for quantity, sums in left.items():
+        stays, were = torch.tensor(sums, dtype=torch.float64).chunk(2, dim=1)
+        torch.testing.assert_close(structure.left(spec, quantity), stays / were)
+    for name in names:
+        found = structure.histogram(spec, 1, name, 20, 0.5)
+        wanted = magnitudes(faded, 1, name, 20, 0.5)
+        assert torch.equal(found.counts, wanted.counts)
+        assert found.zeros.tolist() == wanted.zeros.tolist()
+        assert torch.equal(found.edges, wanted.edges)
+        assert found.thresholds == wanted.thresholds
+    assert made and not any(asked.fades for asked in made)
