@@ -195,6 +195,8 @@ class Handlers:
         perplexity, speed, *_ = cards("")
         nonzero, compute, *_ = _structure(loaded, asked, views, "")
         yield perplexity, speed, nonzero, compute, *(gr.skip(),) * 2, run()
+        if not spec_of(asked).routed:
+            loaded.structure.get_ready_to_fade(asked)
 
     def _measured_cards(
         self, loaded: LoadedModel, asked: Conversion, text: str, message: str

@@ -42,6 +42,7 @@ from .turns import Turns
 CONVERSIONS_HELD = 2  # per model; each may hold a copy of the MLPs
 SMALL_CONVERSIONS_HELD = 6  # of a model of at most SMALL_BYTES
 SMALL_BYTES = 2**27
+VIEWS_HELD = 16  # conversions that only cut, and so hold no weights of their own
 RESULTS_HELD = 512  # per model
 TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
@@ -60,6 +61,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     texts: Texts = field(default_factory=Texts)
     _conversions: Recent = field(default_factory=lambda: Recent(CONVERSIONS_HELD))
+    _views: Recent = field(default_factory=lambda: Recent(VIEWS_HELD))
     _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _plans: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _losses: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
@@ -117,7 +119,8 @@ class LoadedModel:
         return not isinstance(asked, Calibrated) or asked in self._conversions
 
     def converted(self, asked: Conversion) -> PreTrainedModel:
-        return self._conversions.get_or_make(asked, lambda: self._convert(asked))
+        held = self._views if _only_cuts(asked) else self._conversions
+        return held.get_or_make(asked, lambda: self._convert(asked))
 
     def convert(self, asked: Conversion) -> Iterator[str]:
         """Convert, yielding what is being done. Closing the iterator gives up after the layer in
@@ -244,7 +247,7 @@ class LoadedModel:
         """Conversions of one shape write at one speed: zeros in place cost and save nothing."""
 
         def shape() -> Any:
-            mlps = mlp_modules(self.converted(asked))
+            mlps = mlp_modules(self.converted(self.structure.unfaded(asked)))
             if not all(isinstance(mlp, BranchedMLP) for mlp in mlps):
                 return asked
             return tuple((sum(mlp.sizes), mlp.down_proj.bias is not None) for mlp in mlps)
@@ -254,6 +257,12 @@ class LoadedModel:
 
 def _scored_by(model: PreTrainedModel) -> Callable[[Window], Tensor]:
     return lambda part: token_losses(model, part.ids, part.first)
+
+
+def _only_cuts(asked: Conversion) -> bool:
+    """Whether all weights are those of the dense model, as stored."""
+    plain = isinstance(asked, ConversionSpec) and not asked.routed
+    return plain and not asked.fades and asked.order == "contiguous"
 
 
 def ends_here(found: Evaluation, whole: bool) -> bool:

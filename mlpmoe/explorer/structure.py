@@ -85,7 +85,7 @@ class Structure:
     def _report(self, asked: Conversion) -> ParameterReport:
         if spec_of(asked).routed:
             return parameter_report(self.converted(asked))
-        model, sums = self.converted(self._shape(asked)), self.sums(asked, "nonzero")
+        model, sums = self._looked_at(asked), self.sums(asked, "nonzero")
         known = dict(self._dense_nonzero)
         for layer, mlp in enumerate(branched_mlps(model)):
             for name, linear in mlp.projections.items():
@@ -97,7 +97,7 @@ class Structure:
         return self._sums.get_or_make((asked, quantity), lambda: self._sum(asked, quantity))
 
     def _sum(self, asked: Conversion, quantity: str) -> dict[str, Tensor]:
-        sums = branch_sums(self.converted(self._shape(asked)), quantity, self._neuron_sums)
+        sums = branch_sums(self._looked_at(asked), quantity, self._neuron_sums)
         for name in self._counted(asked):
             for layer, branches in enumerate(self._magnitude_counts(asked, name)):
                 for branch, share in enumerate(_sparsities(spec_of(asked))):
@@ -125,23 +125,32 @@ class Structure:
     def _has(self, projection: str) -> bool:
         return getattr(self.mlps[0].weights, projection) is not None
 
-    def _counted(self, asked: Conversion) -> tuple[str, ...]:
-        """The projections whose fade is counted without being made: weights of 16 bits, and
-        magnitudes alone decide."""
-        if not isinstance(asked, ConversionSpec) or asked.routed or asked.fade_unit != "weight":
-            return ()
-        weights = self.mlps[0].weights
-        if not asked.fade or weights.up.dtype.itemsize != 2:
-            return ()
-        return faded_projections(weights, asked)
-
-    def _shape(self, asked: Conversion) -> Conversion:
-        """A conversion with the same branches and α that is made at once: without the fade, where
-        that is counted."""
-        if not self._counted(asked):
+    def unfaded(self, asked: Conversion) -> Conversion:
+        """A conversion of the same shape that is made at once: without a fade that only zeroes
+        weights in place."""
+        if not _fades_in_place(asked):
             return asked
         names = ("branches", "order", "seed", "keep", "compensation")
         return ConversionSpec(**{name: getattr(asked, name) for name in names})
+
+    def _counted(self, asked: Conversion) -> tuple[str, ...]:
+        """The projections whose fade is counted without being made: those of 16 bits."""
+        weights = self.mlps[0].weights
+        if not _fades_in_place(asked) or weights.up.dtype.itemsize != 2:
+            return ()
+        return faded_projections(weights, asked)
+
+    def get_ready_to_fade(self, asked: Conversion) -> None:
+        """Count the magnitudes of these branches, so that a fade of them follows its slider."""
+        spec = spec_of(asked)
+        faded = ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed, fade=1)
+        if not faded.needs_calibration:
+            for name in self._counted(faded):
+                self._magnitude_counts(faded, name)
+
+    def _looked_at(self, asked: Conversion) -> PreTrainedModel:
+        """What holds all that is not counted otherwise."""
+        return self.converted(self.unfaded(asked) if self._counted(asked) else asked)
 
     def _magnitude_counts(
         self, asked: ConversionSpec, projection: str
@@ -168,7 +177,7 @@ class Structure:
         self, asked: Conversion, layer: int, projection: str, bins: int, upper: float
     ) -> Magnitudes:
         if projection not in self._counted(asked):
-            return magnitudes(self.converted(self._shape(asked)), layer, projection, bins, upper)
+            return magnitudes(self._looked_at(asked), layer, projection, bins, upper)
         branches = self._magnitude_counts(asked, projection)[layer]
         faded = list(zip(branches, _sparsities(spec_of(asked)), strict=False))
         left = [branch.left(share) for branch, share in faded]
@@ -208,7 +217,7 @@ class Structure:
 
     def _count_zeros(self, asked: Conversion) -> Zeros:
         spec = spec_of(asked)
-        mlps = branched_mlps(self.converted(self._shape(asked)))
+        mlps = branched_mlps(self._looked_at(asked))
         kept = [
             sum(branch_sizes(dense.weights.d_ff, spec.branches)[: len(mlp.sizes)])
             for dense, mlp in zip(self.mlps, mlps, strict=True)
@@ -221,6 +230,13 @@ class Structure:
         weights = sum(mlp.projections[name].weight.numel() for mlp in mlps for name in names)
         left = sum(float(self.sums(asked, "nonzero")[name].sum()) for name in names)
         return Zeros(joined(names), requested, 1 - left / weights)
+
+
+def _fades_in_place(asked: Conversion) -> bool:
+    """Whether weights are zeroed by their magnitudes alone."""
+    if not isinstance(asked, ConversionSpec) or asked.routed:
+        return False
+    return asked.fade > 0 and asked.fade_unit == "weight"
 
 
 def _sparsities(spec: ConversionSpec) -> list[float]:

@@ -25,7 +25,10 @@ def test_conversions_are_shared_and_few(demo):
     assert demo.converted(SPEC) is demo.converted(ConversionSpec(**SPEC.to_dict()))
     kept = demo.converted(SPEC)
     for branches in range(1, SMALL_CONVERSIONS_HELD + 1):
-        demo.converted(ConversionSpec(branches=branches))
+        demo.converted(ConversionSpec(branches=branches))  # holds no weights of its own
+    assert demo.converted(SPEC) is kept
+    for branches in range(1, SMALL_CONVERSIONS_HELD + 1):
+        demo.converted(ConversionSpec(branches=branches, order="norm"))
     assert demo.converted(SPEC) is not kept
 
 
