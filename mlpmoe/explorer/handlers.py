@@ -34,10 +34,11 @@ from .links import Link
 from .loaded import LoadedModel, ends_here
 from .preview import preset_name, preview, snippet
 from .records import measured_record, write_records
-from .settings import parted, read_asked, settle
+from .settings import arriving, parted, read_asked, settle
 from .workbench import Workbench
 
 STRUCTURE = 4  # outputs of `_structure`
+PREVIEW = 8 + 2 + STRUCTURE  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
 BETWEEN_ESTIMATES = 0.25  # seconds, at least: a page is busy with each for a while
 VISITORS_REMEMBERED = 10_000
@@ -64,6 +65,8 @@ class Handlers:
         settings, (text, *views, share) = parted(values)
         loaded = self.workbench.loaded(model)
         loaded.texts.check(text)
+        if arriving(settings, share):
+            return (gr.skip(),) * PREVIEW
         settings, used, said = settle(loaded, settings, share)
         for notice in said:
             gr.Info(notice)

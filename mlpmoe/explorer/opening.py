@@ -22,7 +22,7 @@ from .first_model import FirstModel
 from .links import Link, read_link
 from .loaded import LoadedModel
 from .preview import preset_name
-from .settings import CONTROLS, most_branches, read_spec, show_spec
+from .settings import AS_THEY_ARE, CONTROLS, most_branches, read_spec, show_spec
 from .texts import calibration_choices, text_choices
 from .workbench import Workbench, model_key
 
@@ -39,26 +39,26 @@ class OpeningHandlers:
         self.first = first or FirstModel(workbench)
 
     def open_link(self, request: gr.Request) -> Iterator[tuple]:
-        """Whether the page can be filled in, what to restore once its model is loaded; then what
-        `_model` and what `_restored` give, from the link's query string."""
+        """What to restore once its model is loaded; then what `_model` and what `_restored` give,
+        from the link's query string."""
         link, notices = read_link(dict(request.query_params), default_model="")
         self._warn(notices)
         rest = (gr.skip(),) * (MODEL - 1 + RESTORED)
-        yield gr.skip(), gr.skip(), "<p>opening …</p>", *rest
+        yield gr.skip(), "<p>opening …</p>", *rest
         if link.model and self.workbench.holds(link.model):
             loaded = self.workbench.loaded(link.model)
         elif link.model and find_entry(link.model):
-            yield gr.skip(), link.to_query(), gr.skip(), *rest
+            yield link.to_query(), gr.skip(), *rest
             return
         else:
             if link.model:
                 gr.Info(f"This link is about {escape(link.model[:80])}. Press Load to load it.")
             for step in self.first.follow():
                 if isinstance(step, str):
-                    yield gr.skip(), gr.skip(), f"<p>{escape(step)} …</p>", *rest
+                    yield gr.skip(), f"<p>{escape(step)} …</p>", *rest
             loaded = step
         restored = self._restored(link, loaded, link.model or loaded.key)
-        yield True, "", *self._model(loaded), *restored
+        yield "", *self._model(loaded), *restored
 
     def load_taken(
         self, taken: str, model: str, branches: int, text: str, calibration: str
@@ -71,12 +71,12 @@ class OpeningHandlers:
             yield from self.load(link.model, model, branches, text, calibration)
 
     def restore_taken(self, taken: str, model: str) -> tuple:
-        """The page can be filled in, and what `_restored` gives."""
+        """What `_restored` gives."""
         if not taken:
-            return (gr.skip(),) * (1 + RESTORED)
+            return (gr.skip(),) * RESTORED
         link, notices = read_link(_query(taken))
         self._warn(notices)
-        return True, *self._restored(link, self.workbench.loaded(model), model)
+        return self._restored(link, self.workbench.loaded(model), model)
 
     def _restored(self, link: Link, loaded: LoadedModel, name: str) -> tuple:
         """Name of the model, text, calibration text, controls of static and of routed specs,
@@ -191,11 +191,11 @@ class OpeningHandlers:
             words.append(self.first.note)
         return gr.update(value=f"<p>{escape(' '.join(words))}</p>", visible=bool(words))
 
-    def load_failed(self, model: str) -> tuple[str, str, bool]:
-        """Name and status line of the model that is still there, and that the page can be filled
-        in."""
+    def load_failed(self, model: str) -> tuple[str, str, str]:
+        """Name and status line of the model that is still there, and that the controls stand as
+        they are."""
         loaded = self.workbench.loaded(model)
-        return loaded.key, status_line(loaded), True
+        return loaded.key, status_line(loaded), AS_THEY_ARE
 
 
 def _query(taken: str) -> str:

@@ -38,7 +38,6 @@ from .links import FIRST_TAB, TABS
 from .opening import OpeningHandlers
 from .paper import PaperHandlers
 from .paper_panel import wire_paper
-from .settings import Share
 from .style import CSS_VARIABLES
 from .suggest import SuggestHandlers
 from .suggest_panel import suggest_panel, wire_suggest
@@ -53,6 +52,8 @@ from .workbench import Workbench
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
 LINK = f"""(query, tab) => location.origin + location.pathname + '?' + query
     + (tab && tab !== '{FIRST_TAB}' ? '&tab=' + tab : '')"""
+# Values set from here reach sliders later than other components, and long before this ends.
+ARRIVED = "() => new Promise(done => setTimeout(() => done(String(Date.now())), 100))"
 HEADER = """# mlpmoe
 Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
 what it saves. Nothing is trained."""
@@ -68,19 +69,18 @@ class PageState:
     # The share that K stands for, see `settings.Share`. A component and no gr.State, because the
     # page must send it together with the B and K it belongs to.
     share: gr.Textbox
-    opened: gr.State  # turns true once the page can be filled in, which asks for a preview
+    arrived: gr.Textbox  # changes once what was set has reached all controls: asks for a preview
     taken: gr.Textbox  # a run, point or link to restore: a query string, see page.js
     query: gr.Textbox  # of the link to the present settings
     tab: gr.Textbox  # key of the open tab
 
 
 def _page_state() -> PageState:
-    # as the controls stand at first: a preview must not set them before a link has
-    share = gr.Textbox(str(Share(16, 16, 16)), visible="hidden", elem_id="share-kept")
-    taken, query, tab = (
-        gr.Textbox("", visible="hidden", elem_id=name) for name in ("taken", "query", "open-tab")
+    share, arrived, taken, query, tab = (
+        gr.Textbox("", visible="hidden", elem_id=name)
+        for name in ("share-kept", "arrived", "taken", "query", "open-tab")
     )
-    return PageState(gr.State(""), share, gr.State(False), taken, query, tab)
+    return PageState(gr.State(""), share, arrived, taken, query, tab)
 
 
 def launch_kwargs() -> dict[str, Any]:
@@ -218,12 +218,12 @@ def _wire_opening(
     asked = [state.model, convert.branches, convert.text, convert.calibration]
     loads = [*shown, convert.branches, convert.text, convert.calibration]
     loading = {"concurrency_id": "load", **QUIET}
-    demo.load(
-        readable(handlers.open_link), None,
-        [state.opened, state.taken, *shown, *restored],
+    opened = demo.load(
+        readable(handlers.open_link), None, [state.taken, *shown, *restored],
         concurrency_limit=None,  # visitors wait for the same model
         **QUIET,
-    ).then(None, js="() => mlpmoe.show()", **PRIVATE)  # fmt: skip
+    )  # fmt: skip
+    opened.then(None, js="() => mlpmoe.show()", **PRIVATE)
     convert.preset.input(
         readable(handlers.choose_preset),
         [state.model, convert.preset, *convert.settings],
@@ -238,15 +238,16 @@ def _wire_opening(
         readable(handlers.load_taken), [state.taken, *asked], loads,
         **loading,
     )  # fmt: skip
-    by_run.success(
-        readable(handlers.restore_taken), [state.taken, state.model], [state.opened, *restored],
-        **QUIET,
-    )  # fmt: skip
+    by_run = by_run.success(
+        readable(handlers.restore_taken), [state.taken, state.model], restored, **QUIET
+    )
     for loaded in (by_name, by_run):
         loaded.failure(
             readable(handlers.load_failed), state.model,
-            [picker.name, picker.status, state.opened], **QUIET,
+            [picker.name, picker.status, state.share], **QUIET,
         )  # fmt: skip
+    for done in (opened, by_name, by_run):
+        done.then(None, None, state.arrived, js=ARRIVED, **PRIVATE)
     convert.use_calibration.click(
         readable(handlers.use_calibration), convert.own_text, convert.calibration, **QUIET
     )
@@ -274,7 +275,7 @@ def _wire_preview(
     """Every change shows its structure at once. `change`, not `release`: the keyboard counts."""
     views = [branches.layer, branches.projection, branches.quantity]
     return gr.on(
-        [component.change for component in (state.opened, *spec, convert.text, *views)],
+        [component.change for component in (state.arrived, *spec[1:], convert.text, *views)],
         readable(handlers.preview),
         [*spec, convert.text, *views, state.share],
         [

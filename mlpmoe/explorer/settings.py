@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor
+from time import time
 from typing import Any
 
 import gradio as gr
@@ -16,6 +17,8 @@ from .asked import Conversion
 from .loaded import LoadedModel
 
 EXPONENTS = (0.25, 8.0)  # of the schedule power, on the page
+AS_THEY_ARE = "0"  # for a `Share`: what it is follows from B and K
+ARRIVING = 5  # seconds that what was set from here may need to reach all controls
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
 # fields of the spec, in the order in which their controls send their values
 CONTROLS = (
@@ -90,7 +93,7 @@ def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
         "fade_exponent": exponent,
         "fade_projections": list(spec.projections),
     }
-    return *shown.values(), str(Share(spec.kept, spec.branches, spec.branches))
+    return *shown.values(), str(Share(spec.kept, spec.branches, spec.branches, int(time())))
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Share:
     kept: int
     of: int
     branches: int
+    set_at: int = 0  # seconds since 1970, if it was set from here together with B and K
 
     @classmethod
     def read(cls, text: str) -> Share:
@@ -114,7 +118,8 @@ class Share:
         return cls(1, 1, 0)  # none was shown yet
 
     def __str__(self) -> str:
-        return f"{self.kept} {self.of} {self.branches}"
+        numbers = self.kept, self.of, self.branches, *([self.set_at] if self.set_at else [])
+        return " ".join(map(str, numbers))
 
     @property
     def shown(self) -> int:
@@ -124,6 +129,19 @@ class Share:
     def at(self, branches: int) -> int:
         """K for this B: at least one branch."""
         return max(1, min(branches, int(branches * self.kept / self.of + 0.5)))
+
+
+def arriving(values: Sequence[Any], share: str) -> bool:
+    """Whether B and K as sent are those of before they were set from here: the page hears of the
+    share first. What is sent then is not what the page is about to show. Before anything was set
+    there is no share."""
+    if not share:
+        return True
+    before = Share.read(share)
+    if not 0 <= time() - before.set_at <= ARRIVING:
+        return False
+    branches, _, keep, *_ = values
+    return (branches, keep) != (before.branches, before.shown)
 
 
 def settle(
@@ -139,7 +157,7 @@ def settle(
     branches = used["branches"]
     moved = branches != before.branches
     if before.branches and sent["keep"] == before.shown:
-        after = replace(before, branches=branches)
+        after = replace(before, branches=branches, set_at=0)
         said.pop("keep", None)  # it only was on its way as B moved
     else:
         after = Share(used["keep"], branches, branches)

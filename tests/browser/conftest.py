@@ -186,10 +186,13 @@ def new_window(browser, server: str, request: pytest.FixtureRequest) -> Iterator
 
 @pytest.fixture
 def open_page(new_window, server: str) -> Callable:
-    """Opens the page, by default in a new window, and waits until everything on it is filled in."""
+    """Opens the page, by default in a new window, and waits until everything on it is filled in.
+    A link measures on the shortest text that ships, unless it names another."""
 
     def open_it(query: str = "", window=None, **options):
         page = (window or new_window(**options)).new_page()
+        if query and "text=" not in query:
+            query += "&text=proxy"
         page.goto(f"{server}/{query}")
         wait_until_measured(page)
         return page

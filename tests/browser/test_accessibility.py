@@ -39,7 +39,8 @@ UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, butto
     .map(e => e.outerHTML.slice(0, 160))"""
 WATCH = """selectors => {
     window.heights = {};
-    const seen = new ResizeObserver(entries => {
+    window.watcher?.disconnect();
+    const seen = window.watcher = new ResizeObserver(entries => {
         for (const {target} of entries) {
             const now = target.getBoundingClientRect().height;
             const [low, high] = heights[target.dataset.watched] ?? [now, now];

@@ -64,7 +64,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
     """Somebody measures three recipes, restores the second, compares it with another, and comes
     back after a reload; measures in a second tab; deletes too much and takes it back."""
     window = new_window()
-    page = open_page("?fade=0.9", window=window)
+    page = open_page("?fade=0.9&text=stories", window=window)
     open_tab(page, "Trade-offs")
     wait_for_rows(page, 1)
     measure_preset(page, "Keep 12 of 16 (paper)", 2)
@@ -316,7 +316,7 @@ def test_runs_and_plots_are_saved(open_page, browser, tmp_path: Path):
 def test_own_text(open_page, take_picture):
     """Somebody measures on a text of their own, pastes nothing, gives a file that is no text, and
     asks for a public text where there is no network."""
-    page = open_page("?keep=12")
+    page = open_page("?keep=12&text=stories")
     wait_for_text(page, "#card-nonzero", "4 of 16 branches")
     on_stories = figure(page, "perplexity")
     open_accordion(page, "text-choice")
@@ -373,7 +373,7 @@ def test_own_text(open_page, take_picture):
 def test_where_the_text_breaks(open_page, take_picture):
     """A researcher looks at which words became harder, in which layer it starts, and what the
     branches of a layer add up to."""
-    page = open_page("?keep=8")
+    page = open_page("?keep=8&text=stories")
     open_tab(page, "Tokens")
     page.wait_for_selector("#worst-sentences li")
     changes = [

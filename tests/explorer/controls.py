@@ -74,7 +74,6 @@ class Measured(NamedTuple):
 class Opened(NamedTuple):
     """What opening a link gives."""
 
-    opened: Any
     taken: Any
     status: Any
     model: Any
@@ -92,7 +91,7 @@ class Opened(NamedTuple):
 def opened_link(step: tuple) -> Opened:
     """The outputs of `open_link`, with the controls put together."""
     *rest, tab = step
-    first, static, routed = rest[:10], rest[10 : 11 + len(CONTROLS)], rest[11 + len(CONTROLS) :]
+    first, static, routed = rest[:9], rest[9 : 10 + len(CONTROLS)], rest[10 + len(CONTROLS) :]
     assert len(routed) == len(ROUTED_CONTROLS)
     return Opened(*first, tuple(static), tuple(routed), tab)
 

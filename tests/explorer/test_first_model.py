@@ -81,7 +81,7 @@ def test_the_page_answers_meanwhile(loading, monkeypatch, visitor, tiny):
     assert found.complete
     loading.go_on.set()
     *_, last = map(opened_link, steps)
-    assert (last.opened, last.model, last.name) == (True, tiny.key, tiny.key)
+    assert (last.model, last.name) == (tiny.key, tiny.key)
     assert last.text["value"] == "prose"
     assert last.note["visible"] is False
 
@@ -116,7 +116,7 @@ def test_where_it_cannot_be_loaded_the_demo_model_says_why(
     assert "secret" not in first.note
     *_, last = OpeningHandlers(workbench, first).open_link(visitor())
     shown = opened_link(last)
-    assert (shown.opened, shown.model) == (True, "demo")
+    assert shown.model == "demo"
     assert "owner/first cannot be loaded here" in shown.note["value"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from time import time
 
 import gradio as gr
 import pytest
@@ -19,13 +20,17 @@ from mlpmoe.core.order import ORDERS
 from mlpmoe.core.schedule import SCHEDULES
 from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import ALLOCATIONS, MAX_FADE, PROJECTIONS
+from mlpmoe.explorer import settings
 from mlpmoe.explorer.convert_panel import ALLOCATION_CHOICES, UNIT_CHOICES, convert_panel
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.settings import (
+    ARRIVING,
+    AS_THEY_ARE,
     CONTROLS,
     FADE_FIELDS,
     MAX_BRANCHES,
     Share,
+    arriving,
     check_shown,
     most_branches,
     read_asked,
@@ -35,7 +40,7 @@ from mlpmoe.explorer.settings import (
     show_spec,
 )
 from tests.core.specs import static_specs
-from tests.explorer.controls import UNTOUCHED, chosen, controls
+from tests.explorer.controls import UNTOUCHED, chosen, controls, preview_values
 from tests.tiny import VOCABULARY, tiny_model
 
 branch_counts = st.integers(1, 48)  # of the tiny model's 48 neurons
@@ -81,7 +86,7 @@ def test_untouched_controls_are_the_defaults(tiny):
 def test_what_is_shown_of_a_spec_makes_it_again(tiny, spec):
     shown = show_spec(spec, tiny)
     assert read_spec(chosen(shown)) == spec
-    assert shown[-1] == f"{spec.kept} {spec.branches} {spec.branches}"
+    assert Share.read(shown[-1]).shown == spec.kept
     branches, keep = shown[CONTROLS.index("branches")], shown[CONTROLS.index("keep")]
     assert 1 <= keep["value"] <= branches["value"] <= branches["maximum"] == 48
     assert keep["maximum"] == max(2, branches["value"])
@@ -362,6 +367,30 @@ def test_a_chosen_keep_is_the_share_from_then_on(tiny):
 def test_without_a_share_that_can_be_read_keep_is_what_was_sent(tiny, share, keep):
     used, *_ = settle_at(tiny, share, keep=keep)
     assert used["keep"] == keep
+
+
+@pytest.mark.parametrize("sent", [(16, 16), (8, 16), (16, 4), (12, 12)])
+def test_values_of_before_a_link_do_not_undo_it(tiny, handlers, demo, visitor, sent):
+    """A link sets B = 8 and K = 4; the page says so of the share first, of the sliders later."""
+    *_, share = show_spec(ConversionSpec(branches=8, keep=4), demo)
+    branches, keep = sent
+    stale = preview_values(share=share, branches=branches, keep=keep)
+    assert set(map(str, handlers.preview(visitor(), *stale))) == {str(gr.skip())}
+    found = handlers.preview(visitor(), *preview_values(share=share, branches=8, keep=4))
+    assert "branches=8&keep=4" in found[5]
+    *_, share = shown = found[:4]
+    assert shown[2] == gr.skip()  # K stays
+    moved = handlers.preview(visitor(), *preview_values(share=share, branches=16, keep=4))
+    assert moved[2]["value"] == 8  # from now on as ever
+
+
+def test_a_link_that_never_arrives_holds_up_nobody(demo, monkeypatch):
+    *_, share = show_spec(ConversionSpec(branches=8, keep=4), demo)
+    assert arriving(controls(branches=8, keep=5), share)
+    monkeypatch.setattr(settings, "time", lambda: time() + ARRIVING + 1)
+    assert not arriving(controls(branches=8, keep=5), share)
+    assert arriving(controls(), "")  # nothing was ever set
+    assert not arriving(controls(), AS_THEY_ARE)
 
 
 @given(

@@ -459,8 +459,8 @@ def test_a_taken_row_is_restored(tab, demo, visitor, notices):
         assert before == query
         assert int(time) > 1.7e18  # nanoseconds
         assert tab.take(queries, event([row, 0])) != taken  # a second click counts too
-        is_open, model, text, _, *shown = opening.restore_taken(taken, "demo")
-        assert (is_open, model, text["value"]) == (True, "demo", "proxy")
+        model, text, _, *shown = opening.restore_taken(taken, "demo")
+        assert (model, text["value"]) == ("demo", "proxy")
         restored = read_spec(chosen(tuple(shown[: len(CONTROLS) + 1])))
         assert in_words(restored) == in_words(spec)
         if restored != spec:  # what says nothing is left out, and the same is made

@@ -178,17 +178,17 @@ def test_memory_refusal_has_both_numbers(folder, monkeypatch):
     edit_config(folder, **LLAMA_8B, dtype="bfloat16", head_dim=128)
     monkeypatch.setattr(host, "available_memory", lambda device: 9_800_000_000)
     assert refusal(folder, dtype="bfloat16", device="cpu") == (
-        "model (8.0 billion parameters) needs about 28.5 GB in bfloat16, this machine has 9.8 GB "
+        "model (8.0 billion parameters) needs about 28.2 GB in bfloat16, this machine has 9.8 GB "
         "free. Choose a smaller model."
     )
     monkeypatch.setattr(host, "available_memory", lambda device: 40_000_000_000)
     assert refusal(folder, dtype="float32", device="cpu") == (
-        "model (8.0 billion parameters) needs about 56.3 GB in float32, this machine has 40.0 GB "
-        "free. In bfloat16 it would fit (28.5 GB)."
+        "model (8.0 billion parameters) needs about 56.0 GB in float32, this machine has 40.0 GB "
+        "free. In bfloat16 it would fit (28.2 GB)."
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(host, "available_memory", lambda device: 24_000_000_000)
-    assert "28.5 GB in bfloat16, the GPU (cuda:0) has 24.0 GB free" in refusal(folder)
+    assert "28.2 GB in bfloat16, the GPU (cuda:0) has 24.0 GB free" in refusal(folder)
     monkeypatch.setattr(host, "available_memory", lambda device: None)
     assert preflight(folder).parameters == 8_030_261_248  # the driver does not tell: go on
 
