@@ -38,18 +38,19 @@ from .settings import arriving, parted, read_asked, settle
 from .workbench import Workbench
 
 STRUCTURE = 4  # outputs of `_structure`
-PREVIEW = 8 + 2 + STRUCTURE  # outputs of `preview`
+PREVIEW = 7 + 2 + STRUCTURE  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
 BETWEEN_ESTIMATES = 0.25  # seconds, at least: a page is busy with each for a while
 VISITORS_REMEMBERED = 10_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Look:
-    """What a visitor looks at, since the last change or the start of its measurement."""
+    """What a visitor looks at, since the last change of it."""
 
     at: tuple  # key of the model, conversion, key of the text
     whole: bool = False  # to be measured to the end of the text
+    measuring: bool = False  # now, by an event of this page
 
 
 class Handlers:
@@ -72,14 +73,16 @@ class Handlers:
             gr.Info(notice)
         asked = read_asked(loaded, settings)
         spec = spec_of(asked)
-        self._look_at(request, (loaded.key, asked, text))
+        at = loaded.key, asked, text
+        # the page may ask again for what it shows: what is being measured goes on
+        if self._looks_at(request) != at:
+            self._look_at(request, at)
         calibration = asked.key if isinstance(asked, Calibrated) else None
         return (
             *used,
             preset_name(spec) or CUSTOM,
             Link(loaded.key, spec, text, calibration=calibration).to_query(),
             snippet(loaded.key, spec, text, calibration),
-            gr.update(visible=spec.fade_schedule == "power"),
             *self._measured_cards(loaded, asked, text, "measuring …"),
             *_structure(loaded, asked, views, "measuring …"),
         )
@@ -121,30 +124,32 @@ class Handlers:
     def _measure(
         self, request: gr.Request, model: str, values: Sequence[Any], whole: bool
     ) -> Iterator[tuple[Any, ...]]:
-        """Whatever is yielded last stays on the page.
-
-        What the visitor has measured already goes on here, with what is looked at now."""
+        """Whatever is yielded last stays on the page. One event at a time measures what a visitor
+        looks at; the button begins anew."""
         session = request.session_hash
         loaded, asked, text, views = self._chosen(model, values)
         at = (loaded.key, asked, text)
-        if not whole and (session not in self._latest or self._latest[session].at != at):
+        if not whole and (self._looks_at(request) != at or self._latest[session].measuring):
             return
         mine = self._look_at(request, at, whole)
-        speed_anew = whole
+        mine.measuring = True
 
         def check() -> None:
             if self._latest.get(session) is not mine:
                 raise CancelledError  # also in the middle of a window
 
-        with closing(self._steps(loaded, asked, text, views, mine.whole, speed_anew)) as steps:
-            while True:
-                try:
-                    with stoppable(check):
-                        step = next(steps)
-                    check()
-                except (CancelledError, StopIteration):
-                    break
-                yield step
+        try:
+            with closing(self._steps(loaded, asked, text, views, mine.whole, whole)) as steps:
+                while True:
+                    try:
+                        with stoppable(check):
+                            step = next(steps)
+                        check()
+                    except (CancelledError, StopIteration):
+                        break
+                    yield step
+        finally:
+            mine.measuring = False
 
     def _steps(
         self, loaded: LoadedModel, asked: Conversion, text: str, views: list[Any], whole: bool,
@@ -213,6 +218,10 @@ class Handlers:
         return perplexity.html(), (
             speed_card(speed, loaded) if speed else pending_speed_card(message)
         ).html()
+
+    def _looks_at(self, request: gr.Request) -> tuple | None:
+        look = self._latest.get(request.session_hash)
+        return look and look.at
 
     def _look_at(self, request: gr.Request, at: tuple, whole: bool = False) -> _Look:
         """Overtakes what is being measured for this visitor. What was to be measured to the end

@@ -22,12 +22,20 @@ from .first_model import FirstModel
 from .links import Link, read_link
 from .loaded import LoadedModel
 from .preview import preset_name
-from .settings import AS_THEY_ARE, CONTROLS, most_branches, read_spec, show_spec
-from .texts import calibration_choices, text_choices
+from .settings import (
+    AS_THEY_ARE,
+    CONTROLS,
+    Share,
+    most_branches,
+    read_spec,
+    show_branches,
+    show_spec,
+)
+from .texts import show_calibration, show_text
 from .workbench import Workbench, model_key
 
 MODEL = 5  # outputs of `_model`
-LOADED = MODEL + 3  # outputs of `load`
+LOADED = MODEL + 5  # outputs of `load`
 RESTORED = 3 + len(CONTROLS) + 1 + len(ROUTED_CONTROLS) + 1  # outputs of `_restored`
 
 
@@ -61,14 +69,14 @@ class OpeningHandlers:
         yield "", *self._model(loaded), *restored
 
     def load_taken(
-        self, taken: str, model: str, branches: int, text: str, calibration: str
+        self, taken: str, model: str, branches: int, keep: int, text: str, calibration: str
     ) -> Iterator[tuple]:
         """The model of a run or a link that is to be restored, if it is another one: as `load`."""
         link, _ = read_link(_query(taken))
         if not taken or model_key(link.model) == model:
             yield (gr.skip(),) * LOADED
         else:
-            yield from self.load(link.model, model, branches, text, calibration)
+            yield from self.load(link.model, model, branches, keep, text, calibration)
 
     def restore_taken(self, taken: str, model: str) -> tuple:
         """What `_restored` gives."""
@@ -89,15 +97,16 @@ class OpeningHandlers:
         except UserError as error:
             self._warn([f"{error} The default settings are shown."])
             spec = ConversionSpec()
-        static, routed = (gr.skip(),) * (len(CONTROLS) + 1), (gr.skip(),) * len(ROUTED_CONTROLS)
+        static = *(gr.skip(),) * len(CONTROLS), AS_THEY_ARE
+        routed = (gr.skip(),) * len(ROUTED_CONTROLS)
         if spec.routed:
             routed = show_routed(spec)
         else:
             static = show_spec(spec, loaded)
         return (
             name,
-            gr.update(choices=text_choices(text), value=text),
-            gr.update(choices=calibration_choices(calibration), value=calibration),
+            show_text(text),
+            show_calibration(calibration),
             *static,
             *routed,
             gr.update(selected=link.tab) if link.tab else gr.skip(),
@@ -125,12 +134,12 @@ class OpeningHandlers:
     def use_text(self, content: str) -> dict:
         """The list of texts with the visitor's own, chosen."""
         key = self.workbench.texts.add(content)
-        return gr.update(choices=text_choices(key), value=key)
+        return show_text(key)
 
     def use_calibration(self, content: str) -> dict:
         """The list of calibration texts with the visitor's own, chosen."""
         key = self.workbench.texts.add(content)
-        return gr.update(choices=calibration_choices(key), value=key)
+        return show_calibration(key)
 
     def use_file(self, path: str | None) -> dict:
         if path is None:
@@ -147,9 +156,9 @@ class OpeningHandlers:
         return show_spec(PRESETS[name], loaded)
 
     def load(
-        self, name: str, model: str, branches: int, text: str, calibration: str
+        self, name: str, model: str, branches: int, keep: int, text: str, calibration: str
     ) -> Iterator[tuple]:
-        """What `_model` gives, then B and the texts.
+        """What `_model` gives, then B, K, the share that K stands for, and the texts.
 
         name: what was asked for. model: the key of the one that was there before."""
         unchanged = (gr.skip(),) * (LOADED - 1)
@@ -162,11 +171,15 @@ class OpeningHandlers:
             text = default_text(loaded.key)
         if calibration == default_calibration(model):
             calibration = default_calibration(loaded.key)
+        shown = gr.update(maximum=most), gr.skip(), gr.skip()
+        if branches > most:
+            kept = Share(keep, branches, branches).at(most)
+            shown = show_branches(most, kept, most)
         yield (
             *self._model(loaded),
-            gr.update(maximum=most, value=min(branches, most)),
-            gr.update(choices=text_choices(text), value=text),
-            gr.update(choices=calibration_choices(calibration), value=calibration),
+            *shown,
+            show_text(text),
+            show_calibration(calibration),
         )
 
     def _model(self, loaded: LoadedModel) -> tuple:

@@ -38,6 +38,7 @@ from .links import FIRST_TAB, TABS
 from .opening import OpeningHandlers
 from .paper import PaperHandlers
 from .paper_panel import wire_paper
+from .settings import within_reach
 from .style import CSS_VARIABLES
 from .suggest import SuggestHandlers
 from .suggest_panel import suggest_panel, wire_suggest
@@ -215,8 +216,9 @@ def _wire_opening(
 ) -> None:  # fmt: skip
     """What sets the controls: the link, a run that is restored, a preset, a loaded model."""
     shown = [picker.status, state.model, picker.note, branches.layer, branches.projection]
-    asked = [state.model, convert.branches, convert.text, convert.calibration]
-    loads = [*shown, convert.branches, convert.text, convert.calibration]
+    texts = [convert.text, convert.calibration]
+    asked = [state.model, convert.branches, convert.keep, *texts]
+    loads = [*shown, convert.branches, convert.keep, state.share, *texts]
     loading = {"concurrency_id": "load", **QUIET}
     opened = demo.load(
         readable(handlers.open_link), None, [state.taken, *shown, *restored],
@@ -273,6 +275,11 @@ def _wire_preview(
     branches: BranchesPanel, spec: list,
 ) -> Dependency:  # fmt: skip
     """Every change shows its structure at once. `change`, not `release`: the keyboard counts."""
+    choices = [convert.fade_unit, convert.fade_schedule]
+    gr.on(
+        [choice.change for choice in choices], within_reach, choices,
+        [convert.fade, convert.fade_exponent], **QUIET,
+    )  # fmt: skip
     views = [branches.layer, branches.projection, branches.quantity]
     return gr.on(
         [component.change for component in (state.arrived, *spec[1:], convert.text, *views)],
@@ -280,7 +287,7 @@ def _wire_preview(
         [*spec, convert.text, *views, state.share],
         [
             convert.branches, convert.fade, convert.keep, state.share, convert.preset, state.query,
-            convert.snippet, convert.fade_exponent, *_shown(cards, branches),
+            convert.snippet, *_shown(cards, branches),
         ],
         trigger_mode="always_last",
         # One after the other: setting several controls at once asks for several previews, and an

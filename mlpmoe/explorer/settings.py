@@ -87,13 +87,23 @@ def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
     """What the controls show of a spec, in the order of CONTROLS, and the share of the branches
     that K stands for (see `settle`)."""
     exponent = DEFAULT_EXPONENT if spec.fade_exponent is None else spec.fade_exponent
+    branches, keep, share = show_branches(spec.branches, spec.kept, most_branches(loaded))
     shown = {name: getattr(spec, name) for name in CONTROLS} | {
-        "branches": gr.update(value=spec.branches, maximum=most_branches(loaded)),
-        "keep": gr.update(value=spec.kept, maximum=max(2, spec.branches)),
+        "branches": branches,
+        "keep": keep,
         "fade_exponent": exponent,
         "fade_projections": list(spec.projections),
     }
-    return *shown.values(), str(Share(spec.kept, spec.branches, spec.branches, int(time())))
+    return *shown.values(), share
+
+
+def show_branches(branches: int, kept: int, most: int) -> tuple[dict, dict, str]:
+    """What sets B and K, and the share that K stands for."""
+    return (
+        gr.update(value=branches, maximum=most),
+        gr.update(value=kept, maximum=max(2, branches)),
+        str(Share(kept, branches, branches, int(time()))),
+    )
 
 
 @dataclass(frozen=True)
@@ -164,10 +174,7 @@ def settle(
     used["keep"] = after.shown
     shown = (
         gr.skip() if branches == sent["branches"] else branches,
-        gr.update(
-            interactive=sent["fade_unit"] in UNITS,
-            **({} if used["fade"] == sent["fade"] else {"value": used["fade"]}),
-        ),
+        gr.skip() if used["fade"] == sent["fade"] else used["fade"],
         # K is left alone where it may stay: the visitor may have moved it further meanwhile
         gr.update(value=after.shown, maximum=max(2, branches))
         if moved or after.shown != sent["keep"]
@@ -175,6 +182,11 @@ def settle(
         gr.skip() if str(after) == share else str(after),
     )
     return [*used.values(), *values[len(CONTROLS) :]], shown, list(said.values())
+
+
+def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
+    """Which of fade and its power can be set beside these choices."""
+    return gr.update(interactive=fade_unit in UNITS), gr.update(visible=fade_schedule == "power")
 
 
 def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from threading import Lock
 
+import gradio as gr
+
 from ..core.errors import UserError
 from ..models.texts import (
     CALIBRATIONS,
@@ -101,3 +103,19 @@ def calibration_choices(key: str | None = None) -> list[tuple[str, str]]:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def show_text(key: str) -> dict:
+    """The update of the list of texts that chooses this one."""
+    return _chosen(key, text_choices(key))
+
+
+def show_calibration(key: str) -> dict:
+    return _chosen(key, calibration_choices(key))
+
+
+def _chosen(key: str, choices: list[tuple[str, str]]) -> dict:
+    """With the list only where there is a new one: given again, it may make a page that is drawn
+    slowly say at every message that another one was chosen."""
+    own = key.startswith(OWN_PREFIX)
+    return gr.update(value=key, **({"choices": choices} if own else {}))

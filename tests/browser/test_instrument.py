@@ -219,7 +219,7 @@ def fill_sweep(page, **values: str) -> None:
 def test_a_sweep_is_stopped_and_resumed(open_page, take_picture):
     """Many recipes are measured in one go; it is stopped after some, the page is closed, and the
     rest is measured the next time."""
-    page = open_page("?keep=12")
+    page = open_page("?keep=12&text=stories")
     open_tab(page, "Trade-offs")
     wait_for_rows(page, 1)
     grid = {"branches": "8, 16", "fade": "0, 0.5, 0.9", "keep": "100%, 75%, 50%"}

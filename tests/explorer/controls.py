@@ -50,7 +50,6 @@ class Previewed(NamedTuple):
     preset: Any
     query: Any
     code: Any
-    exponent: Any
     perplexity: Any
     speed: Any
     nonzero: Any

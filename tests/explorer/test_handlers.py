@@ -22,7 +22,7 @@ from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.generations import GenerationHandlers
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.settings import read_spec
+from mlpmoe.explorer.settings import read_spec, within_reach
 from mlpmoe.measure.notation import count, number
 from mlpmoe.models import ModelError, named_calibration
 from mlpmoe.models.texts import TEXTS
@@ -59,8 +59,7 @@ def tokens_of(card: str) -> int | None:
 
 def test_preview_settles_keep_and_names_the_preset(handlers, visitor):
     shown = previewed(handlers, visitor())
-    assert (shown.branches, shown.keep, shown.share) == (SKIPPED,) * 3
-    assert "value" not in shown.fade
+    assert shown[:4] == (SKIPPED,) * 4  # the controls stand as they are
     assert shown.preset == "All 16 branches"
     shown = previewed(handlers, visitor(), branches=8)
     assert (shown.keep["value"], shown.keep["maximum"]) == (8, 8)
@@ -80,7 +79,7 @@ def test_what_is_out_of_range_is_shown_as_it_is_used(handlers, visitor, notices)
     """And the structure and the measurement are of what is shown."""
     change = {"branches": 2.5, "fade": 5, "keep": 0}
     shown = previewed(handlers, visitor(), **change, share="2 2 3")
-    assert (shown.branches, shown.fade["value"], shown.keep["value"]) == (3, 2.0, 1)
+    assert (shown.branches, shown.fade, shown.keep["value"]) == (3, 2.0, 1)
     assert "branches=3&fade=2.0&keep=1" in shown.query
     assert [kind for kind, _ in notices] == ["Info"] * 3
     *_, last = live(handlers, visitor(), **change)
@@ -162,14 +161,20 @@ def test_another_view_goes_on_with_what_is_measured(handlers, demo, visitor, mon
     """One measurement per visitor, with what is looked at now; on the button still to the end."""
     monkeypatch.setattr("mlpmoe.explorer.loaded.LIVE_TOKENS", 1)
     previewed(handlers, visitor(), fade=0.9)
-    stale = handlers.measure(visitor(), *shown_values(fade=0.9))
-    next(stale)
-    previewed(handlers, visitor(), fade=0.9, layer=1)
-    going = live(handlers, visitor(), fade=0.9, layer=1)
+    going = handlers.measure(visitor(), *shown_values(fade=0.9))
     next(going)
-    assert list(stale) == []
-    list(going)
+    previewed(handlers, visitor(), fade=0.9, layer=1)
+    assert list(live(handlers, visitor(), fade=0.9, layer=1)) == [SKIPPED]
+    *_, last = going
+    assert "…" not in Measured(*last).speed
     assert demo.known_evaluation(FADED, "proxy").complete
+    anew = handlers.measure(visitor(), *shown_values(fade=0.9))
+    next(anew)
+    again = handlers.measure(visitor(), *shown_values(fade=0.9))
+    next(again)
+    assert list(anew) == []  # the button begins anew
+    again.close()
+    list(live(handlers, visitor(), fade=0.9))  # closed, it is in nobody's way
     previewed(handlers, visitor(), fade=0.5)
     list(live(handlers, visitor(), fade=0.5))
     assert not demo.known_evaluation(ConversionSpec(fade=0.5), "proxy").complete
@@ -428,22 +433,17 @@ def test_a_text_too_short_to_calibrate_on_is_said(handlers, demo, visitor):
 
 
 @pytest.mark.parametrize(
-    ("change", "strength", "exponent"),
+    ("unit", "schedule", "strength", "exponent"),
     [
-        ({}, True, False),
-        ({"fade": 0.5, "fade_schedule": "power"}, True, True),
-        ({"fade_schedule": "power"}, True, False),  # without fade it says nothing
-        ({"fade_unit": "2:4"}, False, False),
-        ({"fade_unit": "neuron", "fade": 0.5}, True, False),
+        ("weight", "linear", True, False),
+        ("weight", "power", True, True),
+        ("2:4", "linear", False, False),
+        ("neuron", "uniform", True, False),
     ],
-    ids=str,
 )
-def test_controls_that_count_no_more_are_out_of_reach(
-    handlers, visitor, change, strength, exponent
-):
-    shown = previewed(handlers, visitor(), **change)
-    assert shown.fade["interactive"] is strength
-    assert shown.exponent["visible"] is exponent
+def test_controls_that_count_no_more_are_out_of_reach(unit, schedule, strength, exponent):
+    fade, power = within_reach(unit, schedule)
+    assert (fade["interactive"], power["visible"]) == (strength, exponent)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.handlers import Handlers
 from mlpmoe.explorer.opening import LOADED
-from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, Share, read_spec
+from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, Share, arriving, read_spec
 from tests.explorer.controls import chosen, controls, opened_link, preview_values, settings
 
 SKIPPED = gr.skip()
@@ -196,10 +196,10 @@ def test_a_preset_with_more_branches_than_neurons_is_refused(opening, tmp_path):
 
 
 def test_load_reports_and_sets_the_limits(opening, gateless_folder):
-    *steps, last = opening.load(str(gateless_folder), "demo", 64, "stories", "stories")
+    *steps, last = opening.load(str(gateless_folder), "demo", 64, 64, "stories", "stories")
     assert all(update[1:] == (SKIPPED,) * (LOADED - 1) for update in steps)
     assert "checking" in steps[0][0]
-    status, key, note, layer, projection, branches, text, calibration = last
+    status, key, note, layer, projection, branches, _, _, text, calibration = last
     assert note["visible"] is False
     assert text["value"] == calibration["value"] == "prose"  # of this model's kind
     assert "gateless" in status
@@ -213,10 +213,10 @@ def test_load_reports_and_sets_the_limits(opening, gateless_folder):
 
 def test_a_text_of_the_visitor_s_choice_stays(opening, gateless_folder):
     key = opening.use_text("The ferry left at nine, and nobody had told the gulls.")["value"]
-    *_, last = opening.load(str(gateless_folder), "demo", 16, "proxy", key)
+    *_, last = opening.load(str(gateless_folder), "demo", 16, 16, "proxy", key)
     assert (last[-2]["value"], last[-1]["value"]) == ("proxy", key)
     assert key in [name for _, name in last[-1]["choices"]]
-    *_, back = opening.load("demo", str(gateless_folder), 16, "prose", "prose")
+    *_, back = opening.load("demo", str(gateless_folder), 16, 16, "prose", "prose")
     assert (back[-2]["value"], back[-1]["value"]) == ("stories", "stories")
 
 
@@ -227,10 +227,26 @@ def test_the_demo_model_is_called_a_toy(opening, visitor):
 
 
 def test_a_model_of_one_layer_has_a_slider_with_two_ends(opening, one_layer_folder, visitor):
-    loads = opening.load(str(one_layer_folder), "demo", 16, "stories", "stories")
-    *_, (_, key, _, layer, _, branches, _, _) = loads
-    assert (branches["maximum"], branches["value"], layer["maximum"]) == (40, 16, 1)
+    loads = opening.load(str(one_layer_folder), "demo", 16, 16, "stories", "stories")
+    *_, (_, key, _, layer, _, branches, keep, share, _, _) = loads
+    assert keep == share == SKIPPED  # there is room for 16 branches
+    assert (branches["maximum"], layer["maximum"]) == (40, 1)
     Handlers(opening.workbench).preview(visitor(), *preview_values(model=key, layer=1))
+
+
+def test_in_a_smaller_model_k_is_the_same_share(opening, gateless_folder):
+    *_, last = opening.load(str(gateless_folder), "demo", 64, 16, "stories", "stories")
+    branches, keep, share = last[5:8]
+    assert (branches["value"], keep["value"], keep["maximum"]) == (48, 12, 48)
+    assert arriving(controls(branches=64, keep=16), share)
+    assert not arriving(controls(branches=48, keep=12), share)
+
+
+def test_a_link_to_experts_leaves_the_other_controls_and_fills_in_the_page(opening, visitor):
+    *_, last = opening.open_link(visitor(method="cmoe"))
+    *values, share = opened_link(last).static
+    assert set(map(str, values)) == {str(SKIPPED)}
+    assert not arriving(controls(), share)
 
 
 def test_a_failed_load_leaves_the_model_that_is_there(
@@ -240,7 +256,7 @@ def test_a_failed_load_leaves_the_model_that_is_there(
     (damaged / "config.json").write_text("{")
     for name in (str(damaged), "owner/absent", "<img src=x>", "../..", "", None, 7, ["demo"]):
         with pytest.raises(gr.Error) as caught:
-            list(readable(opening.load)(name, "demo", 16, "stories", "stories"))
+            list(readable(opening.load)(name, "demo", 16, 16, "stories", "stories"))
         assert "<" not in caught.value.message
         assert str(tmp_path) not in caught.value.message
     assert opening.workbench.loaded("demo") is demo
@@ -253,7 +269,7 @@ def test_a_failed_load_leaves_the_model_that_is_there(
 
 
 def test_progress_of_a_hostile_name_is_escaped(opening):
-    loads = opening.load("<script>alert(1)</script>" * 100, "demo", 16, "stories", "stories")
+    loads = opening.load("<script>alert(1)</script>" * 100, "demo", 16, 16, "stories", "stories")
     first = next(loads)
     assert "<script" not in first[0]
     assert len(first[0]) < 600
