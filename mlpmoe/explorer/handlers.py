@@ -40,6 +40,7 @@ from .workbench import Workbench
 STRUCTURE = 4  # outputs of `_structure`
 PREVIEW = 7 + 2 + STRUCTURE  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
+NOT_MEASURED = "not measured; press Measure again"
 BETWEEN_ESTIMATES = 0.25  # seconds, at least: a page is busy with each for a while
 VISITORS_REMEMBERED = 10_000
 
@@ -50,7 +51,8 @@ class _Look:
 
     at: tuple  # key of the model, conversion, key of the text
     whole: bool = False  # to be measured to the end of the text
-    measuring: bool = False  # now, by an event of this page
+    begun: bool = False  # to be measured, by an event of this page
+    failed: bool = False
 
 
 class Handlers:
@@ -77,14 +79,15 @@ class Handlers:
         # the page may ask again for what it shows: what is being measured goes on
         if self._looks_at(request) != at:
             self._look_at(request, at)
+        message = NOT_MEASURED if self._latest[request.session_hash].failed else "measuring …"
         calibration = asked.key if isinstance(asked, Calibrated) else None
         return (
             *used,
             preset_name(spec) or CUSTOM,
             Link(loaded.key, spec, text, calibration=calibration).to_query(),
             snippet(loaded.key, spec, text, calibration),
-            *self._measured_cards(loaded, asked, text, "measuring …"),
-            *_structure(loaded, asked, views, "measuring …"),
+            *self._measured_cards(loaded, asked, text, message),
+            *_structure(loaded, asked, views, message),
         )
 
     def measure_live(
@@ -102,7 +105,7 @@ class Handlers:
         return self._not_measured(model, values, "stopped; Measure goes on")
 
     def measuring_failed(self, model: str, *values: Any) -> tuple[Any, ...]:
-        return self._not_measured(model, values, "not measured; press Measure again")
+        return self._not_measured(model, values, NOT_MEASURED)
 
     def _not_measured(self, model: str, values: Sequence[Any], message: str) -> tuple[Any, ...]:
         """The cards with what is known, and the message where nothing is."""
@@ -124,15 +127,15 @@ class Handlers:
     def _measure(
         self, request: gr.Request, model: str, values: Sequence[Any], whole: bool
     ) -> Iterator[tuple[Any, ...]]:
-        """Whatever is yielded last stays on the page. One event at a time measures what a visitor
-        looks at; the button begins anew."""
+        """Whatever is yielded last stays on the page. What a visitor looks at is measured by itself
+        once; the button begins anew."""
         session = request.session_hash
         loaded, asked, text, views = self._chosen(model, values)
         at = (loaded.key, asked, text)
-        if not whole and (self._looks_at(request) != at or self._latest[session].measuring):
+        if not whole and (self._looks_at(request) != at or self._latest[session].begun):
             return
         mine = self._look_at(request, at, whole)
-        mine.measuring = True
+        mine.begun = True
 
         def check() -> None:
             if self._latest.get(session) is not mine:
@@ -148,8 +151,12 @@ class Handlers:
                     except (CancelledError, StopIteration):
                         break
                     yield step
-        finally:
-            mine.measuring = False
+        except GeneratorExit:  # nobody is there to see the rest
+            mine.begun = False
+            raise
+        except Exception:
+            mine.failed = True
+            raise
 
     def _steps(
         self, loaded: LoadedModel, asked: Conversion, text: str, views: list[Any], whole: bool,

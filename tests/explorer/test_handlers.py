@@ -20,6 +20,7 @@ from mlpmoe.explorer import handlers as module
 from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.generations import GenerationHandlers
+from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.settings import read_spec, within_reach
@@ -174,10 +175,23 @@ def test_another_view_goes_on_with_what_is_measured(handlers, demo, visitor, mon
     next(again)
     assert list(anew) == []  # the button begins anew
     again.close()
-    list(live(handlers, visitor(), fade=0.9))  # closed, it is in nobody's way
+    *_, last = live(handlers, visitor(), fade=0.9)  # closed, it is in nobody's way
+    assert "…" not in last.speed
     previewed(handlers, visitor(), fade=0.5)
     list(live(handlers, visitor(), fade=0.5))
     assert not demo.known_evaluation(ConversionSpec(fade=0.5), "proxy").complete
+
+
+def test_what_fails_is_not_tried_again_by_itself(handlers, visitor, monkeypatch):
+    """The page may ask for a preview again: one notice is enough."""
+    monkeypatch.setattr(LoadedModel, "evaluate", lambda *_: iter(1 / 0 for _ in "x"))
+    previewed(handlers, visitor(), fade=0.9)
+    with pytest.raises(gr.Error):
+        list(live(handlers, visitor(), fade=0.9))
+    assert "press Measure" in previewed(handlers, visitor(), fade=0.9).perplexity
+    assert list(live(handlers, visitor(), fade=0.9)) == [SKIPPED]
+    monkeypatch.undo()
+    assert "…" not in list(handlers.measure(visitor(), *shown_values(fade=0.9)))[-1][0]
 
 
 def test_an_overtaken_measurement_stops(handlers, demo, visitor):
@@ -260,8 +274,9 @@ def test_a_public_text_is_read_while_the_page_says_so(handlers, demo, visitor, m
     assert "reading the text …" in first.perplexity
     assert "…" not in last.perplexity
     assert json.loads(last.new)[0]["text"] == "c4"
-    again = list(live(handlers, visitor(), text="c4", keep=8))
-    assert not any("reading" in step.perplexity for step in again)  # now it is there
+    previewed(handlers, visitor(), text="c4", keep=7)
+    other = list(live(handlers, visitor(), text="c4", keep=7))
+    assert not any("reading" in step.perplexity for step in other)  # now it is there
 
 
 def test_a_text_that_cannot_be_read_is_said(handlers, visitor, monkeypatch):
@@ -343,8 +358,7 @@ def test_a_calibrated_conversion_is_pending_and_then_measured(handlers, demo, vi
 
     again = previewed(handlers, visitor(), **change)
     assert again[-6:] == last[:-1]
-    assert not any("…" in step.perplexity + step.speed
-                   for step in live(handlers, visitor(), **change))  # fmt: skip
+    assert list(live(handlers, visitor(), **change)) == [SKIPPED]  # nothing is left to measure
 
 
 def test_a_conversion_is_calibrated_on_the_text_that_was_chosen(handlers, demo, visitor, opening):
