@@ -172,7 +172,6 @@ def status_line(loaded: LoadedModel) -> str:
         f"d_ff {loaded.d_ff}",
         f"{count(loaded.report.total)} parameters, {100 * mlp_share(loaded):.0f} % in MLPs",
         f"{str(loaded.checked.dtype).removeprefix('torch.')} on {loaded.checked.device.type}",
-        f"{loaded.checked.bytes_on_disk / 1e6:,.1f} MB on disk",
     ]
     if loaded.checked.revision:
         parts.append(f"revision {loaded.checked.revision[:8]}")

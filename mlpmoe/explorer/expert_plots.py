@@ -100,7 +100,7 @@ def increase_axis(ratios: Sequence[float]) -> dict:
     powers = range(-1, 1 + ceil(log10(top)))
     values = [10.0**power for power in powers]
     values = [v for value in values for v in ((value, 3 * value) if len(values) < 5 else (value,))]
-    texts = [f"≤ {v:g} %" if v == LEAST_INCREASE else f"{v:g} %" for v in values]
+    texts = [f"≤ {_short(v)}" if v == LEAST_INCREASE else _short(v) for v in values]
     return {
         "title": "increase of perplexity",
         "type": "log",
@@ -108,6 +108,13 @@ def increase_axis(ratios: Sequence[float]) -> dict:
         "ticktext": texts,
         "range": [log10(LEAST_INCREASE) - 0.15, log10(top) + 0.2],
     }
+
+
+def _short(percent: float) -> str:
+    """In the width of a margin: from 10,000 on as a power of ten."""
+    if percent < 1e4:
+        return f"{percent:,g} %"
+    return f"10<sup>{log10(percent):.0f}</sup> %"
 
 
 def expert_load(loads: Sequence[Tensor], shared: Sequence[int], single_neurons: bool) -> go.Figure:
