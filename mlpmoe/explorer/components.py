@@ -43,7 +43,7 @@ def model_panel(any_model: bool) -> ModelPanel:
         (entry.label + (" · needs a GPU" if entry.needs_gpu else ""), entry.key)
         for entry in CATALOGUE
     ]
-    info = "from the list, or any owner/name on the Hugging Face hub, or a local folder"
+    info = "from the list, any owner/name on the Hugging Face hub, a local folder, or a .gguf file"
     with gr.Row(elem_id="model-row"):
         name = gr.Dropdown(
             choices,

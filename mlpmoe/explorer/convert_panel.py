@@ -131,7 +131,7 @@ def convert_panel() -> ConvertPanel:
             info="what choices with a * look at; the same kind of text as is measured on is best",
             filterable=False, elem_id="calibration-text",
         )  # fmt: skip
-    with gr.Accordion("Text that is measured on", open=False, elem_id="text-choice"):
+    with gr.Accordion("Evaluation text", open=False, elem_id="text-choice"):
         text = gr.Dropdown(
             text_choices(), value=default_text(DEMO_KEY), label="Text", filterable=False,
             elem_id="text", info="WikiText-2 and C4 need a network once, and patience",

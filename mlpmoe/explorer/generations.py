@@ -108,8 +108,8 @@ def writing_report(loaded: LoadedModel, spec: ConversionSpec, writings: tuple[Wr
             escape(repr(loaded.tokenizer.decode([w.tokens[at]]))) for w in (dense, converted)
         )
         parting = (
-            f"They part at token {at + 1}: dense goes on with <code>{first}</code>, "
-            f"converted with <code>{second}</code>."
+            f"They differ from token {at + 1} on: dense writes <code>{first}</code>, "
+            f"converted <code>{second}</code>."
         )
     return f"<p>Written with {escape(describe(spec))}. {parting}</p><table>{rows}</table>"
 

@@ -50,7 +50,7 @@ def generations_panel() -> GenerationsPanel:
     prompt = gr.Textbox(
         STORIES[0],
         label="Prompt",
-        info="both models go on from here, one token each in turn",
+        info="both models continue it, taking turns token by token",
         lines=2,
         max_lines=6,
         max_length=MAX_PROMPT,

@@ -147,7 +147,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
                         lesson = lesson_panel()
                     with opened["export"]:
                         export = export_panel()
-        with gr.Accordion("Words", open=False, elem_id="words"):
+        with gr.Accordion("Glossary", open=False, elem_id="words"):
             gr.Markdown(WORDS)
         gr.Markdown(FOOTER, elem_id="footer")
         add_endpoints(workbench)  # first, since a listener's name would be taken from them

@@ -77,18 +77,23 @@ def run_fields() -> RunFields:
 def trade_offs_panel() -> TradeOffsPanel:
     gr.Markdown(
         "#### What it costs against what it saves\n"
-        "All runs of this model on the chosen text. The line joins those that no other beats in "
-        "both axes, so lower left is better; beaten ones are pale, presets are squares. Grey ones "
-        "were measured beforehand and come with the app; the routed of them keep all weights, so "
-        "compute shows them better. **Click a point or a recipe to restore its settings.**"
+        "All runs of this model on the chosen text. Lower left is better: the line joins the runs "
+        "that no other run beats on both axes, and beaten runs are pale. Squares are presets. Grey "
+        "runs ship with the app. Routed methods keep all weights, so plot them against compute. "
+        "**Click a point or a recipe to restore its settings.**"
     )
     axes = [(axis.label, key) for key, axis in AXES.items()]
     with gr.Row():
         x = gr.Dropdown(
-            axes, value="nonzero", label="Across", filterable=False, elem_id="axis-x", min_width=200
+            axes, value="nonzero", label="x axis", filterable=False, elem_id="axis-x", min_width=200
         )
         y = gr.Dropdown(
-            axes, value="perplexity", label="Up", filterable=False, elem_id="axis-y", min_width=200
+            axes,
+            value="perplexity",
+            label="y axis",
+            filterable=False,
+            elem_id="axis-y",
+            min_width=200,
         )
         shown = gr.CheckboxGroup(
             [(name, key) for key, name in LAYERS.items()], value=FIRST_LAYERS, label="Show",

@@ -45,6 +45,8 @@ def change(ratio: float, stderr: float) -> str:
     """A ratio with its error: "+2.5 % ± 0.4 %", or "× 6.02 ± 0.10" above a doubling."""
     if not isfinite(ratio) or ratio >= 1e5:
         return f"× {number(ratio)}"
+    if ratio == 1 and stderr == 0:
+        return signed_percent(0)  # the same model
     if ratio < 2:
         return f"{signed_percent(ratio - 1)} ±{NBSP}{100 * stderr:.1f}{NBSP}%"
     digits = max(0, 2 - floor(log10(ratio)))

@@ -106,7 +106,7 @@ def test_two_models_write(open_page, take_picture):
     open_tab(page, "Generations")
     page.fill("#prompt textarea", "Once upon a time, there was a dragon who liked")
     page.click("#write")
-    wait_for_text(page, "#writing-report", "part at token")
+    wait_for_text(page, "#writing-report", "from token")
     dense, converted = (
         page.input_value(f"#{pane}-text textarea") for pane in ("dense", "converted")
     )

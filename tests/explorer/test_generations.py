@@ -65,7 +65,7 @@ def test_writing_report(demo):
     assert "same text, token for token" in writing_report(demo, spec, (same, same))
     other = Writing([5, *demo.tokenizer("<b>").input_ids[1:]], "a<b>", 0.5, finished=True)
     report = writing_report(demo, spec, (same, other))
-    assert "part at token 2" in report
+    assert "from token 2 on" in report
     assert "&lt;" in report
     assert "<b>" not in report
     assert "ended by itself" in report
