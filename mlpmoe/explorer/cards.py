@@ -79,7 +79,7 @@ def perplexity_card(evaluation: Evaluation, text: str, window: int | None = None
     changed = difference(evaluation.change)
     if not evaluation.settled and not evaluation.change.measurable:
         early = evaluation.change
-        changed = f"{change(early.ratio, early.stderr)}, no measurable change so far"
+        changed = f"{change(early.ratio, early.stderr)}, not measurable so far"
     windows = f" in windows of {window:,}" if window and not evaluation.look else ""
     return Card(
         "Perplexity",

@@ -171,7 +171,7 @@ def test_what_is_known_of_a_part_is_said_to_be_of_it():
         card = perplexity_card(some, "stories", 256)
         assert "1,000 of 5,000 tokens" in card.note and "windows of 256" in card.note
         assert "±" in card.difference
-        assert ("no measurable" in card.difference) == (converted is close)
+        assert ("not measurable" in card.difference) == (converted is close)
         look = perplexity_card(replace(some, look=True), "stories", 256)
         assert "first look" in look.note and "1,000 tokens" in look.note
         assert "256" not in look.note  # which its pieces are not
