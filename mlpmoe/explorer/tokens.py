@@ -16,7 +16,7 @@ from ..measure.drift import drift
 from ..measure.estimate import Evaluation
 from ..measure.notation import number
 from ..measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
-from .asked import Calibrated, Conversion
+from .asked import Conversion, spec_of
 from .loaded import LoadedModel
 from .settings import parted, read_asked
 from .style import DAMAGE
@@ -81,7 +81,7 @@ def _branches(
     loaded: LoadedModel, asked: Conversion, ids: torch.Tensor, layer: int
 ) -> tuple[Any, ...]:
     whole = loaded.converted(loaded.structure.whole(asked))
-    spec = asked.spec if isinstance(asked, Calibrated) else asked
+    spec = spec_of(asked)
     found = branch_statistics(whole, min(layer, len(loaded.mlps) - 1), ids, spec.kept)
     return branches_html(found, spec), norms_plot(found), correlations_plot(found)
 

@@ -13,7 +13,7 @@ import gradio as gr
 from ..core.errors import UserError
 from ..measure.generation import write_side_by_side
 from ..measure.tables import to_csv
-from .asked import Calibrated, Conversion
+from .asked import Calibrated, Conversion, spec_of
 from .generations import UPDATES_PER_SECOND, WRITING_SECONDS, check_writing
 from .loaded import LoadedModel
 from .preview import histograms
@@ -115,7 +115,7 @@ class TradeOffHandlers:
 
 def _histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: str) -> Any:
     """The branches of a static run; nothing for a routed one, which has none."""
-    spec = asked.spec if isinstance(asked, Calibrated) else asked
+    spec = spec_of(asked)
     if spec.routed:
         return gr.update(value=None, visible=False)
     if projection not in loaded.projections:

@@ -122,6 +122,14 @@ def wait_until_still(page, selector: str) -> str:
     return seen.json_value()["now"]
 
 
+def open_broken_link(window, server: str, query: str, said: str):
+    """A page whose link says something wrong; the notice does not stay until all is measured."""
+    page = window.new_page()
+    page.goto(f"{server}/{query}")
+    assert said in notice(page)
+    return page
+
+
 def notice(page) -> str:
     """The text of the latest notice, which is then closed."""
     found = page.wait_for_function(

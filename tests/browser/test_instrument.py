@@ -21,6 +21,7 @@ from tests.browser.on_the_page import (
     figure,
     notice,
     open_accordion,
+    open_broken_link,
     open_tab,
     press_in_row,
     rows,
@@ -185,9 +186,7 @@ def test_a_link_is_shared(open_page, new_window, server: str):
         ("?text=own-0123456789ab", "Paste it again"),
         ("?model=nobody/nothing&keep=12", "Press Load"),
     ):
-        broken = window.new_page()
-        broken.goto(f"{server}/{query}")
-        assert said in notice(broken)  # it does not stay until everything is measured
+        broken = open_broken_link(window, server, query, said)
         wait_until_measured(broken)
         wait_for_spec(broken, fade=0, keep=12 if "keep=12" in query else 16)
         shown_now = figure(broken, "nonzero")

@@ -14,6 +14,7 @@ from tests.browser.on_the_page import (
     figure,
     load_model,
     notice,
+    open_broken_link,
     open_tab,
     slider,
     value,
@@ -227,9 +228,7 @@ def test_two_tabs_and_a_link(open_page, new_window, server, take_picture):
         ("?fade=<img src=//elsewhere.invalid/x.png onerror=alert(1)>", "<img"),
         ("?branches=65", "at most 64"),
     ):
-        broken = window.new_page()
-        broken.goto(f"{server}/{query}")
-        assert said in notice(broken)  # it does not stay until everything is measured
+        broken = open_broken_link(window, server, query, said)
         take_picture(broken, "broken-link", full_page=False)
         wait_for_outlines(broken, stays=16)
         wait_for_spec(broken, branches=16, fade=0, keep=16)

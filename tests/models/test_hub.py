@@ -184,7 +184,7 @@ def test_too_large_for_memory(hub, tiny_folder, monkeypatch):
     sizes = {"model.safetensors": 500_000_000_000}
     hub.add("owner/huge", config_only(huge, tiny_folder), sizes=sizes)
     assert re.fullmatch(
-        r"owner/huge \(25\d\.\d billion parameters\) needs about 93\d\.\d GB in bfloat16, "
+        r"owner/huge \(25\d\.\d billion parameters\) needs about 932\.9 GB in bfloat16, "
         r"this machine has [\d.]+ [GM]B free\. Choose a smaller model\.",
         refusal("owner/huge", dtype="bfloat16"),
     )
