@@ -20,10 +20,11 @@ FORM_WORDS = {  # what a person chooses between
     "granite-moe": "GraniteMoeShared, exact (routed, as many shared neurons in every layer)",
     "glm4-moe": "Glm4Moe (routed, layers share more or less)",
     "mixtral": "Mixtral (routed, nothing shared)",
-    "qwen2-moe": "Qwen2Moe (routed)",
+    "qwen2-moe": "Qwen2Moe (routed, dense layers anywhere)",
     BRANCHES: "branches or experts as they are, to train on: needs trust_remote_code",
 }
-STOCK_ORDER = ("granite-moe", "glm4-moe")  # tried by auto: exact first, then what fits more
+# tried by auto: exact first, then what holds most, then what holds dense layers anywhere
+STOCK_ORDER = ("granite-moe", "glm4-moe", "qwen2-moe")
 
 
 def make_form(
@@ -62,4 +63,4 @@ def stock_moe(model: PreTrainedModel, name: str) -> tuple[str | None, str | None
     for stock in (name,) if name in MOE_FORMS else STOCK_ORDER:
         if possible[stock] is None:
             return stock, None
-    return None, possible[STOCK_ORDER[-1]]
+    return None, possible["glm4-moe"]

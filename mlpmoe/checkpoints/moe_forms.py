@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..core.conversion import twin_of
 from ..core.routed import RoutedMLP
 from .form import Form, FormError, other_tensors, skeleton_of
 from .moe_needs import FLOAT16, Routing, needs_of, routing_of
-from .moe_targets import MOE_FORMS, TARGETS, Target, obstacle
+from .moe_targets import MOE_FORMS, TARGETS, Target, dense_layer, obstacle
 
 CARRIED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -45,7 +45,7 @@ def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | N
         raise FormError(reason)
     bounds = list(score_bound) if score_bound is not None else _guessed_bounds(model, routing)
     if len(bounds) != len(routing.mlps):
-        raise FormError(f"score_bound needs {len(routing.mlps)} values, one per layer.")
+        raise FormError(f"score_bound needs {len(routing.mlps)} values, one per routed layer.")
     values = {key: copy.deepcopy(getattr(model.config, key)) for key in CARRIED}
     values |= target.config(routing, needs, model.config)
     skeleton = skeleton_of(target.model_class.config_class(**values), target.model_class)
@@ -55,8 +55,9 @@ def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | N
         rows, bias = _router_of(mlp)
         scale = 2.0 ** -math.ceil(target.flatness + math.log2(bound)) if bound > 0 else 1.0
         layer = target.layer(routing, mlp, rows * scale, None if bias is None else bias * scale)
-        parent = path.rpartition(".")[0]
-        tensors |= {f"{parent}.{key}": tensor for key, tensor in layer.items()}
+        tensors |= _in_layer(path, layer)
+    for path, mlp in routing.dense.items():
+        tensors |= _in_layer(path, dense_layer(mlp))
     _complete(skeleton, tensors, model)
     return Form(
         name,
@@ -66,6 +67,12 @@ def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | N
         target.float32,
         tuple(_notes(target, routing, score_bound is None, model.dtype)),
     )
+
+
+def _in_layer(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their full names. path: of the layer's MLP."""
+    parent = path.rpartition(".")[0]
+    return {f"{parent}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def possible_moe_forms(model: PreTrainedModel) -> dict[str, str | None]:
@@ -81,7 +88,7 @@ def possible_moe_forms(model: PreTrainedModel) -> dict[str, str | None]:
 
 @torch.no_grad()
 def score_bounds(model: PreTrainedModel, ids: Tensor) -> list[float]:
-    """The largest |router score| of each layer of a routed model on a text, as `moe_form` needs
+    """The largest |router score| of each routed layer of a model on a text, as `moe_form` needs
     it: less the mean over the layer's experts, and without biases. ids: (..., tokens) int64.
     Raises FormError for a model without a MoE form."""
     twin = twin_of(model).eval()

@@ -26,6 +26,8 @@ SHARED = "shared experts"
 UNEVEN = "shared experts that differ in number from layer to layer"
 SINGLE = "a single routed expert"
 FLOAT16 = "router rows so small that float16 rounds them to zero"
+FIRST_DENSE = "first layers that are dense"
+DENSE = "dense layers behind routed ones"
 
 SOURCES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Neurons of an expert come in multiples of this, filled up with zeros: kernels for grouped
@@ -35,9 +37,11 @@ MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Routing:
-    """What the layers of a routed model have in common: all are cut into equal experts."""
+    """What the routed layers of a model have in common: all are cut into equal experts."""
 
     mlps: Mapping[str, RoutedMLP]
+    dense: Mapping[str, BranchedMLP]  # of the spared layers
+    spared: tuple[int, ...]  # their numbers
     size: int  # neurons per expert
     running: int  # experts that run for a token, shared ones included
     total: int
@@ -49,6 +53,11 @@ class Routing:
         return -(-self.size // MULTIPLE) * MULTIPLE
 
     @property
+    def first_dense(self) -> bool:
+        """Whether the spared layers are the first ones."""
+        return self.spared == tuple(range(len(self.spared)))
+
+    @property
     def common(self) -> int:
         """Experts that are shared in every layer."""
         return min(self.shared)
@@ -56,7 +65,14 @@ class Routing:
 
 def routing_of(model: PreTrainedModel) -> Routing:
     """FormError for models that no stock architecture holds."""
-    mlps = converted_mlps(model)
+    found = converted_mlps(model)
+    dense = {path: mlp for path, mlp in found.items() if isinstance(mlp, BranchedMLP)}
+    if len(dense) == len(found):
+        raise FormError(
+            "this conversion is static: nothing is routed, and a dense checkpoint holds it."
+        )
+    spared = tuple(layer for layer, path in enumerate(found) if path in dense)
+    mlps = {path: mlp for path, mlp in found.items() if path not in dense}
     for mlp in mlps.values():
         if reason := _unroutable(mlp):
             raise FormError(reason)
@@ -74,12 +90,10 @@ def routing_of(model: PreTrainedModel) -> Routing:
         )
     size, total = cuts.pop()
     shared = tuple(m.shared // size for m in mlps.values())
-    return Routing(mlps, size, running.pop(), total, shared)
+    return Routing(mlps, dense, spared, size, running.pop(), total, shared)
 
 
 def _unroutable(mlp: nn.Module) -> str | None:
-    if isinstance(mlp, BranchedMLP):
-        return "this conversion is static: nothing is routed, and a dense checkpoint holds it."
     if not isinstance(mlp, RoutedMLP):
         return "this conversion chooses single neurons; stock architectures choose experts."
     if mlp.experts == 0:
@@ -126,6 +140,8 @@ def needs_of(model: PreTrainedModel, routing: Routing) -> list[str]:
         UNEVEN: len(set(routing.shared)) > 1,
         SINGLE: routing.total - routing.common == 1,
         FLOAT16: model.dtype == torch.float16,
+        FIRST_DENSE: bool(routing.spared) and routing.first_dense,
+        DENSE: bool(routing.spared) and not routing.first_dense,
     }
     return [need for need, there in found.items() if there]
 

@@ -24,8 +24,11 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+from ..core.branched import BranchedMLP
 from ..core.routed import RoutedMLP
 from .moe_needs import (
+    DENSE,
+    FIRST_DENSE,
     FLOAT16,
     HEAD_DIM,
     O_BIAS,
@@ -103,6 +106,11 @@ def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
+def dense_layer(mlp: BranchedMLP) -> dict[str, Tensor]:
+    """A spared layer, as it is in all architectures that have dense layers."""
+    return {f"mlp.{name}_proj.weight": one.weight.detach() for name, one in mlp.projections.items()}
+
+
 def _granite_config(routing: Routing, needs: Sequence[str], config: Any) -> dict[str, Any]:
     return {
         "intermediate_size": routing.width,
@@ -149,7 +157,7 @@ def _glm_config(routing: Routing, needs: Sequence[str], config: Any) -> dict[str
         "norm_topk_prob": True,
         "n_group": 1,
         "topk_group": 1,
-        "first_k_dense_replace": 0,
+        "first_k_dense_replace": len(routing.spared),
         "num_nextn_predict_layers": 0,
     }
 
@@ -207,6 +215,7 @@ def _qwen_config(routing: Routing, needs: Sequence[str], config: Any) -> dict[st
         "num_experts_per_tok": routing.running - routing.common,
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
+        "mlp_only_layers": list(routing.spared),
         "use_sliding_window": False,
     }
 
@@ -242,7 +251,7 @@ TARGETS = {
     ),
     "glm4-moe": Target(
         Glm4MoeForCausalLM,
-        frozenset({QKV_BIAS, QK_NORM, HEAD_DIM, SHARED, UNEVEN, ROUTER_BIAS, FLOAT16}),
+        frozenset({QKV_BIAS, QK_NORM, HEAD_DIM, SHARED, UNEVEN, ROUTER_BIAS, FLOAT16, FIRST_DENSE}),
         8,
         False,
         ("mlp.gate.",),
@@ -262,7 +271,7 @@ TARGETS = {
     ),
     "qwen2-moe": Target(
         Qwen2MoeForCausalLM,
-        frozenset({QKV_BIAS, SHARED, SINGLE}),
+        frozenset({QKV_BIAS, SHARED, SINGLE, FIRST_DENSE, DENSE}),
         10,
         False,
         (),

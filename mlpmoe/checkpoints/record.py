@@ -18,6 +18,7 @@ from ..measure.head import token_losses
 from ..measure.notation import difference, signed_percent
 from ..measure.parameters import ParameterReport, parameter_report
 from ..measure.perplexity import Perplexity, compare, summarise
+from ..measure.words import spared_in_words
 from ..models import Origin
 from ..models.errors import shorten
 from .verification import Progress, Verification
@@ -144,7 +145,7 @@ class Record:
             )
         return (
             f"Made with mlpmoe {self.version} from {base}{commit}: {what} "
-            f"(method {_method(self.spec)}, [MLPMoE]({PAPER})). "
+            f"(method {_method(self.spec)}, [MLPMoE]({PAPER})){_spared(self.spec)}. "
             + (
                 f"Licence of the base model: {licence}."
                 if licence
@@ -241,6 +242,10 @@ def read_spec_file(file: str | Path) -> ConversionSpec:
 
 def _routed(spec: ConversionSpec | None) -> bool:
     return spec is not None and spec.routed is not None
+
+
+def _spared(spec: ConversionSpec | None) -> str:
+    return f", {spared_in_words(spec)}" if spec and spec.spared else ""
 
 
 def _method(spec: ConversionSpec | None) -> str:

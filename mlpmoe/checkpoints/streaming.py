@@ -46,15 +46,21 @@ class FileConversion:
     spec: ConversionSpec
     dtype: torch.dtype | None = None
 
-    def convert(self, weights: MLPWeights) -> BranchedMLP:
+    @cached_property
+    def _specs(self) -> dict[str, ConversionSpec]:
+        """What is asked of each MLP, by its path."""
+        paths = located_mlps(self.source.model)
+        return {path: self.spec.at(layer) for layer, path in enumerate(paths)}
+
+    def convert(self, path: str, weights: MLPWeights) -> BranchedMLP:
         """One MLP, with α in float32: it is rounded once, when it is multiplied into down."""
-        made = convert_mlp(weights, self.spec)
-        made.alpha = nn.Parameter(torch.full((len(made.sizes),), self.spec.alpha))
+        made = convert_mlp(weights, self._specs[path])
+        made.alpha = nn.Parameter(torch.full((len(made.sizes),), self._specs[path].alpha))
         return made
 
     def as_saved(self, path: str, weights: MLPWeights) -> BranchedMLP:
         """One MLP with α in down, rounded as in the files."""
-        folded = self.convert(weights).folded()
+        folded = self.convert(path, weights).folded()
         down = folded.down.to(self._dtype(f"{path}.down"))
         return BranchedMLP(replace(folded, down=down), (folded.d_ff,))
 
@@ -64,9 +70,9 @@ class FileConversion:
         model = self.source.model
         located = list(located_mlps(model).values())
         sizes = [layout.d_ff(module) for module, layout in located]
-        self.spec.check_fits(min(sizes))
+        self.spec.check_fits(min(sizes), len(sizes))
         biased = any(getattr(m, layout.down).bias is not None for m, layout in located)
-        widths = [_width(size, self.spec) for size in sizes]
+        widths = [_width(*one) for one in zip(sizes, self._specs.values(), strict=True)]
         return plan_dense(model.config, type(model), widths, biased)
 
     @cached_property
@@ -157,7 +163,7 @@ class FileConversion:
         inside = [p for p in located if any(name.startswith(f"{p}.") for name in names)]
         for path in inside:
             module, layout = located[path]
-            made = self.convert(readers[path]())
+            made = self.convert(path, readers[path]())
             write_mlp(module, layout, made.folded(layout.d_ff(module)))
             for name, tensor in module.state_dict().items():
                 yield f"{path}.{name}", tensor.to(self._dtype(f"{path}.{name}")).contiguous()

@@ -55,6 +55,7 @@ SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know besi
     "selection": ("NAME", f"which scores win: {', '.join(SELECTIONS)}"),
     "profile": ("NAME", f"gate activations that expertweaver averages: {', '.join(PROFILES)}"),
     "tau": ("T", "coefficient of variation of a specialised neuron (expertweaver)"),
+    "spared": ("LAYERS", "layers kept dense, numbered from 0, such as 0,11 (in a sweep 0+11)"),
     "progressive": ("BOOL", "calibrate each layer on the converted layers before it"),
     "seed": ("N", "of what a method draws"),
 }

@@ -43,7 +43,8 @@ EXAMPLES = """examples:
   python -m mlpmoe sweep demo --method cmoe --shared 0.125,0.25,0.375 --selection topk,threshold
 
 Numbers may be ranges, start:stop:step, with the stop included; --keep also takes all and shares of
-B such as 75%. A sweep file is JSON: {"branches": "8,16", "fade": [0, 0.5, 0.9], "keep": "75%"}.
+B such as 75%. Commas part values, so layers spared together are joined by plus signs: --spared
+none,0,0+11. A sweep file is JSON: {"branches": "8,16", "fade": [0, 0.5, 0.9], "keep": "75%"}.
 Several sweeps, of either engine, may go on from one --out file and write to it at a time.
 """
 

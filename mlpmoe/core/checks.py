@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
 from .errors import SpecError
+
+MAX_PATTERN = 64  # the m of n:m
+NONE = "none"  # of the layers
 
 
 def shown(value: Any) -> str:
@@ -36,6 +40,33 @@ def real(name: str, value: Any, low: float, high: float) -> float:
             f"{name} must be a number between {low:g} and {high:g}, not {shown(value)}."
         )
     return float(value)
+
+
+def pattern(unit: Any) -> tuple[int, int]:
+    """n and m of "n:m"; SpecError if it is none."""
+    n, colon, m = unit.partition(":") if isinstance(unit, str) else ("", "", "")
+    if not colon or not (n.isdecimal() and m.isdecimal()) or len(n) + len(m) > 6:
+        raise SpecError(f"fade_unit must be weight, neuron, or n:m such as 2:4; got {shown(unit)}.")
+    if not 0 < int(n) < int(m) <= MAX_PATTERN:
+        raise SpecError(
+            f"fade_unit {unit}: of m neighbouring weights n are zeroed, so n must be at least 1 "
+            f"and less than m, and m at most {MAX_PATTERN}."
+        )
+    return int(n), int(m)
+
+
+def layer_numbers(text: Any) -> tuple[int, ...]:
+    """Numbers of layers in a text, ascending, each once; "" and NONE are none. Between them may be
+    commas, spaces, or plus signs: in a sweep commas part values, in a link a plus is a space."""
+    parts = re.split(r"[\s,+]+", text.strip()) if isinstance(text, str) else ["?"]
+    if parts in ([""], [NONE]):
+        return ()
+    if not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+        raise SpecError(
+            "spared must name layers by their numbers from 0, joined by commas, such as 0,11; got "
+            f"{shown(text)}."
+        )
+    return tuple(sorted(set(map(int, parts))))
 
 
 def boolean(text: str) -> bool:

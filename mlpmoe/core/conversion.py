@@ -87,7 +87,7 @@ def _convert_all(
 ) -> list[PreTrainedModel]:
     mlps = read_mlps(model)
     for spec in specs:
-        spec.check_fits(min(mlp.weights.d_ff for mlp in mlps))
+        spec.check_fits(min(mlp.weights.d_ff for mlp in mlps), len(mlps))
         if spec.needs_calibration and calibration is None:
             raise SpecError(
                 f"{spec.to_flags()} needs a calibration text: give one to look at activations on."
@@ -192,29 +192,36 @@ def _by_layer(
     calibration: Calibration | Observed | None,
     report: _Report,
 ) -> list[list[ConversionSpec]]:
-    """Each spec as one per layer, with what is found from the whole model filled in: τ where it
-    is the median over all neurons, and K or fade where layers share it out by their errors."""
-    profiles = {spec.profile for spec in specs if _needs_tau(spec)}
-    shared = [spec for spec in specs if spec.allocation != "uniform"]
-    values: dict[str, list[Tensor]] = {profile: [] for profile in profiles}
-    curves: dict[ConversionSpec, list[Tensor]] = {spec: [] for spec in shared}
+    """Each spec as one per layer, with what is found from all layers that are not spared filled
+    in: τ where it is the median over their neurons, and K or fade where they share it out by their
+    errors."""
+    values: dict[ConversionSpec, list[Tensor]] = {spec: [] for spec in specs if _needs_tau(spec)}
+    curves = {spec: [] for spec in specs if spec.allocation != "uniform"}
 
     def visit(layer: int, activations: LayerActivations) -> None:
         report("profiling", layer / len(mlps))
-        for profile, found in values.items():
-            found.append(variation(activations.gate_means(profile)))
+        for spec, found in values.items():
+            if spec.at(layer) is spec:
+                found.append(variation(activations.gate_means(spec.profile)))
         for spec, found in curves.items():
-            found.append(error_curve(spec, activations))
+            if spec.at(layer) is spec:
+                found.append(error_curve(spec, activations))
 
-    if profiles or shared:
+    if values or curves:
         visit_layers(model, mlps, calibration, visit)
-    medians = {profile: float(torch.cat(found).median()) for profile, found in values.items()}
     result = []
     for spec in specs:
-        if _needs_tau(spec):
-            spec = replace(spec, tau=min(medians[spec.profile], MAX_TAU))
-        uniform = spec.allocation == "uniform"
-        result.append([spec] * len(mlps) if uniform else share_out(spec, curves[spec]))
+        by_layer = [spec.at(layer) for layer in range(len(mlps))]
+        converted = [layer for layer, own in enumerate(by_layer) if own is spec]
+        choices = [spec] * len(converted)
+        if converted and _needs_tau(spec):
+            tau = min(float(torch.cat(values[spec]).median()), MAX_TAU)
+            choices = [replace(spec, tau=tau)] * len(converted)
+        elif spec.allocation != "uniform":
+            choices = share_out(spec, curves[spec])
+        for layer, choice in zip(converted, choices, strict=True):
+            by_layer[layer] = choice
+        result.append(by_layer)
     return result
 
 

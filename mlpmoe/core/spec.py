@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from .checks import boolean, check_choice, integer, real, shown
+from .checks import boolean, check_choice, integer, layer_numbers, pattern, real, shown
 from .compensation import COMPENSATIONS, FILLS
 from .errors import SpecError
 from .order import ORDERS
@@ -19,6 +19,7 @@ from .schedule import DEFAULT_EXPONENT, SCHEDULES
 from .scores import SCORES
 
 METHODS = ("mlpmoe", *ROUTED_METHODS)
+COMMON_FIELDS = ("compensation", "spared")  # that every method uses
 MAX_FADE = 2.0  # at 2 the last half of the branches is empty; beyond, only branch 0 would be left
 STATIC_FIELDS = (
     "branches", "order", "fade", "fade_schedule", "fade_exponent", "fade_projections",
@@ -32,7 +33,6 @@ PROFILES = ("signed", "absolute")
 MAX_SEED = 2**32 - 1
 MAX_TAU = 1000.0
 MAX_EXPONENT = 100.0
-MAX_PATTERN = 64  # the m of n:m
 PROJECTIONS = ("gate", "up", "down")
 UNITS = ("weight", "neuron")  # beside n:m, such as 2:4
 ALLOCATIONS = ("uniform", "sensitivity")
@@ -75,6 +75,7 @@ class ConversionSpec:
     tau: float | None = None  # coefficient of variation above which a neuron is specialised;
     # None: the median of all neurons of the model
     # both
+    spared: str = ""  # layers that stay dense: numbers from 0, ascending, joined by commas
     progressive: bool = False  # calibrate each layer on the converted layers before it
     seed: int = 0  # of whatever is drawn
 
@@ -86,6 +87,7 @@ class ConversionSpec:
         if self.compensation is None:
             set_field(self, "compensation", "none" if routed else "sqrt")
         check_choice("compensation", self.compensation, FILLS if routed else COMPENSATIONS)
+        set_field(self, "spared", ",".join(map(str, layer_numbers(self.spared))))
         if not isinstance(self.progressive, bool):
             raise SpecError(f"progressive must be True or False, not {shown(self.progressive)}.")
         set_field(self, "seed", integer("seed", self.seed))
@@ -98,7 +100,7 @@ class ConversionSpec:
 
     def _check_belonging(self) -> None:
         """Refuse fields of the other kind of method: they would be ignored silently."""
-        used = ("method", "compensation", *fields_of(self.method))
+        used = ("method", *fields_of(self.method))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in used and value is not None and value != field.default:
@@ -156,7 +158,7 @@ class ConversionSpec:
                 "leave fade_projections alone."
             )
         if self.fade_unit not in UNITS:
-            n, m = _pattern(self.fade_unit)
+            n, m = pattern(self.fade_unit)
             set_field(self, "fade_unit", f"{n}:{m}")
             if self.fade or self.fade_schedule != "linear":
                 raise SpecError(
@@ -237,7 +239,7 @@ class ConversionSpec:
     @property
     def pattern(self) -> tuple[int, int] | None:
         """n and m, if fade leaves n zeros in every m inputs."""
-        return None if self.fade_unit in UNITS else _pattern(self.fade_unit)
+        return None if self.fade_unit in UNITS else pattern(self.fade_unit)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -254,9 +256,26 @@ class ConversionSpec:
         """The factor on every kept branch, before one is fitted."""
         return COMPENSATIONS[self.compensation].alpha(self.branches, self.kept)
 
-    def check_fits(self, d_ff: int) -> None:
+    @property
+    def spared_layers(self) -> tuple[int, ...]:
+        """The layers that stay dense, ascending."""
+        return layer_numbers(self.spared)
+
+    def at(self, layer: int) -> ConversionSpec:
+        """What is asked of one layer: this, or of a spared one nothing but to be cut into the
+        branches that the others have, or into a single one where those are routed."""
+        if layer not in self.spared_layers:
+            return self
+        return ConversionSpec(branches=1 if self.routed else self.branches)
+
+    def check_fits(self, d_ff: int, layers: int | None = None) -> None:
         """Raise SpecError if an MLP of `d_ff` neurons cannot be cut into this many branches, or
-        into experts of equal size."""
+        into experts of equal size, and for a spared layer beyond the `layers` of the model."""
+        if layers is not None and self.spared and self.spared_layers[-1] >= layers:
+            raise SpecError(
+                f"spared names layer {self.spared_layers[-1]}, but this model has layers 0 to "
+                f"{layers - 1}."
+            )
         if self.experts is not None:
             expert_count(d_ff, self.experts)
         if self.branches > d_ff:
@@ -328,23 +347,11 @@ class ConversionSpec:
 
 
 def fields_of(method: str) -> tuple[str, ...]:
-    """The fields of the spec that a method uses, beside method and compensation."""
-    return ROUTED_METHODS[method].fields if method in ROUTED_METHODS else STATIC_FIELDS
+    """The fields of the spec that a method uses, beside method."""
+    own = ROUTED_METHODS[method].fields if method in ROUTED_METHODS else STATIC_FIELDS
+    return COMMON_FIELDS + own
 
 
 def flag_of(field: str) -> str:
     """A field's name on the command line, without the dashes in front."""
     return field.replace("_", "-")
-
-
-def _pattern(unit: Any) -> tuple[int, int]:
-    """n and m of "n:m"; SpecError if it is none."""
-    n, colon, m = unit.partition(":") if isinstance(unit, str) else ("", "", "")
-    if not colon or not (n.isdecimal() and m.isdecimal()) or len(n) + len(m) > 6:
-        raise SpecError(f"fade_unit must be weight, neuron, or n:m such as 2:4; got {shown(unit)}.")
-    if not 0 < int(n) < int(m) <= MAX_PATTERN:
-        raise SpecError(
-            f"fade_unit {unit}: of m neighbouring weights n are zeroed, so n must be at least 1 "
-            f"and less than m, and m at most {MAX_PATTERN}."
-        )
-    return int(n), int(m)

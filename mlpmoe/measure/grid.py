@@ -40,7 +40,8 @@ def read_values(field: str, text: str) -> list[str]:
 
     Numbers may be a range start:stop:step, computed exactly as decimals and with its stop
     included where a step meets it: `0:1:0.25` is 0, 0.25, 0.5, 0.75, 1. keep also takes `all` and
-    a percentage of B. Raises SpecError that names the flag and says what is allowed.
+    a percentage of B. Layers that are spared together are joined by plus signs, since commas part
+    values: `none,0,0+11`. Raises SpecError that names the flag and says what is allowed.
     """
     _check_field(field)
     found = []
@@ -214,8 +215,7 @@ def _written(field: str, value: Any) -> str:
 def _belonging(method: str, values: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     """The values of the fields that a method uses."""
     _spec({"method": method})  # there must be one
-    used = ("compensation", *fields_of(method))
-    return {name: given for name, given in values.items() if name in used}
+    return {name: given for name, given in values.items() if name in fields_of(method)}
 
 
 def _spec(texts: Mapping[str, str]) -> ConversionSpec:

@@ -49,8 +49,9 @@ def parameter_report(
     routed = [mlp for mlp in mlps if isinstance(mlp, ROUTED_TYPES)]
     inside = {id(module) for mlp in mlps for module in mlp.modules()}
     elsewhere = _macs(module for module in model.modules() if id(module) not in inside)
-    mlp_macs = sum(mlp.macs_per_token for mlp in routed) or _macs(
-        module for mlp in mlps for module in mlp.modules()
+    mlp_macs = sum(
+        mlp.macs_per_token if isinstance(mlp, ROUTED_TYPES) else _macs(mlp.modules())
+        for mlp in mlps
     )
     return ParameterReport(
         total=total,

@@ -163,9 +163,10 @@ def runs_first(outcomes: Generator[Run | SpecError, None, None], pace: Pace) -> 
 
 def check_fit(model: PreTrainedModel, specs: Iterable[ConversionSpec], calibrated: bool) -> None:
     """SpecError for the first spec that does not fit the model's MLPs, or misses calibration."""
-    d_ff = min(mlp.weights.d_ff for mlp in read_mlps(model))
+    mlps = read_mlps(model)
+    d_ff = min(mlp.weights.d_ff for mlp in mlps)
     for spec in specs:
-        spec.check_fits(d_ff)
+        spec.check_fits(d_ff, len(mlps))
         if spec.needs_calibration and not calibrated:
             raise SpecError(
                 f"{spec.to_flags()} needs a calibration text: give one to look at activations on."

@@ -60,7 +60,15 @@ def in_words(spec: ConversionSpec) -> str:
         parts.append("takes less from layers that suffer more")
     if spec.progressive:
         parts.append("calibrates layer by layer on the converted model")
+    if spec.spared and parts:
+        parts.append(spared_in_words(spec))
     return "; ".join(parts) or "cuts into branches and removes nothing"
+
+
+def spared_in_words(spec: ConversionSpec) -> str:
+    """Which layers are spared, e.g. "layers 0 and 11 kept dense"."""
+    layers = spec.spared_layers
+    return f"layer{'s' if len(layers) > 1 else ''} {joined(list(map(str, layers)))} kept dense"
 
 
 def joined(names: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ ROUTED = (
     ConversionSpec(method="moefication", **EXPERTS, compensation="mean"),
     ConversionSpec(method="coactivation", **EXPERTS, shared=0.2, selection="threshold"),
     ConversionSpec(method="random", experts=11, active=1.0),
+    ConversionSpec(method="cmoe", **EXPERTS, spared="1"),
 )
 
 

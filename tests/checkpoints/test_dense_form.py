@@ -96,6 +96,15 @@ def test_layers_of_different_widths_are_filled_up_with_zeros(tmp_path):
     assert filled.numel() and not filled.any()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_spared_layers_keep_their_width_and_get_a_bias_of_zeros(family, tmp_path):
+    spec = ConversionSpec(branches=11, keep=6, order="fluctuation", compensation="mean", spared="1")
+    converted = convert(build(family), spec, CALIBRATION)
+    form = dense_form(converted)
+    assert difference(converted, reloaded(form, tmp_path)) <= EXACT
+    assert f"24 to {D_FF} neurons" in form.notes[0]
+
+
 @pytest.mark.parametrize("compensation", ["mean", "refit"])
 @pytest.mark.parametrize(
     "family, opens_as",

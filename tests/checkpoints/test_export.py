@@ -300,6 +300,21 @@ def test_routed_conversions_leave_in_a_stock_architecture(tmp_path):
         export(routed, tmp_path / "out", form="dense")
 
 
+@pytest.mark.parametrize(
+    ("spared", "form", "words"),
+    [("0", "glm4-moe", "layer 0 kept dense"), ("1", "qwen2-moe", "layer 1 kept dense")],
+)
+def test_spared_layers_leave_in_an_architecture_that_has_dense_ones(spared, form, words, tmp_path):
+    spec = ConversionSpec(method="random", experts=6, active=0.5, spared=spared)
+    model = convert(tiny_model(), spec)
+    made = export(model, tmp_path / "out", tokenizer=byte_tokenizer(), text=TEXT)
+    assert made.record.form == form and made.verification.passed
+    assert words in (made.folder / "README.md").read_text()
+    with pytest.raises(FormError, match="no place for"):
+        export(model, tmp_path / "other", form="granite-moe")
+    assert nothing_left(tmp_path / "other")
+
+
 def test_what_no_stock_architecture_holds_brings_its_code(tmp_path):
     routed = convert(tiny_model(), ConversionSpec(method="neurons", active=0.5))
     made = export(routed, tmp_path / "out", tokenizer=byte_tokenizer(), text=TEXT)

@@ -187,6 +187,23 @@ def test_a_bias_of_the_router_chooses_the_same_experts(tmp_path):
         assert (chosen != alone).any(-1).double().mean() > 0.3
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "spared"),
+    [("glm4-moe", "llama", "0,1"), ("qwen2-moe", "qwen2", "0,1"), ("qwen2-moe", "llama", "0,2")],
+)
+def test_spared_layers_stay_dense(name, family, spared, tmp_path):
+    spec = {"method": "random", "shared": 0.2, "spared": spared}
+    model = converted(family, spec)
+    form = moe_form(model, name, score_bounds(model, TOKENS))
+    other = reloaded(form, tmp_path)
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(2))
+    for layer in map(int, spared.split(",")):
+        mine, theirs = (m.model.layers[layer].mlp for m in (model, other))
+        assert torch.equal(mine(x), theirs(x))
+    error, same = differences(model, other)
+    assert error.median() <= 1e-3 and same >= 0.98
+
+
 # What else a checkpoint carries ----------------------------------------------------------------
 
 
@@ -340,6 +357,21 @@ ALL = MOE_FORMS
         (ALL, "gemma", {"method": "random"}, {}, "does beside its MLPs"),
         (("granite-moe", "qwen2-moe"), "llama", ADAPTIVE, {}, "differ in number from layer"),
         (("mixtral",), "llama", SHARING, {}, "no place for shared experts."),
+        (ALL, "llama", {"method": "random", "spared": "0,1,2,3"}, {}, "nothing is routed"),
+        (
+            ("granite-moe", "mixtral"),
+            "llama",
+            {"method": "random", "spared": "0,1"},
+            {},
+            "first layers that are dense",
+        ),
+        (
+            ("granite-moe", "glm4-moe", "mixtral"),
+            "llama",
+            {"method": "random", "spared": "2"},
+            {},
+            "dense layers behind routed ones",
+        ),
         (("mixtral",), "qwen2", {"method": "random"}, {}, "q, k and v biases"),
         (
             ("glm4-moe", "qwen2-moe"),

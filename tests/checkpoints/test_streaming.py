@@ -37,6 +37,7 @@ TEXT = "One day, a fox slept in the grass.\n<|endoftext|>\nA cat sat on the wall
 IDS = torch.randint(VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(1))
 FADED = ConversionSpec(branches=4, fade=0.9)
 NARROW = ConversionSpec(branches=5, keep=3)
+SPARED = ConversionSpec(branches=5, keep=3, fade=0.5, spared="1")
 RENAMED_ON_DISK = ("gpt_neox",)  # transformers turns its tensors' names around
 
 GB = 1e9
@@ -60,7 +61,7 @@ def base(tmp_path):
     return save_tiny_model(tmp_path / "base", max_shard_size="20KB")
 
 
-@pytest.mark.parametrize("spec", [FADED, NARROW], ids=["faded", "narrow"])
+@pytest.mark.parametrize("spec", [FADED, NARROW, SPARED], ids=["faded", "narrow", "spared"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in RENAMED_ON_DISK])
 def test_files_become_what_the_model_would(family, spec, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "SHARD_BYTES", 15_000)

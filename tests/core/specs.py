@@ -1,7 +1,8 @@
-"""Random specs of the static method, with all its fields."""
+"""Random specs of the static method, and random fields."""
 
 from hypothesis import strategies as st
 
+from mlpmoe.core.checks import MAX_PATTERN
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.order import ORDERS
 from mlpmoe.core.schedule import SCHEDULES
@@ -10,7 +11,6 @@ from mlpmoe.core.spec import (
     ALLOCATIONS,
     MAX_EXPONENT,
     MAX_FADE,
-    MAX_PATTERN,
     MAX_SEED,
     ConversionSpec,
 )
@@ -22,9 +22,13 @@ def patterns(draw):
     return f"{draw(st.integers(1, m - 1))}:{m}"
 
 
+def spared():
+    return st.lists(st.integers(0, 99), max_size=4).map(lambda layers: ",".join(map(str, layers)))
+
+
 @st.composite
 def static_specs(draw, max_branches=10**6):
-    """Any spec of the static method that is allowed."""
+    """Any spec of the static method that is allowed; no layer is spared."""
     branches = draw(st.integers(1, max_branches))
     unit = draw(st.sampled_from(["weight", "neuron"]) | patterns())
     schedule = draw(st.sampled_from(sorted(SCHEDULES))) if ":" not in unit else "linear"

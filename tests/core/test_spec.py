@@ -26,8 +26,9 @@ from mlpmoe.core.spec import (
     SELECTIONS,
     STATIC_FIELDS,
     ConversionSpec,
+    fields_of,
 )
-from tests.core.specs import patterns, static_specs
+from tests.core.specs import patterns, spared, static_specs
 
 HUGE = 10**6000  # Python refuses to print it, and it overflows a float
 
@@ -36,7 +37,7 @@ HUGE = 10**6000  # Python refuses to print it, and it overflows a float
 def specs(draw):
     method = draw(st.sampled_from(METHODS))
     if method == "mlpmoe":
-        return draw(static_specs())
+        return dataclasses.replace(draw(static_specs()), spared=draw(spared()))
     active = draw(st.floats(0.01, 1))
     routed = ROUTED_METHODS[method]
     choices = {
@@ -48,8 +49,9 @@ def specs(draw):
         "tau": st.none() | st.floats(0, 10),
         "progressive": st.booleans(),
         "seed": st.integers(0, 10**6),
+        "spared": spared(),
     }
-    used = {name: choices[name] for name in choices if name in routed.fields}
+    used = {name: choices[name] for name in choices if name in fields_of(method)}
     chosen = draw(st.fixed_dictionaries({}, optional=used))
     compensation = draw(st.none() | st.sampled_from(FILLS))
     return ConversionSpec(method=method, active=active, compensation=compensation, **chosen)
@@ -212,6 +214,36 @@ def test_nothing_but_a_spec_error_ever_comes_out(name, value):
         assert isinstance(error, UserError)
     else:
         assert getattr(spec, name) == value or value is None
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("", ()), ("none", ()), ("0", (0,)), ("11,0", (0, 11)), (" 3, 1 ,03", (1, 3)),
+        ("0+11", (0, 11)), ("0 11", (0, 11)), (",".join(["7"] * 1000), (7,)),
+    ],
+)  # fmt: skip
+def test_spared_layers_have_one_form(text, layers):
+    spec = ConversionSpec(spared=text)
+    assert spec.spared_layers == layers
+    assert spec.spared == ",".join(map(str, layers))
+    assert spec == ConversionSpec(method="mlpmoe", spared=spec.spared)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["-1", "1.0", "1,,2,", "a", "0-3", "²", "9" * 7, 1, None, [0], True, "none,1"],
+    ids=ascii,
+)
+def test_spared_layers_are_numbers(value):
+    message = refusal(spared=value)
+    assert message.startswith("spared must name layers by their numbers from 0, joined by commas")
+
+
+def test_records_of_before_know_of_no_spared_layer():
+    values = ConversionSpec(keep=12).to_dict()
+    del values["spared"]
+    assert ConversionSpec.from_dict(values) == ConversionSpec(keep=12)
 
 
 # Static stages -----------------------------------------------------------------------------

@@ -272,6 +272,12 @@ def test_what_is_taken_as_alike_is_converted_alike(spec):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_layers_spared_together_are_joined_by_plus_signs():
+    assert [spec.spared for spec in specs_of(spared="none,0,0+11,11+0,0 11").specs] == [
+        "", "0", "0,11"
+    ]  # fmt: skip
+
+
 def test_branches_and_orders_are_no_detail():
     """They change what the branches are, even where nothing is dropped yet."""
     assert len(specs_of(branches="8,16", order="contiguous,norm").specs) == 4

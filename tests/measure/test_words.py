@@ -117,6 +117,11 @@ def test_choices_differ_in_words(specs):
     assert len({in_words(spec) for spec in specs}) == len(specs)
 
 
+def test_spared_layers_are_named():
+    for layers, words in (("3", "layer 3 kept"), ("0,1,11", "layers 0, 1 and 11 kept")):
+        assert in_words(ConversionSpec(keep=12, spared=layers)).endswith(f"; {words} dense")
+
+
 def test_what_does_nothing_is_not_mentioned():
     """α is 1 where all branches stay, and nothing is shared out among layers."""
     plain = in_words(ConversionSpec())
