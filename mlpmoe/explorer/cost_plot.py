@@ -33,6 +33,7 @@ def increase_axis(ratios: Sequence[float]) -> dict[str, Any]:
     which say what they mean from 1.01 to 10,000."""
     top = max([10.0, *map(shown_increase, ratios)])
     ticks = TICKS if top >= 1000 else sorted((*TICKS, *MORE_TICKS))
+    ticks = [ratio for ratio in ticks if 100 * (ratio - 1) < 1.6 * top]
     return {
         "title": "perplexity, × dense",
         "type": "log",

@@ -33,7 +33,7 @@ from .style import CONVERTED, GREY
 HEIGHT = 330  # pixels
 NARROWEST, SHORTEST = 360, 300  # pixels that the names of the lines find room in
 MARGIN = {"l": 58, "r": 14, "t": 12, "b": 48}  # pixels
-ROOM = 31  # of the dense cost: to the left of the cheapest point, for labels
+ROOM = 35  # of the dense cost: to the left of the cheapest point, for labels
 STEPS = 60  # that a line is drawn in
 SAME = 0.005  # of the dense cost: what saves less than that has no place on the axis
 
@@ -67,7 +67,7 @@ LINES = {
     "best static": _Line("best static", GREY, "solid", "square"),
     "best routed": _Line("best routed", GREY, "dash", "diamond"),
     "single neurons": _Line("single neurons", GREY, "dashdot", "triangle-up"),
-    "oracle": _Line("oracle, a bound", GREY, "dot", "circle-open", 1.0),
+    "oracle": _Line("oracle (bound)", GREY, "dot", "circle-open", 1.0),
 }
 
 

@@ -9,8 +9,8 @@ from math import ceil
 
 SIZE = 12  # pixels of the letters
 LETTER, ROW = 6.6, 15.0  # pixels that a letter takes across, and a line of letters down
-GAP = 7  # pixels between a point and its name
-LEADER = 12  # pixels across, of the line from a point to a name that had to move
+GAP = 9  # pixels between a point and its name
+LEADER = 9  # pixels across, of the line from a point to a name that had to move
 COLUMN = 60  # pixels across, within which points share a column of names
 Pixels = tuple[float, float]  # from the left and from the top
 
