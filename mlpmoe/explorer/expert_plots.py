@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, log10
 
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
 from ..measure.notation import change
+from .cost_plot import (
+    COST_TITLES,
+    LEGEND_ABOVE,
+    add_dense,
+    add_points,
+    error_bars,
+    increase_axis,
+    shown_increase,
+)
 from .plots import even_scale, finish, ticks
-from .style import CONVERTED, DENSE, GREY
+from .style import CONVERTED, GREY
 
 TRADEOFF_HEIGHT = 420  # pixels
 LOAD_HEIGHT = 320
 SPLIT_HEIGHT = 280
 MOST_COLUMNS = 64
-LEAST_INCREASE = 0.1  # per cent; less cannot be told from nothing on texts of this size
-MOST_INCREASE = 1e8  # more is broken all the same
 LOAD = ["#f3ece4", "#f0c394", "#e5954a", "#d9741a", "#8a4407"]  # never chosen to always chosen
 
 
@@ -49,72 +55,27 @@ def tradeoff(points: Sequence[Point]) -> go.Figure:
     figure = go.Figure()
     for kind, (legend, colour, symbol) in KINDS.items():
         some = [p for p in points if p.kind == kind]
-        figure.add_scatter(
-            x=[100 * p.compute for p in some],
-            y=[shown_increase(p.ratio) for p in some],
-            error_y={
-                "array": [100 * p.stderr for p in some],
-                "thickness": 1, "width": 0, "color": colour,
-            },
-            text=[f"{p.name}<br>perplexity {change(p.ratio, p.stderr)}" for p in some],
-            mode="markers",
-            marker={
-                "color": colour,
-                "symbol": symbol,
-                "size": 15 if kind == "here" else 9,
-                "line": {"color": "#ffffff" if kind == "here" else colour, "width": 1},
-            },
-            hovertemplate="%{text}<br>%{x:.1f} % of the MLP multiply-adds<extra></extra>",
-            name=legend,
-            showlegend=bool(some),
+        add_points(
+            figure,
+            [100 * p.compute for p in some],
+            [shown_increase(p.ratio) for p in some],
+            errors_y=error_bars([100 * p.stderr for p in some], colour=colour),
+            texts=[
+                f"{p.name}<br>perplexity {change(p.ratio, p.stderr)}"
+                f"<br>{100 * p.compute:.1f} % of the MLP multiply-adds"
+                for p in some
+            ],
+            colour=colour, symbol=symbol, size=15 if kind == "here" else 9, name=legend,
+            marker={"line": {"color": "#ffffff" if kind == "here" else colour, "width": 1}},
         )  # fmt: skip
     add_dense(figure)
     finish(figure, TRADEOFF_HEIGHT)
     figure.update_layout(
-        xaxis={"title": "MLP multiply-adds per token, % of dense", "range": [15, 105]},
+        xaxis={"title": COST_TITLES["compute"], "range": [15, 105]},
         yaxis=increase_axis([point.ratio for point in points]),
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin={"l": 76},
-        hovermode="closest",
+        **LEGEND_ABOVE,
     )
     return figure
-
-
-def add_dense(figure: go.Figure) -> None:
-    """The dense model as a point: all of the cost, no increase."""
-    figure.add_scatter(
-        x=[100], y=[LEAST_INCREASE], mode="markers", name="dense",
-        marker={"color": DENSE, "size": 12, "symbol": "diamond"},
-        hovertemplate="dense<extra></extra>",
-    )  # fmt: skip
-
-
-def shown_increase(ratio: float) -> float:
-    """Of perplexity, in per cent, as the axis shows it."""
-    return min(max(LEAST_INCREASE, 100 * (ratio - 1)), MOST_INCREASE)
-
-
-def increase_axis(ratios: Sequence[float]) -> dict:
-    """A logarithmic axis from the least increase up to beyond the largest."""
-    top = max([10.0, *map(shown_increase, ratios)])
-    powers = range(-1, 1 + ceil(log10(top)))
-    values = [10.0**power for power in powers]
-    values = [v for value in values for v in ((value, 3 * value) if len(values) < 5 else (value,))]
-    texts = [f"≤ {_short(v)}" if v == LEAST_INCREASE else _short(v) for v in values]
-    return {
-        "title": "increase of perplexity",
-        "type": "log",
-        "tickvals": values,
-        "ticktext": texts,
-        "range": [log10(LEAST_INCREASE) - 0.15, log10(top) + 0.2],
-    }
-
-
-def _short(percent: float) -> str:
-    """In the width of a margin: from 10,000 on as a power of ten."""
-    if percent < 1e4:
-        return f"{percent:,g} %"
-    return f"10<sup>{log10(percent):.0f}</sup> %"
 
 
 def expert_load(loads: Sequence[Tensor], shared: Sequence[int], single_neurons: bool) -> go.Figure:

@@ -11,16 +11,22 @@ from ..measure.notation import change
 from ..measure.search import LEAST_SHARE, Budget, best, front
 from ..measure.sweep import Run
 from ..measure.words import in_words
-from .expert_plots import LEAST_INCREASE, add_dense, increase_axis, shown_increase
+from .cost_plot import (
+    COST_TITLES,
+    LEAST_INCREASE,
+    LEGEND_ABOVE,
+    add_dense,
+    add_points,
+    add_unbeaten,
+    error_bars,
+    increase_axis,
+    shown_increase,
+    wrapped,
+)
 from .plots import finish
 from .style import CONVERTED, GREY
 
 FRONT_HEIGHT = 420  # pixels
-AXES = {
-    "nonzero": "non-zero MLP parameters, %",
-    "compute": "MLP multiply-adds, %",
-}
-LINE = 60  # characters of a hover text
 
 
 def front_plot(
@@ -37,12 +43,11 @@ def front_plot(
     line = front(measured, budget)
     _dashed(figure, budget, [*tried, *measured])
     _points(figure, tried, budget, "tried in the search", GREY, "circle-open", 7, 0.5, query)
-    figure.add_scatter(
-        x=[100 * budget.cost_of(run) for run in line],
-        y=[shown_increase(run.ratio) for run in line],
-        mode="lines", line={"color": CONVERTED, "width": 1.5, "shape": "hv"},
-        name="not beaten", hoverinfo="skip", showlegend=len(line) > 1,
-    )  # fmt: skip
+    add_unbeaten(
+        figure,
+        [100 * budget.cost_of(run) for run in line],
+        [shown_increase(run.ratio) for run in line],
+    )
     _points(figure, presets, budget, "presets", GREY, "square", 10, 1, query)
     _points(figure, others, budget, "measured finds", CONVERTED, "circle", 10, 1, query)
     _points(
@@ -51,11 +56,9 @@ def front_plot(
     add_dense(figure)
     finish(figure, FRONT_HEIGHT)
     figure.update_layout(
-        xaxis={"title": AXES[budget.cost], "range": [100 * LEAST_SHARE - 5, 105]},
+        xaxis={"title": COST_TITLES[budget.cost], "range": [100 * LEAST_SHARE - 5, 105]},
         yaxis=increase_axis([run.ratio for run in (*tried, *measured)]),
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin={"l": 76},
-        hovermode="closest",
+        **LEGEND_ABOVE,
     )
     return figure
 
@@ -64,20 +67,16 @@ def _points(
     figure: go.Figure, runs: Sequence[Run], budget: Budget, name: str, colour: str, symbol: str,
     size: int, opacity: float, query: Callable[[Run], str | None],
 ) -> None:  # fmt: skip
-    errors = {"array": [100 * run.stderr for run in runs], "thickness": 1, "width": 0}
-    figure.add_scatter(
-        x=[100 * budget.cost_of(run) for run in runs],
-        y=[shown_increase(run.ratio) for run in runs],
-        error_y=None if opacity < 1 else errors | {"color": colour},
-        text=[_hover(run) for run in runs],
-        customdata=[query(run) for run in runs],
-        mode="markers",
-        opacity=opacity,
-        marker={"color": colour, "symbol": symbol, "size": size},
-        hovertemplate="%{text}<br>%{x:.1f} %<extra></extra>",
-        name=name,
-        showlegend=bool(runs),
-    )
+    errors = error_bars([100 * run.stderr for run in runs], colour=colour)
+    add_points(
+        figure,
+        [100 * budget.cost_of(run) for run in runs],
+        [shown_increase(run.ratio) for run in runs],
+        errors_y=None if opacity < 1 else errors,
+        texts=[_hover(run, budget) for run in runs],
+        queries=[query(run) for run in runs],
+        opacity=opacity, name=name, colour=colour, symbol=symbol, size=size,
+    )  # fmt: skip
 
 
 def _dashed(figure: go.Figure, budget: Budget, runs: Sequence[Run]) -> None:
@@ -91,11 +90,9 @@ def _dashed(figure: go.Figure, budget: Budget, runs: Sequence[Run]) -> None:
     figure.add_scatter(x=x, y=y, mode="lines", line=style, name="budget", hoverinfo="skip")
 
 
-def _hover(run: Run) -> str:
-    """Perplexity and the whole recipe, in short lines."""
-    lines, rest = [], in_words(run.spec)
-    while len(rest) > LINE and " " in rest[:LINE]:
-        cut = rest.rindex(" ", 0, LINE)
-        lines.append(rest[:cut])
-        rest = rest[cut + 1 :]
-    return "<br>".join([f"perplexity {change(run.ratio, run.stderr)}", *lines, rest])
+def _hover(run: Run, budget: Budget) -> str:
+    """Perplexity, the whole recipe, in short lines, and the cost."""
+    return (
+        f"perplexity {change(run.ratio, run.stderr)}<br>{wrapped(in_words(run.spec))}"
+        f"<br>{100 * budget.cost_of(run):.1f} %"
+    )

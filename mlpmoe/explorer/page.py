@@ -86,11 +86,12 @@ def _page_state() -> PageState:
 
 def launch_kwargs() -> dict[str, Any]:
     """What every launch of the page passes, so that tests and hosts serve the same one."""
+    scripts = sorted(assets_folder().glob("*.js"))
     return {
         "theme": _theme(),
         "css": CSS_VARIABLES,
         "css_paths": sorted(assets_folder().glob("*.css")),
-        "head": f"<script>{(assets_folder() / 'page.js').read_text(encoding='utf-8')}</script>",
+        "head": "".join(f"<script>{file.read_text(encoding='utf-8')}</script>" for file in scripts),
         # a saved plot carries plotly with it, so that it opens without a network
         "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
         "footer_links": ["api", "settings"],

@@ -9,17 +9,26 @@ from math import isfinite
 import plotly.graph_objects as go
 
 from ..measure.notation import change
-from .expert_plots import LEAST_INCREASE, increase_axis, shown_increase
+from .cost_plot import (
+    LEAST_INCREASE,
+    LEGEND_ABOVE,
+    add_dense,
+    add_points,
+    add_unbeaten,
+    error_bars,
+    increase_axis,
+    shown_increase,
+    wrapped,
+)
 from .plots import finish
 from .preview import preset_name
 from .published import Published
 from .records import Record
 from .run_words import recipe_of
-from .style import CONVERTED, DENSE, GREY
+from .style import CONVERTED, GREY
 
 HEIGHT = 460  # pixels
 PALE = 0.35  # opacity of what another run beats
-LINE = 60  # characters of a hover text
 Error = tuple[float, float] | None  # how far it reaches below and above
 
 
@@ -52,8 +61,8 @@ def _speed_error(record: Record) -> Error:
 
 AXES = {
     "perplexity": Axis(
-        "increase of perplexity", lambda r: shown_increase(r.run.ratio), _increase_error,
-        LEAST_INCREASE, published=lambda p: shown_increase(p.ratio),
+        "perplexity", lambda r: shown_increase(r.run.ratio), _increase_error,
+        LEAST_INCREASE, unit="× dense", published=lambda p: shown_increase(p.ratio),
     ),
     "nonzero": Axis(
         "non-zero parameters", lambda r: 100 * r.run.nonzero_share, _none, 100,
@@ -104,11 +113,7 @@ def tradeoff_plot(
     points = [p for p in points if None not in p[2:] and all(map(isfinite, p[2:]))]
     best = front([p[2:] for p in points], across, up)
     joined = sorted({points[i][2:] for i in best})
-    figure.add_scatter(
-        x=[p[0] for p in joined], y=[p[1] for p in joined], mode="lines",
-        line={"color": CONVERTED, "width": 1.5, "shape": "hv"}, name="not beaten", hoverinfo="skip",
-        showlegend=len(joined) > 1,
-    )  # fmt: skip
+    add_unbeaten(figure, [p[0] for p in joined], [p[1] for p in joined])
     for layer, (colour, symbol, size) in STYLES.items():
         of_layer = [i for i, point in enumerate(points) if point[0] == layer]
         for pale in (True, False):
@@ -117,38 +122,29 @@ def tradeoff_plot(
             some.sort(key=lambda i: bool(preset_name(points[i][1].run.spec)))
             records = [points[i][1] for i in some]
             presets = [bool(preset_name(record.run.spec)) for record in records]
-            figure.add_scatter(
-                x=[points[i][2] for i in some],
-                y=[points[i][3] for i in some],
-                error_x=_errors([across.error(record) for record in records], colour),
-                error_y=_errors([up.error(record) for record in records], colour),
-                customdata=[record.query for record in records],
-                text=[_hover(record) for record in records],
-                mode="markers",
+            add_points(
+                figure,
+                [points[i][2] for i in some],
+                [points[i][3] for i in some],
+                errors_x=_errors([across.error(record) for record in records], colour),
+                errors_y=_errors([up.error(record) for record in records], colour),
+                queries=[record.query for record in records],
+                texts=[_hover(record) for record in records],
                 opacity=PALE if pale else 1,
-                marker={
-                    "color": colour,
-                    "size": size,
-                    "symbol": ["square" if preset else symbol for preset in presets],
-                },
-                hovertemplate="%{text}<extra></extra>",
+                colour=colour,
+                size=size,
+                symbol=["square" if preset else symbol for preset in presets],
                 name=LAYERS[layer],
                 legendgroup=layer,
                 showlegend=bool(some) and (not pale or len(some) == len(of_layer)),
             )
     _published(figure, published, across, up)
-    figure.add_scatter(
-        x=[across.dense], y=[up.dense], mode="markers", name="dense",
-        marker={"color": DENSE, "size": 12, "symbol": "diamond"},
-        hovertemplate="dense<extra></extra>",
-    )  # fmt: skip
+    add_dense(figure, across.dense, up.dense)
     finish(figure, HEIGHT)
     figure.update_layout(
         xaxis=_axis(x, layers, published),
         yaxis=_axis(y, layers, published),
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin={"l": 76},
-        hovermode="closest",
+        **LEGEND_ABOVE,
     )
     return figure
 
@@ -172,13 +168,10 @@ def _published(
 ) -> None:  # fmt: skip
     some = [(p, across.published(p), up.published(p)) for p in published]
     some = [point for point in some if None not in point[1:]]
-    figure.add_scatter(
-        x=[p[1] for p in some], y=[p[2] for p in some], mode="markers",
-        marker={"color": GREY, "size": 9, "symbol": "x-thin", "line": {"width": 2, "color": GREY}},
-        text=[_wrapped(p[0].about) for p in some],
-        hovertemplate="%{text}<extra></extra>",
-        name=LAYERS["published"],
-        showlegend=bool(some),
+    add_points(
+        figure, [p[1] for p in some], [p[2] for p in some], name=LAYERS["published"],
+        texts=[wrapped(p[0].about) for p in some], colour=GREY, symbol="x-thin", size=9,
+        marker={"line": {"width": 2, "color": GREY}},
     )  # fmt: skip
 
 
@@ -199,11 +192,8 @@ def _axis(name: str, layers: dict[str, Sequence[Record]], published: Sequence[Pu
 def _errors(errors: Sequence[Error], colour: str) -> dict | None:
     if not any(errors):
         return None
-    return {
-        "symmetric": False, "thickness": 1, "width": 0, "color": colour,
-        "arrayminus": [error[0] if error else 0 for error in errors],
-        "array": [error[1] if error else 0 for error in errors],
-    }  # fmt: skip
+    below, above = zip(*(error or (0.0, 0.0) for error in errors), strict=True)
+    return error_bars(below, above, colour)
 
 
 def _hover(record: Record) -> str:
@@ -213,16 +203,7 @@ def _hover(record: Record) -> str:
         f"non-zero {100 * run.nonzero_share:.1f} % ({100 * run.mlp_nonzero_share:.1f} % of MLPs)"
         f"<br>compute {100 * run.macs_share:.1f} % ({100 * run.mlp_macs_share:.1f} % of MLPs)"
     )
-    return f"{_wrapped(recipe_of(run.spec))}<br>{figures}"
-
-
-def _wrapped(text: str) -> str:
-    lines = []
-    while len(text) > LINE and " " in text[:LINE]:
-        cut = text.rindex(" ", 0, LINE)
-        lines.append(text[:cut])
-        text = text[cut + 1 :]
-    return "<br>".join([*lines, text])
+    return f"{wrapped(recipe_of(run.spec))}<br>{figures}"
 
 
 def _percent(share: float | None) -> float | None:

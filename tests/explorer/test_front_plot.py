@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
-from mlpmoe.explorer.expert_plots import LEAST_INCREASE
-from mlpmoe.explorer.front_plot import AXES, front_plot
+from mlpmoe.explorer.cost_plot import COST_TITLES, LEAST_INCREASE
+from mlpmoe.explorer.front_plot import front_plot
 from mlpmoe.measure.notation import change
 from mlpmoe.measure.search import Budget, best
 from mlpmoe.measure.words import in_words
@@ -71,7 +71,7 @@ def test_every_point_is_drawn_where_it_was_measured(tried, measured, budget):
     star, found = trace(figure, "suggested"), best(measured, budget)
     assert list(star.customdata) == ([found.spec.to_query()] if found else [])
     assert len(trace(figure, "dense").x) == 1
-    assert figure.layout.xaxis.title.text == AXES[budget.cost]
+    assert figure.layout.xaxis.title.text == COST_TITLES[budget.cost]
     assert figure.layout.yaxis.type == "log"
     figure.to_json()
 
