@@ -73,8 +73,10 @@ const scale = (styles, name, steps) => {
   });
   return Array.from({ length: SHADES + 1 }, (_, shade) => {
     const at = (shade / SHADES) * (steps - 1);
-    const [low, part] = [Math.min(Math.floor(at), steps - 2), at - Math.min(Math.floor(at), steps - 2)];
-    const mixed = stops[low].map((from, i) => Math.round(from + part * (stops[low + 1][i] - from)));
+    const low = Math.min(Math.floor(at), steps - 2);
+    const mixed = stops[low].map((from, i) =>
+      Math.round(from + (at - low) * (stops[low + 1][i] - from)),
+    );
     return `rgb(${mixed.join(" ")})`;
   });
 };
@@ -106,7 +108,7 @@ const arrange = () => {
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
   const ratio = window.devicePixelRatio || 1;
   const left = 30 + 7 * String(net.cells - 1).length;
-  const [x, y, w, h] = [left, 4, width - left - 4, height - TICKS - 4];
+  const [x, y, w, h] = [left, 6, width - left - 4, height - TICKS - 6];
   const snap = (v) => Math.round(v * ratio) / ratio;
   const [across, down] = [w / net.columns.length, h / net.cells];
   const gapX = snap(Math.min(10, Math.max(1, 0.16 * across)));
@@ -162,17 +164,20 @@ const drawColumn = (brush, column, layer, gone) => {
   }
   for (let cell = column.always; cell < column.left.length; cell++) {
     const share = column.left[cell];
-    const box = place.box(layer, cell);
-    if (net.kind === "branches" && share === 0) brush.fillStyle = gone;
-    else if (net.kind === "branches") brush.fillStyle = colours.damage[Math.round(SHADES * (1 - share))];
-    else if (lit) brush.fillStyle = colours.load[uses(layer, cell) ? SHADES : 0];
-    else brush.fillStyle = colours.load[Math.round(SHADES * share)];
-    if (net.kind === "branches" && lit && !uses(layer, cell)) brush.globalAlpha = 0.25;
-    brush.fillRect(...box);
-    brush.globalAlpha = 1;
+    const idle = lit && !uses(layer, cell);
+    if (net.kind === "branches") {
+      brush.fillStyle = share === 0 ? gone : colours.damage[Math.round(SHADES * (1 - share))];
+      brush.globalAlpha = idle ? 0.25 : 1;
+    } else {
+      const ran = lit ? Number(!idle) : share; // of one token it is nothing or all
+      brush.fillStyle = colours.load[Math.round(SHADES * ran)];
+    }
+    brush.fillRect(...place.box(layer, cell));
   }
+  brush.globalAlpha = 1;
 };
 
+const AXIS = { branches: "branch", experts: "expert", neurons: "neurons, busiest first" };
 const drawAxes = (brush) => {
   const { x, y, w, h, across, down } = place;
   const write = (text, at, line, align, strong) => {
@@ -191,15 +196,17 @@ const drawAxes = (brush) => {
   brush.save();
   brush.translate(8, y + h / 2);
   brush.rotate(-Math.PI / 2);
-  write({ branches: "branch", experts: "expert", neurons: "neurons, busiest first" }[net.kind], 0, 0, "center");
+  write(AXIS[net.kind], 0, 0, "center");
   brush.restore();
   // the way through the model
   const line = y + h + 27;
   write("input", x, line, "left");
   write("layer", x + w / 2, line, "center");
   write("output", x + w, line, "right");
-  const [from, to] = [x + brush.measureText("input").width + 8, x + w - brush.measureText("output").width - 8];
-  const half = brush.measureText("layer").width / 2 + 8;
+  const [input, half, output] = [["input", 1], ["layer", 0.5], ["output", 1]].map(
+    ([word, part]) => part * brush.measureText(word).width + 8,
+  );
+  const [from, to] = [x + input, x + w - output];
   brush.strokeStyle = brush.fillStyle = colours.quiet;
   brush.beginPath();
   for (const [a, b] of [[from, x + w / 2 - half], [x + w / 2 + half, to]]) {
@@ -233,7 +240,7 @@ const draw = () => {
 const put = (box, [x, y, w, h]) =>
   Object.assign(box.style, { left: `${x}px`, top: `${y}px`, width: `${w}px`, height: `${h}px` });
 
-const write = (target, text) => {
+const setText = (target, text) => {
   if (target.textContent !== text) target.textContent = text;
 };
 
@@ -246,16 +253,18 @@ const tell = () => {
   cell.setAttribute("aria-label", words(cursor));
   hover.hidden = !over;
   if (over) put(hover, place.box(over.layer, over.cell));
-  write(reading, over ? words(over) : token !== null && masks?.[token] ? tokenWords() : words(cursor));
+  const alone = !over && token !== null && masks?.[token];
+  setText(reading, alone ? tokenWords() : words(over ?? cursor));
   const spared = net.columns[cursor.layer].spared;
-  write(spare, spared ? `Convert layer ${cursor.layer}` : `Spare layer ${cursor.layer}`);
+  setText(spare, spared ? `Convert layer ${cursor.layer}` : `Spare layer ${cursor.layer}`);
 };
 
 const KEY = {
   branches: [["ramp damage", "lost: 0 %", "100 %"], ["gone", "gone"]],
-  experts: [["ramp load", "run by 0 %", "100 % of tokens"], ["always", "always"]],
-  neurons: [["ramp load", "run by 0 %", "100 % of tokens"]],
+  experts: [["ramp load", "tokens: 0 %", "100 %"], ["always", "always"]],
+  neurons: [["ramp load", "tokens: 0 %", "100 %"]],
 };
+// The legend: swatches with what stands for them, before and after.
 const explain = () => {
   if (legend.dataset.kind === net.kind) return;
   legend.dataset.kind = net.kind;
@@ -280,13 +289,13 @@ const update = () => {
   net = read(props.value);
   masks = null;
   section.classList.toggle("bare", !net);
-  if (!net) return write(reading, "");
+  if (!net) return setText(reading, "");
   net.looked = Math.min(Math.max(net.looked, 0), net.columns.length - 1);
   if (net.looked !== before?.looked) cursor = { ...cursor, layer: net.looked };
   cursor = clamp(cursor);
   over = over && clamp(over);
   if (token !== null) readMasks();
-  write(label, net.label);
+  setText(label, net.label);
   explain();
   grid.setAttribute("aria-label", summary());
   grid.setAttribute("aria-rowcount", net.cells);
@@ -315,6 +324,7 @@ const at = (event) => {
   });
 };
 
+// The frame moves at once; the rest of the page follows.
 const lookAt = () => {
   net.looked = cursor.layer;
   draw();
