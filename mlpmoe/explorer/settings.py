@@ -216,5 +216,7 @@ def check_shown(spec: ConversionSpec) -> None:
     low, high = EXPONENTS
     if spec.fade_exponent is not None and not low <= spec.fade_exponent <= high:
         raise UserError(f"this page offers fade_exponent from {low:g} to {high:g}.")
+    if spec.spared:
+        raise UserError("this page has no control for spared layers; the library and the shell do.")
     if spec.seed:
         raise UserError("this page has no other seed than 0; the library and the shell do.")
