@@ -21,8 +21,8 @@ from ..core.spec import (
     PROFILES,
     SELECTIONS,
     ConversionSpec,
-    flag_of,
 )
+from ..core.written import flag_of
 from ..measure.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS
 

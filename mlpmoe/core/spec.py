@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
-from .checks import boolean, check_choice, integer, layer_numbers, pattern, real, shown
+from .checks import check_choice, integer, layer_numbers, pattern, real, shown
 from .compensation import COMPENSATIONS, FILLS
 from .errors import SpecError
 from .order import ORDERS
@@ -15,8 +14,9 @@ from .routed import ROUTED_METHODS, RoutedMethod
 from .routed.expertweaver import AUTO
 from .routed.partition import expert_count
 from .routed.routers import ROUTERS
-from .schedule import DEFAULT_EXPONENT, SCHEDULES
+from .schedule import DEFAULT_EXPONENT, SCHEDULES, branch_sparsities
 from .scores import SCORES
+from .written import Written
 
 METHODS = ("mlpmoe", *ROUTED_METHODS)
 COMMON_FIELDS = ("compensation", "spared")  # that every method uses
@@ -27,6 +27,9 @@ STATIC_FIELDS = (
 )  # fmt: skip
 ROUTED_FIELDS = (
     "experts", "active", "shared", "router", "selection", "profile", "tau", "progressive", "seed",
+)  # fmt: skip
+FADE_CHOICES = (
+    "fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit",
 )  # fmt: skip
 SELECTIONS = ("topk", "threshold")
 PROFILES = ("signed", "absolute")
@@ -39,7 +42,7 @@ ALLOCATIONS = ("uniform", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionSpec:
+class ConversionSpec(Written):
     """What to do with every MLP of a model. Defaults change nothing but the structure.
 
     The method "mlpmoe" is static: the same branches for every token. All others are routed: a
@@ -219,7 +222,9 @@ class ConversionSpec:
 
     @property
     def looks_at_activations(self) -> bool:
-        """Whether a static stage looks at the activations of a layer when it converts it."""
+        """Whether a stage looks at the activations of a layer when it converts it."""
+        if self.routed:
+            return replace(self, progressive=False).needs_calibration
         return (
             ORDERS[self.order].calibrated
             or self.fits
@@ -268,6 +273,45 @@ class ConversionSpec:
             return self
         return ConversionSpec(branches=1 if self.routed else self.branches)
 
+    def canonical(self, layers: int | None = None) -> ConversionSpec:
+        """The spec with every field at its default that has no effect beside the others: specs
+        that convert alike become one. The number and order of the branches are an effect, even
+        where nothing is removed. layers: of the model, where it is known: if all are spared,
+        nothing else counts."""
+        if layers is not None and set(range(layers)) <= set(self.spared_layers):
+            return self.at(0)
+        idle = self._idle_routed() if self.routed else self._idle_static()
+        once = replace(self, **{name: _default(name) for name in idle | {"progressive"}})
+        again = self.progressive and "progressive" not in idle and once.looks_at_activations
+        return replace(once, progressive=True) if again else once
+
+    def _idle_routed(self) -> set[str]:
+        idle = set() if self.shared == AUTO else {"tau"}
+        if self.active == 1:  # nothing is left to choose
+            idle |= {"selection", "compensation"}
+        return idle
+
+    def _idle_static(self) -> set[str]:
+        whole = self.kept == self.branches
+        # of which layers may keep more branches, where they share out K
+        kept = self.kept if self.allocation == "uniform" else self.branches
+        shares = branch_sparsities(self.branches, self.fade, self.fade_schedule, self.fade_exponent)
+        fades = self.pattern is not None or any(shares[:kept])
+        idle = {"seed"} if self.order != "random" else set()
+        if not fades:
+            idle |= {"fade", *FADE_CHOICES}
+        if whole:
+            idle.add("keep")
+            if self.alpha == 1 and not (self.fits and fades):
+                idle.add("compensation")
+            if not fades or self.pattern:
+                idle.add("allocation")
+        if whole and not fades:
+            idle.add("progressive")
+            if self.order == "contiguous":
+                idle.add("spared")
+        return idle
+
     def check_fits(self, d_ff: int, layers: int | None = None) -> None:
         """Raise SpecError if an MLP of `d_ff` neurons cannot be cut into this many branches, or
         into experts of equal size, and for a spared layer beyond the `layers` of the model."""
@@ -284,74 +328,32 @@ class ConversionSpec:
                 f"neurons: choose B between 1 and {d_ff}."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under the fields' names; `from_dict` restores them."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ConversionSpec:
-        """The spec with these values; SpecError names unknown fields."""
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise SpecError(f"unknown field {shown(unknown[0])}; allowed: {', '.join(known)}.")
-        return cls(**values)
+def without_idle(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a spec's fields without those that it would refuse as of no use beside the
+    others: for who offers all fields at a time. SpecError for what is wrong anyway."""
+    left = dict(values)
+    if left.get("method") in ROUTED_METHODS:
+        return left
+    unit, idle = left.get("fade_unit", "weight"), set()
+    if unit not in UNITS:  # n:m fixes the share of zeros
+        idle |= {"fade", "fade_schedule", "fade_exponent"}
+    if unit == "neuron":
+        idle.add("fade_projections")
+    if left.get("fade_schedule") != "power":
+        idle.add("fade_exponent")
+    left = {name: value for name, value in left.items() if name not in idle}
+    if left.get("progressive") is True:
+        plain = {name: value for name, value in left.items() if name != "progressive"}
+        left = left if ConversionSpec(**plain).looks_at_activations else plain
+    return left
 
-    def _changed(self) -> dict[str, Any]:
-        """The fields that say something: the first choice always, others where they differ from
-        what the method does by itself."""
-        first = "active" if self.routed else "branches"
-        # what a method shares by itself depends on the active share
-        usual = ConversionSpec(method=self.method, active=self.active)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: value
-            for name, value in values.items()
-            if name == first or value != getattr(usual, name) or (name == "method" and self.routed)
-        }
 
-    def to_query(self) -> str:
-        """The spec as a link's query string, e.g. `branches=16&fade=0.9`."""
-        return urlencode(self._changed())
-
-    @classmethod
-    def from_query(cls, query: str) -> ConversionSpec:
-        """The spec a query string names; SpecError if a value cannot be read."""
-        return cls.from_texts(dict(parse_qsl(query, keep_blank_values=True)))
-
-    @classmethod
-    def from_texts(cls, texts: Mapping[str, str]) -> ConversionSpec:
-        """The spec of values written as text; SpecError if one cannot be read."""
-        readers = {
-            "branches": int, "keep": int, "fade": float, "fade_exponent": float, "experts": int,
-            "active": float,
-            "shared": lambda text: text if text == AUTO else float(text), "tau": float,
-            "seed": int, "progressive": boolean,
-        }  # fmt: skip
-        values: dict[str, Any] = {}
-        for name, text in texts.items():
-            try:
-                values[name] = readers.get(name, str)(text)
-            except ValueError:
-                kind = "true or false" if name == "progressive" else "a number"
-                raise SpecError(f"{name} must be {kind}, not {shown(text)}.") from None
-        return cls.from_dict(values)
-
-    def to_python(self) -> str:
-        """The expression that makes this spec again."""
-        return f"ConversionSpec({', '.join(f'{k}={v!r}' for k, v in self._changed().items())})"
-
-    def to_flags(self) -> str:
-        """The spec as command-line flags, e.g. `--branches 16 --fade 0.9`."""
-        return " ".join(f"--{flag_of(name)} {value}" for name, value in self._changed().items())
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(ConversionSpec) if field.name == name)
 
 
 def fields_of(method: str) -> tuple[str, ...]:
     """The fields of the spec that a method uses, beside method."""
     own = ROUTED_METHODS[method].fields if method in ROUTED_METHODS else STATIC_FIELDS
     return COMMON_FIELDS + own
-
-
-def flag_of(field: str) -> str:
-    """A field's name on the command line, without the dashes in front."""
-    return field.replace("_", "-")

@@ -14,6 +14,7 @@ from ..measure.notation import change, count, difference, number, signed_percent
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
+from ..measure.words import spared_in_words
 from .loaded import LoadedModel
 from .structure import Zeros
 from .texts import text_name
@@ -64,6 +65,8 @@ def describe(spec: ConversionSpec) -> str:
         parts.append(COMPENSATION_NAMES[spec.compensation])
     if spec.order != "contiguous":
         parts.append(f"{spec.order} order")
+    if spec.spared:
+        parts.append(spared_in_words(spec))
     return " · ".join(parts)
 
 

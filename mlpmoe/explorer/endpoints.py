@@ -54,7 +54,7 @@ def add_endpoints(workbench: Workbench) -> None:
         }  # fmt: skip
         spec = ConversionSpec.from_dict(common | (more or {}))
         loaded = workbench.loaded(model)
-        spec.check_fits(loaded.d_ff)
+        spec.check_fits(loaded.d_ff, len(loaded.mlps))
         return loaded, loaded.asked(spec)
 
     @readable

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 
+from ..core.branched import BranchedMLP
 from ..core.conversion import mlp_modules
 from ..core.routed import RoutedMLP
 from ..measure.routing import LayerRouting
@@ -20,7 +21,8 @@ SHOWN_TOKENS = 160  # of the evaluation stories, coloured
 
 
 def load_plot(found: Sequence[LayerRouting]) -> go.Figure:
-    single = all(int(layer.favourite.max()) < 0 for layer in found) and len(found[0].load) > 128
+    unrouted = all(int(layer.favourite.max()) < 0 for layer in found)
+    single = unrouted and max(len(layer.load) for layer in found) > 128
     return expert_load([layer.load for layer in found], [layer.shared for layer in found], single)
 
 
@@ -29,6 +31,10 @@ def split_plot(model: Any, found: Sequence[LayerRouting]) -> go.Figure:
     mlps = mlp_modules(model)
     shared, routed = [], []
     for mlp, layer in zip(mlps, found, strict=True):
+        if isinstance(mlp, BranchedMLP):  # spared
+            shared.append(1.0)
+            routed.append(0.0)
+            continue
         always = mlp.shared if isinstance(mlp, RoutedMLP) else 0
         size = mlp.size if isinstance(mlp, RoutedMLP) else 1
         shared.append(always / mlp.d_ff)
@@ -54,6 +60,8 @@ def coloured_tokens(loaded: LoadedModel, found: Sequence[LayerRouting], layer: i
     """The first tokens of the evaluation text, each on the colour of the expert that its router
     scored highest; a hint tells all experts that ran."""
     chosen = found[min(layer, len(found) - 1)]
+    if not chosen.chosen.shape[1]:
+        return "<p>In this layer all neurons run for every token.</p>"
     if int(chosen.favourite.max()) < 0:
         return (
             "<p>This method chooses single neurons, not experts: "

@@ -54,6 +54,6 @@ def check_shown(spec: ConversionSpec) -> None:
         raise UserError(f"this page offers at most {MAX_EXPERTS} experts.")
     if read_spec(*show_spec(spec)) != spec:
         raise UserError(
-            "this page has no control for a part of this routed spec (profile, tau, progressive or "
-            "seed); the library and the shell do."
+            "this page has no control for a part of this routed spec (profile, tau, spared, "
+            "progressive or seed); the library and the shell do."
         )

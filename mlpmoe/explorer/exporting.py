@@ -152,7 +152,8 @@ class ExportHandlers:
         (check_routed if spec.routed else check_shown)(spec)
         key = self._key_of(base, model)
         if key == model or self.workbench.holds(key):
-            spec.check_fits(self.workbench.loaded(key).d_ff)
+            loaded = self.workbench.loaded(key)
+            spec.check_fits(loaded.d_ff, len(loaded.mlps))
         shown = f"{model_name(key)}, {short_recipe(spec)}"
         said = f"Set as in {Path(path).name}: {shown}."
         if base and key != self._key_of(base, base):

@@ -93,7 +93,7 @@ class OpeningHandlers:
         calibration = self._known_text(link.calibration, loaded, "calibration")
         spec = link.spec
         try:
-            spec.check_fits(loaded.d_ff)
+            spec.check_fits(loaded.d_ff, len(loaded.mlps))
         except UserError as error:
             self._warn([f"{error} The default settings are shown."])
             spec = ConversionSpec()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -84,11 +84,8 @@ def preset_name(spec: ConversionSpec) -> str | None:
 
 
 def effect_of(spec: ConversionSpec) -> ConversionSpec:
-    """A static spec with all branches kept in one way of writing."""
-    if spec.kept < spec.branches:
-        return spec
-    fitted = spec.fades and spec.fits
-    return replace(spec, keep=None, compensation=spec.compensation if fitted else "sqrt")
+    """A spec in one way of writing."""
+    return spec.canonical()
 
 
 def snippet(model: str, spec: ConversionSpec, text: str, calibration: str | None = None) -> str:

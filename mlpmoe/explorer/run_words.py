@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
-from ..measure.words import in_words
+from ..measure.words import in_words, spared_in_words
 from ..models.catalogue import find_entry
 from .cards import describe
 from .preview import preset_name
@@ -21,6 +21,8 @@ def short_recipe(spec: ConversionSpec) -> str:
         parts.append("threshold")
     if spec.compensation == "mean":
         parts.append("mean output of the others")
+    if spec.spared:
+        parts.append(spared_in_words(spec))
     return " · ".join(parts)
 
 

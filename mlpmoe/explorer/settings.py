@@ -12,7 +12,7 @@ import gradio as gr
 
 from ..core.errors import UserError
 from ..core.schedule import DEFAULT_EXPONENT
-from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec
+from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from .asked import Conversion
 from .loaded import LoadedModel
 
@@ -44,22 +44,7 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
     chosen["fade_projections"] = "-".join(name for name in PROJECTIONS if name in names)
     if chosen["keep"] >= chosen["branches"]:
         chosen["keep"] = None
-    if chosen["fade_unit"] not in UNITS:
-        chosen |= {"fade": 0.0, "fade_schedule": "linear"}
-    elif chosen["fade"] == 0:
-        chosen = {name: v for name, v in chosen.items() if name not in FADE_FIELDS}
-    elif chosen["fade_unit"] == "neuron":
-        chosen["fade_projections"] = "gate-up"
-    if chosen.get("fade_schedule") != "power":
-        chosen.pop("fade_exponent", None)
-    if chosen["keep"] is None and chosen["fade"] == 0:
-        chosen["allocation"] = "uniform"
-    spec = ConversionSpec(**chosen | {"progressive": False})
-    if spec.keep is None and not (spec.fits and spec.fades):
-        spec = replace(spec, compensation="sqrt")
-    if chosen["progressive"] and spec.looks_at_activations:
-        spec = replace(spec, progressive=True)
-    return spec
+    return ConversionSpec(**without_idle(chosen)).canonical()
 
 
 def settled(spec: ConversionSpec) -> ConversionSpec:
@@ -216,5 +201,7 @@ def check_shown(spec: ConversionSpec) -> None:
     low, high = EXPONENTS
     if spec.fade_exponent is not None and not low <= spec.fade_exponent <= high:
         raise UserError(f"this page offers fade_exponent from {low:g} to {high:g}.")
+    if spec.spared:
+        raise UserError("this page has no control for spared layers; the library and the shell do.")
     if spec.seed:
         raise UserError("this page has no other seed than 0; the library and the shell do.")

@@ -100,7 +100,7 @@ class Structure:
         sums = branch_sums(self._looked_at(asked), quantity, self._neuron_sums)
         for name in self._counted(asked):
             for layer, branches in enumerate(self._magnitude_counts(asked, name)):
-                for branch, share in enumerate(_sparsities(spec_of(asked))):
+                for branch, share in enumerate(_sparsities(spec_of(asked).at(layer))):
                     sums[name][layer, branch] = float(LEFT[quantity](*branches[branch].left(share)))
         return sums
 
@@ -130,7 +130,7 @@ class Structure:
         weights in place."""
         if not _fades_in_place(asked):
             return asked
-        names = ("branches", "order", "seed", "keep", "compensation")
+        names = ("branches", "order", "seed", "keep", "compensation", "spared")
         return ConversionSpec(**{name: getattr(asked, name) for name in names})
 
     def _counted(self, asked: Conversion) -> tuple[str, ...]:
@@ -142,8 +142,7 @@ class Structure:
 
     def get_ready_to_fade(self, asked: Conversion) -> None:
         """Count the magnitudes of these branches, so that a fade of them follows its slider."""
-        spec = spec_of(asked)
-        faded = ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed, fade=1)
+        faded = replace(spec_of(self.whole(asked)), fade=1.0)
         if not faded.needs_calibration:
             for name in self._counted(faded):
                 self._magnitude_counts(faded, name)
@@ -179,7 +178,7 @@ class Structure:
         if projection not in self._counted(asked):
             return magnitudes(self._looked_at(asked), layer, projection, bins, upper)
         branches = self._magnitude_counts(asked, projection)[layer]
-        faded = list(zip(branches, _sparsities(spec_of(asked)), strict=False))
+        faded = list(zip(branches, _sparsities(spec_of(asked).at(layer)), strict=False))
         left = [branch.left(share) for branch, share in faded]
         counts = [np.histogram(v, bins, (0.0, upper), weights=many)[0] for v, many in left]
         return Magnitudes(
@@ -197,7 +196,9 @@ class Structure:
     def whole(self, asked: Conversion) -> Conversion:
         """The same branches with nothing removed."""
         spec = spec_of(asked)
-        spec = ConversionSpec(branches=spec.branches, order=spec.order, seed=spec.seed)
+        spec = ConversionSpec(
+            branches=spec.branches, order=spec.order, seed=spec.seed, spared=spec.spared
+        )
         return replace(asked, spec=spec) if spec.needs_calibration else spec
 
     def left(self, asked: Conversion, quantity: str) -> Tensor:
@@ -210,17 +211,20 @@ class Structure:
         return left / whole.clamp(min=1e-30)
 
     def zeros(self, asked: Conversion) -> Zeros | None:
-        """What fade asks for and what it does, over all layers; None without fade."""
-        if not spec_of(asked).fades:
+        """What fade asks for and what it does, over all layers but spared ones; None without."""
+        spec = spec_of(asked)
+        if not spec.fades or len(spec.spared_layers) == len(self.mlps):
             return None
         return self._zeros.get_or_make(asked, lambda: self._count_zeros(asked))
 
     def _count_zeros(self, asked: Conversion) -> Zeros:
         spec = spec_of(asked)
-        mlps = branched_mlps(self._looked_at(asked))
+        every = branched_mlps(self._looked_at(asked))
+        layers = [layer for layer in range(len(every)) if layer not in spec.spared_layers]
+        mlps = [every[layer] for layer in layers]
         kept = [
-            sum(branch_sizes(dense.weights.d_ff, spec.branches)[: len(mlp.sizes)])
-            for dense, mlp in zip(self.mlps, mlps, strict=True)
+            sum(branch_sizes(self.mlps[layer].weights.d_ff, spec.branches)[: len(mlp.sizes)])
+            for layer, mlp in zip(layers, mlps, strict=True)
         ]
         d_ff = min(mlp.weights.d_ff for mlp in self.mlps)
         requested = _requested(spec, d_ff)
@@ -228,7 +232,7 @@ class Structure:
             return Zeros("neurons", requested, 1 - sum(sum(m.sizes) for m in mlps) / sum(kept))
         names = [name for name in spec.projections if self._has(name)]
         weights = sum(mlp.projections[name].weight.numel() for mlp in mlps for name in names)
-        left = sum(float(self.sums(asked, "nonzero")[name].sum()) for name in names)
+        left = sum(float(self.sums(asked, "nonzero")[name][layers].sum()) for name in names)
         return Zeros(joined(names), requested, 1 - left / weights)
 
 

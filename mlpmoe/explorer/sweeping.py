@@ -14,7 +14,8 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import UserError
-from ..core.spec import ConversionSpec, flag_of
+from ..core.spec import ConversionSpec
+from ..core.written import flag_of
 from ..measure.grid import grid, read_values
 from ..measure.pace import about
 from .events import sentence

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.checks import boolean, shown
 from ..core.errors import SpecError, UserError
 from ..core.routed.expertweaver import AUTO
-from ..core.spec import METHODS, UNITS, ConversionSpec, fields_of, flag_of
+from ..core.spec import METHODS, ConversionSpec, fields_of, without_idle
+from ..core.written import flag_of, read_texts
+
+T = TypeVar("T")
 
 MOST_SPECS = 10_000  # combinations of one sweep
 ALL = "all"  # of keep
@@ -22,7 +25,6 @@ USUAL = ConversionSpec()
 # field -> "int", "float", "str" or "bool", as its annotation begins
 KINDS = {field.name: field.type.split(" | ")[0] for field in fields(ConversionSpec)}
 WORDS = {"keep": (ALL,), "shared": (AUTO,)}  # that stand for numbers
-FADE_CHOICES = ("fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit")
 _PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,10})?)\s*%")
 _DECIMAL = re.compile(r"[+-]?\d{1,10}(?:\.\d{1,10})?")  # short enough for exact sums
 
@@ -106,7 +108,7 @@ def grid(values: Mapping[str, Sequence[str]]) -> Grid:
             f"these are {count:,} combinations; a sweep takes up to {MOST_SPECS:,}. Give fewer "
             "values, or make several sweeps."
         )
-    specs: dict[ConversionSpec, ConversionSpec] = {}  # what has an effect -> as asked for
+    specs: dict[ConversionSpec, ConversionSpec] = {}  # canonical -> as asked for
     left_out, useful, idle = 0, set(), {}
     for method, used in methods.items():
         for combination in product(*used.values()):
@@ -114,11 +116,11 @@ def grid(values: Mapping[str, Sequence[str]]) -> Grid:
             if not _settle_keep(texts):
                 left_out += 1
                 continue
-            settled = _without_idle(texts)
+            settled = {name: texts[name] for name in _spec(texts, _useful)}
             useful |= settled.keys()
             idle |= dict.fromkeys(texts.keys() - settled.keys(), texts)
             spec = _spec(settled)
-            specs.setdefault(_effect(spec), spec)
+            specs.setdefault(spec.canonical(), spec)
     for name in idle.keys() - useful:
         _spec(idle[name])  # says why no combination has a use for it
     if not specs:
@@ -218,10 +220,16 @@ def _belonging(method: str, values: Mapping[str, Sequence[str]]) -> dict[str, Se
     return {name: given for name, given in values.items() if name in fields_of(method)}
 
 
-def _spec(texts: Mapping[str, str]) -> ConversionSpec:
-    """The spec of these texts; a SpecError names them by their flags."""
+def _useful(texts: Mapping[str, str]) -> dict[str, Any]:
+    return without_idle(read_texts(texts))
+
+
+def _spec(
+    texts: Mapping[str, str], read: Callable[[Mapping[str, str]], T] = ConversionSpec.from_texts
+) -> T:
+    """What `read` makes of these texts, a spec; a SpecError names them by their flags."""
     try:
-        return ConversionSpec.from_texts(texts)
+        return read(texts)
     except SpecError as error:
         given = {n: t for n, t in texts.items() if (n, t) != ("method", USUAL.method)}
         flags = " ".join(f"--{flag_of(name)} {text[:30]}" for name, text in given.items())
@@ -238,41 +246,3 @@ def _settle_keep(texts: dict[str, str]) -> bool:
         exact = branches * Decimal(share[1]) / 100
         texts["keep"] = str(max(1, int(exact.to_integral_value(ROUND_HALF_UP))))
     return int(texts["keep"]) <= branches
-
-
-def _without_idle(texts: Mapping[str, str]) -> dict[str, str]:
-    """The texts without those that the spec would refuse beside the others as of no use."""
-    if texts["method"] != USUAL.method:
-        return dict(texts)
-    unit, idle = texts.get("fade_unit", USUAL.fade_unit), set()
-    if unit not in UNITS:  # n:m fixes the share of zeros
-        idle |= {"fade", "fade_schedule", "fade_exponent"}
-    if unit == "neuron":
-        idle.add("fade_projections")
-    if texts.get("fade_schedule") != "power":
-        idle.add("fade_exponent")
-    left = {name: text for name, text in texts.items() if name not in idle}
-    if boolean(left.get("progressive", "false")):
-        plain = {name: text for name, text in left.items() if name != "progressive"}
-        left = left if _spec(plain).looks_at_activations else plain
-    return left
-
-
-def _effect(spec: ConversionSpec) -> ConversionSpec:
-    """The spec with fields that make no difference beside the others at their defaults. What
-    changes the order or number of branches counts, even where nothing is dropped."""
-    if spec.routed:
-        return spec
-    whole = spec.kept == spec.branches
-    idle = set() if spec.fades else set(FADE_CHOICES)
-    if whole:
-        idle.add("keep")
-        if not spec.fits:  # α is 1 then
-            idle.add("compensation")
-        if not spec.fade:
-            idle.add("allocation")
-    if whole and not spec.fades:
-        idle |= {"compensation", "progressive"}
-    if spec.order != "random":
-        idle.add("seed")
-    return replace(spec, **{name: getattr(USUAL, name) for name in idle})

@@ -268,7 +268,7 @@ class _Space:
             fields["allocation"] = trial.suggest_categorical(
                 "allocation", ["uniform", "sensitivity"]
             )
-        return ConversionSpec(**fields)
+        return ConversionSpec(**fields).canonical()
 
     def _fade(
         self, trial: Trial, by: str, left: float, branches: int, keep: int

@@ -13,6 +13,7 @@ from mlpmoe.core.errors import UserError
 from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.explorer import experts
+from mlpmoe.explorer.expert_figures import coloured_tokens, load_plot, split_plot, story_ids
 from mlpmoe.explorer.expert_plots import Point, expert_load, shared_split, tradeoff
 from mlpmoe.explorer.expert_settings import read_spec
 from mlpmoe.explorer.experts import (
@@ -25,6 +26,7 @@ from mlpmoe.explorer.experts import (
 from mlpmoe.explorer.preview import snippet
 from mlpmoe.explorer.records import Record
 from mlpmoe.measure.perplexity import perplexity
+from mlpmoe.measure.routing import routing
 from mlpmoe.models import assets_folder, named_text
 
 OWN_TEXT = "A lamp stood on the table and a moth flew round it, again and again. " * 60
@@ -248,3 +250,14 @@ def test_the_split_adds_up():
     figure = shared_split([0.25, 0.5], [0.25, 0.1], [0.5, 0.4])
     for layer in range(2):
         assert sum(bar.y[layer] for bar in figure.data) == pytest.approx(100)
+
+
+def test_a_spared_layer_is_shown_as_always_busy(demo):
+    spec = ConversionSpec(method="random", experts=8, active=0.5, spared="0")
+    model = convert(demo.model, spec)
+    found = routing(model, story_ids(demo)[:160])
+    assert load_plot(found).data[0].z[0][0] == 100
+    always, chosen, idle = (bar.y[0] for bar in split_plot(model, found).data)
+    assert (always, chosen, idle) == (100, 0, 0)
+    assert "all neurons run" in coloured_tokens(demo, found, 0)
+    assert "expert" in coloured_tokens(demo, found, 1)

@@ -81,10 +81,11 @@ def test_what_is_out_of_range_is_shown_as_it_is_used(handlers, visitor, notices)
     change = {"branches": 2.5, "fade": 5, "keep": 0}
     shown = previewed(handlers, visitor(), **change, share="2 2 3")
     assert (shown.branches, shown.fade, shown.keep["value"]) == (3, 2.0, 1)
-    assert "branches=3&fade=2.0&keep=1" in shown.query
+    # the first branch of a ramp loses nothing, however strong it is
+    assert "branches=3&keep=1" in shown.query
     assert [kind for kind, _ in notices] == ["Info"] * 3
     *_, last = live(handlers, visitor(), **change)
-    assert json.loads(last.new)[0]["run"]["spec"] == "branches=3&fade=2.0&keep=1"
+    assert json.loads(last.new)[0]["run"]["spec"] == "branches=3&keep=1"
     assert last[2:4] == shown[-4:-2]
 
 
