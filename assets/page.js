@@ -80,6 +80,7 @@
       write([...missing, ...runs].sort((a, b) => (a.when < b.when ? 1 : -1)));
     },
     restore(query) {
+      mlpmoe.pushNext();
       send("taken", `${query} ${Date.now()}`); // a second click on the same counts too
     },
   };
@@ -179,5 +180,11 @@
     }, 200);
   }).observe(document.documentElement, { childList: true, subtree: true });
 
-  window.mlpmoe = { ...change, show };
+  // A budget that the visitor sets, and not the page: in per cent of the dense MLPs' compute.
+  const budget = (percent) => send("budget-asked", `${percent} ${Date.now()}`);
+  document.addEventListener("input", (event) => {
+    if (event.isTrusted && event.target.closest?.("#budget")) budget(event.target.value);
+  });
+
+  window.mlpmoe = { ...change, show, send, drag: (share) => budget(100 * share) };
 })();

@@ -107,7 +107,9 @@ def nonzero_card(
     whole = converted.nonzero / dense.nonzero - 1
     mlps = converted.mlp_nonzero / dense.mlp_nonzero - 1
     alphas = converted.total - dense.total
-    if zeros:
+    if spec.routed:
+        note = f"all weights stay; routers add {count(alphas)}" if alphas else "all weights stay"
+    elif zeros:
         where = " in what is kept" if spec.kept < spec.branches else ""
         verb = "drops" if spec.fade_unit == "neuron" else "zeroes"
         note = f"fade {verb} {100 * zeros.realised:.2f} % of {zeros.what}{where}"
@@ -121,7 +123,7 @@ def nonzero_card(
         "Non-zero parameters",
         count(dense.nonzero),
         count(converted.nonzero),
-        f"{signed_percent(whole)} of all\n{signed_percent(mlps)} of MLPs",
+        f"MLPs {signed_percent(mlps)} · all {signed_percent(whole)}",
         note,
     )
 
@@ -130,13 +132,15 @@ def compute_card(dense: ParameterReport, converted: ParameterReport, spec: Conve
     mlps = converted.mlp_macs_per_token / dense.mlp_macs_per_token - 1
     whole = converted.macs_per_token / dense.macs_per_token - 1
     note = "multiply-adds in weight matrices"
-    if spec.fades and spec.fade_unit != "neuron":
+    if spec.routed:
+        note += ", routers counted; the mean over tokens"
+    elif spec.fades and spec.fade_unit != "neuron":
         note = "zeros stay in place, so fade saves no multiply-adds"
     return Card(
         "Compute per token",
         count(dense.macs_per_token),
         count(converted.macs_per_token),
-        f"{signed_percent(whole)} in all\n{signed_percent(mlps)} in MLPs",
+        f"MLPs {signed_percent(mlps)} · all {signed_percent(whole)}",
         note,
     )
 

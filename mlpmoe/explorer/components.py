@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from ..core.spec import PROJECTIONS
 from ..models import CATALOGUE
 from ..models.catalogue import DEMO_KEY
-from .preview import QUANTITY_NAMES
-from .sliders import LimitedSlider
+from .curve import curve as draw_curve
+from .network import network_component
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,8 @@ class ModelPanel:
     load: gr.Button
     status: gr.HTML
     note: gr.HTML
+    undo: gr.Button
+    redo: gr.Button
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,10 @@ class CardsPanel:
 
 
 @dataclass(frozen=True)
-class BranchesPanel:
-    layer: gr.Slider
-    projection: gr.Radio
-    histograms: gr.Plot
-    quantity: gr.Radio
-    heat: gr.Plot
+class PicturesPanel:
+    axis: gr.Radio
+    curve: gr.Plot
+    network: gr.HTML
 
 
 def model_panel(any_model: bool) -> ModelPanel:
@@ -43,52 +42,45 @@ def model_panel(any_model: bool) -> ModelPanel:
         (entry.label + (" · needs a GPU" if entry.needs_gpu else ""), entry.key)
         for entry in CATALOGUE
     ]
-    info = "from the list, any owner/name on the Hugging Face hub, a local folder, or a .gguf file"
+    any_label = "Model: list, hub owner/name, folder, .gguf"
     with gr.Row(elem_id="model-row"):
+        gr.HTML("<h1>mlpmoe</h1>", elem_id="title", min_width=90)
         name = gr.Dropdown(
             choices,
             value=DEMO_KEY,
-            label="Model",
-            info=info if any_model else "this server offers the models of the list",
+            label=any_label if any_model else "Model",
             allow_custom_value=any_model,
             filterable=any_model,
-            min_width=260,
+            min_width=300,
+            scale=3,
             elem_id="model",
         )
-        load = gr.Button("Load", scale=0, min_width=120, elem_id="load")
-    status = gr.HTML("", elem_id="status")
-    note = gr.HTML("", visible=False, elem_id="model-note")
-    return ModelPanel(name, load, status, note)
+        load = gr.Button("Load", scale=0, min_width=80, elem_id="load")
+        with gr.Column(scale=5, min_width=300):
+            status = gr.HTML("", elem_id="status")
+            note = gr.HTML("", visible=False, elem_id="model-note")
+        undo = gr.Button("↶", scale=0, min_width=40, size="sm", elem_id="undo")
+        redo = gr.Button("↷", scale=0, min_width=40, size="sm", elem_id="redo")
+    return ModelPanel(name, load, status, note, undo, redo)
+
+
+def pictures_panel() -> PicturesPanel:
+    """The curve and the network, beside each other."""
+    with gr.Row(elem_id="pictures"):
+        with gr.Column(min_width=320, elem_id="curve-panel"):
+            axis = gr.Radio(
+                [("MLP compute", "compute"), ("non-zero weights", "nonzero")], value="compute",
+                label="The curve: what it costs over", container=False, elem_id="axis",
+            )  # fmt: skip
+            curve = gr.Plot(draw_curve([], [], None, "compute"), show_label=False, elem_id="curve",
+                            elem_classes=["drag-on"])  # fmt: skip
+        with gr.Column(min_width=320, elem_id="network-panel"):
+            network = network_component()
+    return PicturesPanel(axis, curve, network)
 
 
 def cards_panel() -> CardsPanel:
     with gr.Row(elem_id="cards"):
         names = ("perplexity", "nonzero", "compute", "speed")
-        cards = [gr.HTML("", elem_id=f"card-{name}", min_width=200) for name in names]
+        cards = [gr.HTML("", elem_id=f"card-{name}", min_width=160) for name in names]
     return CardsPanel(*cards)
-
-
-def branches_panel() -> BranchesPanel:
-    gr.Markdown(
-        "#### Size of the weights, branch by branch\n"
-        "Each ridge is one branch: how many of its weights have which size. "
-        "The dashed line is the fade threshold: weights to its left are set to zero. "
-        "As published, fade works on gate and up only."
-    )
-    with gr.Row():
-        layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="layer")
-        projection = gr.Radio(
-            list(PROJECTIONS), value="gate", label="Projection", elem_id="projection"
-        )
-    histograms = gr.Plot(show_label=False, elem_id="histograms")
-    gr.Markdown("#### What each branch loses, layer by layer")
-    quantity = gr.Radio(
-        [(label, key) for key, label in QUANTITY_NAMES.items()],
-        value="nonzero",
-        label="What is counted",
-        show_label=False,
-        container=False,
-        elem_id="quantity",
-    )
-    heat = gr.Plot(show_label=False, elem_id="heat")
-    return BranchesPanel(layer, projection, histograms, quantity, heat)

@@ -1,5 +1,5 @@
-"""The controls of a static conversion: the first minute's, and under "More" the others, in the
-order in which the stages run."""
+"""The controls of a conversion: the first minute's, and under "More" the others, in the order in
+which the stages run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,50 @@ import gradio as gr
 from ..core.compensation import COMPENSATIONS
 from ..core.order import ORDERS
 from ..core.presets import PRESETS
+from ..core.routed import ROUTED_METHODS
 from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import MAX_FADE, PROJECTIONS
 from ..models import default_calibration, default_text
 from ..models.catalogue import DEMO_KEY
 from ..models.texts import MAX_OWN_TEXT
-from .settings import CONTROLS, EXPONENTS, MAX_BRANCHES
+from .settings import (
+    ACTIVE_STEP,
+    CONTROLS,
+    EXPONENTS,
+    LEAST_ACTIVE,
+    MAX_BRANCHES,
+    MAX_EXPERTS,
+    OWN,
+    USUAL_EXPERTS,
+    USUAL_SHARED,
+)
 from .sliders import LimitedSlider, OpenSlider
 from .texts import calibration_choices, text_choices
 
 CUSTOM = "custom"
+AWAY = "away"  # the class of what is not seen, but stays in the page with its values
+STATIC_ABOUT = "the same branches for every token, as in the paper"
+METHOD_ABOUT = {
+    "mlpmoe": STATIC_ABOUT,
+    "expertweaver": "groups neurons whose gates react alike over samples of text",
+    "cmoe": "groups neurons that are strong on the same tokens, one stands for each as its router",
+    "moefication": "groups neurons with similar weights; a token goes to the nearest groups",
+    "coactivation": "groups neurons that are strong together; the router is fitted",
+    "contiguous": "the paper's branches as stored, with a router over them",
+    "random": "neurons at random: what every clustering has to beat",
+    "neurons": "no experts: the gate is computed in full and picks single neurons",
+}
+ROUTER_CHOICES = [
+    ("the method's own", OWN),
+    ("mean gate row (ExpertWeaver)", "centroid"),
+    ("nearest weights (MoEfication)", "similarity"),
+    ("one neuron for each expert (CMoE)", "representative"),
+    ("fitted by least squares *", "regression"),
+    ("oracle: a bound, saves nothing", "oracle"),
+    ("neurons: |gate|", "gate"),
+    ("neurons: |gate| × ‖down‖", "gate-norm"),
+]
 UNIT_CHOICES = [
     ("single weights (MLPMoE)", "weight"),
     ("whole neurons", "neuron"),
@@ -36,29 +69,41 @@ ALLOCATION_CHOICES = [
 
 @dataclass(frozen=True)
 class ConvertPanel:
+    method: gr.Dropdown
     preset: gr.Dropdown
     branches: gr.Slider
     fade: gr.Slider
     keep: gr.Slider
-    compensation: gr.Dropdown
+    experts: gr.Slider
+    active: gr.Slider
+    shared: gr.Slider
+    own_share: gr.Checkbox
+    budget: gr.Slider
+    measure: gr.Button
+    stop: gr.Button
     order: gr.Dropdown
+    fade_unit: gr.Dropdown
+    fade_projections: gr.CheckboxGroup
     fade_schedule: gr.Dropdown
     fade_exponent: gr.Slider
-    fade_projections: gr.CheckboxGroup
     fade_score: gr.Dropdown
-    fade_unit: gr.Dropdown
     allocation: gr.Radio
+    compensation: gr.Dropdown
+    router: gr.Dropdown
+    selection: gr.Radio
+    fill: gr.Radio
     progressive: gr.Checkbox
+    spared: gr.Textbox
     calibration: gr.Dropdown
     text: gr.Dropdown
     own_text: gr.Textbox
     use_text: gr.Button
     use_calibration: gr.Button
     own_file: gr.File
-    measure: gr.Button
-    stop: gr.Button
     link: gr.Textbox
     snippet: gr.Code
+    static: tuple[gr.Column, ...]  # what static methods use
+    routed: tuple[gr.Column, ...]
 
     @property
     def settings(self) -> list:
@@ -67,70 +112,188 @@ class ConvertPanel:
 
 
 def convert_panel() -> ConvertPanel:
-    gr.Markdown("### Convert")
-    preset = gr.Dropdown([*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset")
-    branches = OpenSlider(
-        1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
-        info="parts each MLP is cut into",
+    """The controls in one column; those of static and of routed methods stand in the same place."""
+    made: dict[str, object] = {}
+    made["method"] = gr.Dropdown(
+        method_choices(), value="mlpmoe", label="Method", info=STATIC_ABOUT, filterable=False,
+        elem_id="method",
     )  # fmt: skip
-    fade = OpenSlider(
-        0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
-        info="zeroes small weights",
-    )  # fmt: skip
-    keep = OpenSlider(
-        1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
-        info="the others are dropped",
+    made["preset"] = gr.Dropdown(
+        [*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset"
+    )
+    static, routed = [], []
+    with gr.Column(elem_classes=["sliders"]) as column:
+        made |= _static_sliders()
+    static.append(column)
+    with gr.Column(elem_classes=["sliders", AWAY]) as column:
+        made |= _routed_sliders()
+    routed.append(column)
+    made["budget"] = LimitedSlider(
+        5, 100, 100, step=1, precision=0, label="MLP compute, % of dense", elem_id="budget",
+        info="a budget: moves the sliders above, and they move it",
     )  # fmt: skip
     with gr.Row():
-        measure = gr.Button("Measure", variant="primary", min_width=100, elem_id="measure")
-        stop = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
+        made["measure"] = gr.Button("Measure", variant="primary", min_width=100, elem_id="measure")
+        made["stop"] = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
     with gr.Accordion("More: every stage, in order", open=False, elem_id="more"):
-        order = gr.Dropdown(
+        with gr.Column(elem_classes=["stages"]) as column:
+            made |= _static_stages()
+        static.append(column)
+        with gr.Column(elem_classes=["stages", AWAY]) as column:
+            made |= _routed_stages()
+        routed.append(column)
+        made |= _common_stages()
+    made |= _texts()
+    made |= _sharing()
+    return ConvertPanel(**made, static=tuple(static), routed=tuple(routed))
+
+
+def method_choices() -> list[tuple[str, str]]:
+    """Labels and names; a star marks what needs a calibration text."""
+    routed = [
+        (f"{method.label} *" if method.calibrated else method.label, name)
+        for name, method in ROUTED_METHODS.items()
+    ]
+    return [("MLPMoE: static branches", "mlpmoe"), *routed]
+
+
+def show_method(method: str) -> tuple:
+    """What is said of the method; whether the columns of static and of routed methods are seen;
+    which sliders and routers it has."""
+    routed = ROUTED_METHODS.get(method)
+    seen = {True: True, False: "hidden"}
+    columns = [
+        gr.update(elem_classes=[name, *([] if here else [AWAY])])
+        for here in (routed is None, routed is not None)
+        for name in ("sliders", "stages")
+    ]
+    if routed is None:
+        return gr.update(info=METHOD_ABOUT.get(method, "")), *columns, *(gr.skip(),) * 4
+    fields = [gr.update(visible=seen["experts" in routed.fields])] * 3
+    allowed = (OWN, *routed.routers)
+    routers = [(label, name) for label, name in ROUTER_CHOICES if name in allowed]
+    return (
+        gr.update(info=METHOD_ABOUT.get(method, "")), *columns, *fields,
+        gr.update(choices=routers),
+    )  # fmt: skip
+
+
+def _static_sliders() -> dict[str, object]:
+    return {
+        "branches": OpenSlider(
+            1, MAX_BRANCHES, 16, step=1, precision=0, label="B, branches", elem_id="branches",
+            info="parts each MLP is cut into",
+        ),
+        "fade": OpenSlider(
+            0, MAX_FADE, 0, step=0.05, label="Fade", elem_id="fade",
+            info="zeroes small weights, more in later branches",
+        ),
+        "keep": OpenSlider(
+            1, 16, 16, step=1, precision=0, label="K, branches kept", elem_id="keep",
+            info="the others are dropped",
+        ),
+    }  # fmt: skip
+
+
+def _routed_sliders() -> dict[str, object]:
+    return {
+        "experts": LimitedSlider(
+            2, MAX_EXPERTS, USUAL_EXPERTS, step=1, precision=0, label="Experts per MLP",
+            elem_id="experts", info="of equal size; fewer where d_ff forbids it",
+        ),
+        "active": LimitedSlider(
+            LEAST_ACTIVE, 1, 0.75, step=ACTIVE_STEP, label="Active share", elem_id="active",
+            info="of the neurons, for each token",
+        ),
+        "shared": LimitedSlider(
+            0, 0.95, USUAL_SHARED, step=0.05, label="Shared share", elem_id="shared",
+            info="of the neurons, which run for every token",
+        ),
+        "own_share": gr.Checkbox(
+            True, label="Share as much as the method does by itself", elem_id="own-share",
+        ),
+    }  # fmt: skip
+
+
+def _static_stages() -> dict[str, object]:
+    return {
+        "order": gr.Dropdown(
             _choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
             info="decides which are in the first branches, and so which K keeps",
             filterable=False, elem_id="order",
-        )  # fmt: skip
-        fade_unit = gr.Dropdown(
+        ),
+        "fade_unit": gr.Dropdown(
             UNIT_CHOICES, value="weight", label="2 · Fade: what is removed",
             info="whole neurons save compute; “of every” fixes the share, without Fade",
             allow_custom_value=True, elem_id="fade-unit",
-        )  # fmt: skip
-        fade_projections = gr.CheckboxGroup(
+        ),
+        "fade_projections": gr.CheckboxGroup(
             list(PROJECTIONS), value=["gate", "up"], label="Fade: from which matrices",
             info="whole neurons go from all three", elem_id="fade-projections",
-        )  # fmt: skip
-        fade_schedule = gr.Dropdown(
+        ),
+        "fade_schedule": gr.Dropdown(
             [(about, name) for name, about in SCHEDULES.items()], value="linear",
             label="Fade: how branches share the zeros",
             info="all schedules ask for the same number in all",
             filterable=False, elem_id="fade-schedule",
-        )  # fmt: skip
-        fade_exponent = LimitedSlider(
+        ),
+        "fade_exponent": LimitedSlider(
             *EXPONENTS, DEFAULT_EXPONENT, step=0.25, label="Fade: power", visible=False,
             info="1 is equal steps; more: the last branches lose most", elem_id="fade-exponent",
-        )  # fmt: skip
-        fade_score = gr.Dropdown(
+        ),
+        "fade_score": gr.Dropdown(
             _choices(SCORES), value="magnitude", label="Fade: which weights go first",
             info="SparseGPT also changes those that stay", filterable=False, elem_id="fade-score",
-        )  # fmt: skip
-        allocation = gr.Radio(
+        ),
+        "allocation": gr.Radio(
             ALLOCATION_CHOICES, value="uniform", label="3 · K (or Fade) per layer",
             info="the mean over the layers stays", elem_id="allocation",
-        )  # fmt: skip
-        compensation = gr.Dropdown(
+        ),
+        "compensation": gr.Dropdown(
             _choices(COMPENSATIONS), value="sqrt", label="4 · Compensation",
             info="how what stays makes up for what is lost",
             filterable=False, elem_id="compensation",
-        )  # fmt: skip
-        progressive = gr.Checkbox(
+        ),
+    }  # fmt: skip
+
+
+def _routed_stages() -> dict[str, object]:
+    return {
+        "router": gr.Dropdown(
+            ROUTER_CHOICES, value=OWN, label="Router", filterable=False, elem_id="router",
+            info="what scores the experts for a token",
+        ),
+        "selection": gr.Radio(
+            [("the best k", "topk"), ("all above a threshold *", "threshold")],
+            value="topk", label="Which experts run", elem_id="selection",
+        ),
+        "fill": gr.Radio(
+            [("nothing", "none"), ("their mean output *", "mean")],
+            value="none", label="What stands in for the others", elem_id="fill",
+        ),
+    }  # fmt: skip
+
+
+def _common_stages() -> dict[str, object]:
+    return {
+        "progressive": gr.Checkbox(
             False, label="Layer by layer *", elem_id="progressive",
-            info="stages with a * see each layer on the converted ones before it",
-        )  # fmt: skip
-        calibration = gr.Dropdown(
+            info="what looks at the text sees each layer on the converted ones before it",
+        ),
+        "spared": gr.Textbox(
+            "", label="Layers kept dense", placeholder="such as 0, 11", max_lines=1,
+            max_length=400, elem_id="spared",
+            info="numbers, from 0; or spare a layer in the picture of the network",
+        ),
+        "calibration": gr.Dropdown(
             calibration_choices(), value=default_calibration(DEMO_KEY), label="Calibration text *",
             info="what choices with a * look at; the same kind of text as is measured on is best",
             filterable=False, elem_id="calibration-text",
-        )  # fmt: skip
+        ),
+    }  # fmt: skip
+
+
+def _texts() -> dict[str, object]:
     with gr.Accordion("Evaluation text", open=False, elem_id="text-choice"):
         text = gr.Dropdown(
             text_choices(), value=default_text(DEMO_KEY), label="Text", filterable=False,
@@ -150,6 +313,13 @@ def convert_panel() -> ConvertPanel:
             label="… or a text file, UTF-8", file_types=[".txt", ".md"], height=120,
             elem_id="own-file",
         )  # fmt: skip
+    return {
+        "text": text, "own_text": own_text, "use_text": use_text,
+        "use_calibration": use_calibration, "own_file": own_file,
+    }  # fmt: skip
+
+
+def _sharing() -> dict[str, object]:
     with gr.Accordion("Share and reproduce", open=False, elem_id="share"):
         link = gr.Textbox(
             label="Link to these settings", interactive=False, buttons=["copy"], elem_id="link",
@@ -160,11 +330,7 @@ def convert_panel() -> ConvertPanel:
             elem_id="snippet",
             interactive=False, lines=6, wrap_lines=True, show_line_numbers=False,
         )  # fmt: skip
-    return ConvertPanel(
-        preset, branches, fade, keep, compensation, order, fade_schedule, fade_exponent,
-        fade_projections, fade_score, fade_unit, allocation, progressive, calibration, text,
-        own_text, use_text, use_calibration, own_file, measure, stop, link, snippet,
-    )  # fmt: skip
+    return {"link": link, "snippet": snippet}
 
 
 def _choices(registry: dict) -> list[tuple[str, str]]:

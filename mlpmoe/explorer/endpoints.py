@@ -16,12 +16,14 @@ from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..measure.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE, default_text
+from .answer import check_writing
 from .asked import Conversion, spec_of
 from .events import IN_TURNS, MODEL_QUEUE, readable
-from .generations import check_writing
 from .loaded import LoadedModel
 from .preview import summary
 from .workbench import Workbench
+
+USUAL = {"branches": 16, "fade": 0.0, "keep": None, "compensation": "sqrt"}
 
 
 def add_endpoints(workbench: Workbench) -> None:
@@ -47,14 +49,15 @@ def add_endpoints(workbench: Workbench) -> None:
     ) -> tuple[LoadedModel, Conversion]:  # fmt: skip
         if not isinstance(more, dict | None):
             raise UserError("more must be an object: further fields of ConversionSpec by name.")
-        if (more or {}).get("method") in ROUTED_METHODS:
-            raise UserError("routed methods have no endpoint so far; leave method at mlpmoe.")
+        more = more or {}
         common = {
             "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
         }  # fmt: skip
-        spec = ConversionSpec.from_dict(common | (more or {}))
+        if more.get("method") in ROUTED_METHODS:  # what stands there unasked is no part of it
+            common = {name: value for name, value in common.items() if value != USUAL[name]}
+        spec = ConversionSpec.from_dict(common | more)
         loaded = workbench.loaded(model)
-        spec.check_fits(loaded.d_ff, len(loaded.mlps))
+        loaded.check_fits(spec)
         return loaded, loaded.asked(spec)
 
     @readable
@@ -68,8 +71,8 @@ def add_endpoints(workbench: Workbench) -> None:
     ) -> dict:
         """Parameters, zeros and compute of a conversion.
 
-        more: further fields of ConversionSpec by name, such as {"order": "norm"}. Quick, unless
-        a stage looks at the calibration stories.
+        more: further fields of ConversionSpec by name, such as {"order": "norm"} or
+        {"method": "cmoe", "active": 0.5}. Quick, unless a stage looks at a calibration text.
         """
         return summary(*find(model, branches, fade, keep, compensation, more))
 

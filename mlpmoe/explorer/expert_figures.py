@@ -13,17 +13,10 @@ from ..core.branched import BranchedMLP
 from ..core.conversion import mlp_modules
 from ..core.routed import RoutedMLP
 from ..measure.routing import LayerRouting
-from ..models import default_text
-from .expert_plots import expert_load, shared_split, variation_histogram
+from .expert_plots import shared_split, variation_histogram
 from .loaded import LoadedModel
 
 SHOWN_TOKENS = 160  # of the evaluation stories, coloured
-
-
-def load_plot(found: Sequence[LayerRouting]) -> go.Figure:
-    unrouted = all(int(layer.favourite.max()) < 0 for layer in found)
-    single = unrouted and max(len(layer.load) for layer in found) > 128
-    return expert_load([layer.load for layer in found], [layer.shared for layer in found], single)
 
 
 def split_plot(model: Any, found: Sequence[LayerRouting]) -> go.Figure:
@@ -56,39 +49,31 @@ def variation_plot(model: Any, tau: float | None) -> go.Figure | None:
     return variation_histogram(values, float(values.median()) if tau is None else tau)
 
 
-def coloured_tokens(loaded: LoadedModel, found: Sequence[LayerRouting], layer: int) -> str:
-    """The first tokens of the evaluation text, each on the colour of the expert that its router
-    scored highest; a hint tells all experts that ran."""
+def tokens_by_expert(
+    loaded: LoadedModel, found: Sequence[LayerRouting], layer: int
+) -> tuple[str, str]:
+    """The first words of the text, each with the experts that it runs in this layer (see
+    network.js), and how evenly they are chosen."""
     chosen = found[min(layer, len(found) - 1)]
-    if not chosen.chosen.shape[1]:
-        return "<p>In this layer all neurons run for every token.</p>"
-    if int(chosen.favourite.max()) < 0:
-        return (
-            "<p>This method chooses single neurons, not experts: "
-            f"{chosen.counts.float().mean():.0f} of {chosen.chosen.shape[1]} run for a token, "
-            "different ones each time.</p>"
-        )
-    ids = story_ids(loaded)[:SHOWN_TOKENS].tolist()
     experts = chosen.chosen.shape[1]
+    if not experts:
+        return "", f"<p>Layer {layer} is kept dense: all of its neurons run for every token.</p>"
+    if int(chosen.favourite.max()) < 0:
+        return "", (
+            f"<p>Single neurons are chosen here, not experts: {chosen.counts.float().mean():.0f} "
+            f"of {experts} run for a token, different ones each time.</p>"
+        )
+    ids = loaded.routing_ids[:SHOWN_TOKENS].tolist()
     spans = []
     for position, token in enumerate(ids):
-        favourite = int(chosen.favourite[position])
-        ran = int(chosen.counts[position])
-        hue = (favourite * 137.508) % 360  # the golden angle keeps neighbours apart
-        text = loaded.tokenizer.decode([token])
-        spans.append(
-            f'<span style="--hue:{hue:.0f}" title="favourite: expert {favourite}; {ran} of '
-            f'{experts} ran">{escape(text)}</span>'
-        )
+        ran = (chosen.shared + chosen.chosen[position].nonzero()[:, 0]).tolist()
+        text = escape(loaded.tokenizer.decode([token]))
+        spans.append(f'<span data-cells="{" ".join(map(str, ran))}">{text}</span>')
     most = torch.bincount(chosen.favourite, minlength=experts)
     return (
-        f'<div class="tokens">{"".join(spans)}</div><p class="note">Layer {layer}: '
-        f"{int((most > 0).sum())} of {experts} routed experts are the favourite of some token; "
-        f"the most popular one is expert {int(most.argmax())}, of "
-        f"{100 * float(most.max() / most.sum()):.0f} % of {len(chosen.favourite)} tokens.</p>"
+        f'<div class="tokens" data-layer="{layer}">{"".join(spans)}</div>',
+        f'<p class="note">Layer {layer}: {int((most > 0).sum())} of {experts} routed experts are '
+        f"the favourite of some token; the most popular one is expert "
+        f"{chosen.shared + int(most.argmax())}, of {100 * float(most.max() / most.sum()):.0f} % of "
+        f"{len(chosen.favourite)} tokens.</p>",
     )
-
-
-def story_ids(loaded: LoadedModel) -> torch.Tensor:
-    """The evaluation stories, one after the other, as tokens."""
-    return torch.cat(loaded.text(default_text(loaded.key)).documents)

@@ -17,18 +17,12 @@ if TYPE_CHECKING:
     from .exporting import ExportHandlers
 
 TAB = "export"
-BRANCHES, EXPERTS = "branches", "experts"
 # one at a time, beside what is measured: others' figures need not wait for a long export
 EXPORT_QUEUE = {"concurrency_id": "export", "concurrency_limit": 1}
-SOURCES = [
-    ("branches, with the settings at the left", BRANCHES),
-    ("experts, with the settings of the tab Experts", EXPERTS),
-]
 
 
 @dataclass(frozen=True)
 class ExportPanel:
-    source: gr.Radio
     form: gr.Dropdown
     dtype: gr.Radio
     make: gr.Button
@@ -46,7 +40,7 @@ class ExportPanel:
 
     @property
     def choices(self) -> list:
-        return [self.source, self.form, self.dtype]
+        return [self.form, self.dtype]
 
 
 def export_panel() -> ExportPanel:
@@ -58,7 +52,6 @@ def export_panel() -> ExportPanel:
     )
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            source = gr.Radio(SOURCES, value=BRANCHES, label="What", elem_id="export-source")
             form = gr.Dropdown(
                 [(words, name) for name, words in FORM_WORDS.items()], value=AUTO, label="Form",
                 info="architecture of the checkpoint", filterable=False, elem_id="export-form",
@@ -100,7 +93,7 @@ def export_panel() -> ExportPanel:
     )
     opened = gr.HTML("", elem_id="opened-conversion")
     return ExportPanel(
-        source, form, dtype, make, stop, plan, status, stale, result, download, opening, command,
+        form, dtype, make, stop, plan, status, stale, result, download, opening, command,
         push, file, opened,
     )  # fmt: skip
 
@@ -109,9 +102,9 @@ def wire_export(
     handlers: ExportHandlers, panel: ExportPanel, model: gr.State, text: gr.Dropdown,
     settings: list, open_tab: gr.Textbox, taken: gr.Textbox, demo: gr.Blocks,
 ) -> None:  # fmt: skip
-    """The plan follows all settings; the checkpoint is made and stopped by its buttons.
+    """The plan follows the settings; the checkpoint is made and stopped by its buttons.
 
-    settings: of the branches, then of the experts. taken: what is to be restored.
+    taken: what is to be restored.
     """
     inputs = [model, *panel.choices, text, *settings]
     shown = [panel.status, panel.stale, panel.result, panel.download, panel.opening]
@@ -135,7 +128,7 @@ def wire_export(
     panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
     opened = panel.file.upload(
         readable(handlers.open_record), [panel.file, model, text],
-        [taken, panel.source, panel.opened], **QUIET,
+        [taken, panel.opened], **QUIET,
     )  # fmt: skip
     # empty again, so that the same file can be chosen twice
     opened.success(lambda: None, None, panel.file, **QUIET)

@@ -22,17 +22,14 @@ from ..models import CALIBRATIONS, find_entry, format_bytes
 from .asked import Calibrated
 from .background import in_thread
 from .events import sentence
-from .expert_settings import check_shown as check_routed
-from .expert_settings import read_spec as read_routed
-from .experts import calibrated
-from .export_panel import BRANCHES, EXPERTS, TAB
+from .export_panel import TAB
 from .export_plan import Wanted, check_room, command, dtype_choices, folder_name, plan
 from .export_result import Made, result, stale_note, zipped_files
 from .handed_out import HandedOut, workspace, zip_folder
 from .links import Link
 from .loaded import LoadedModel
 from .run_words import model_name, short_recipe
-from .settings import check_shown, parted, read_asked
+from .settings import check_shown, read_asked
 from .texts import OWN_PREFIX, text_name
 from .workbench import Workbench
 
@@ -63,9 +60,9 @@ class ExportHandlers:
         if tab != TAB:
             return (gr.skip(),) * 4
         loaded = self.workbench.loaded(model)
-        (source, form, dtype, text), settings = values[:4], values[4:]
+        (form, dtype, text), settings = values[:3], values[3:]
         try:
-            wanted = _wanted(loaded, source, form, dtype, settings)
+            wanted = _wanted(loaded, form, dtype, settings)
         except UserError as error:
             problem = f'<p class="problem">{sentence(error)}</p>'
             return problem, gr.skip(), gr.skip(), gr.skip()
@@ -123,8 +120,8 @@ class ExportHandlers:
     ) -> Generator[tuple, None, tuple]:
         """What is shown on the way; returns what is shown at the end."""
         loaded = self.workbench.loaded(model)
-        (source, form, dtype, text), settings = values[:4], values[4:]
-        wanted = _wanted(loaded, source, form, dtype, settings)
+        (form, dtype, text), settings = values[:3], values[3:]
+        wanted = _wanted(loaded, form, dtype, settings)
         started, unchanged = monotonic(), (gr.skip(),) * (SHOWN - 1)
         found: list[Made] = []
         with workspace() as folder, closing(_work(loaded, wanted, text, folder, found)) as work:
@@ -144,22 +141,21 @@ class ExportHandlers:
         )
 
     def open_record(self, path: str | None, model: str, text: str) -> tuple:
-        """What is to be restored (see `Link`), branches or experts, and a sentence; of a
-        conversion.json that somebody chose. UserError for other files."""
+        """What is to be restored (see `Link`), and a sentence; of a conversion.json that somebody
+        chose. UserError for other files."""
         if path is None:
-            return (gr.skip(),) * 3
+            return (gr.skip(),) * 2
         spec, base = read_spec_file(path), base_model(path)
-        (check_routed if spec.routed else check_shown)(spec)
+        check_shown(spec)
         key = self._key_of(base, model)
         if key == model or self.workbench.holds(key):
-            loaded = self.workbench.loaded(key)
-            spec.check_fits(loaded.d_ff, len(loaded.mlps))
+            self.workbench.loaded(key).check_fits(spec)
         shown = f"{model_name(key)}, {short_recipe(spec)}"
         said = f"Set as in {Path(path).name}: {shown}."
         if base and key != self._key_of(base, base):
             said += f" It was made from {base:.80}, which is not loaded."
         query = Link(key, spec, text, TAB).to_query()
-        return f"{query} {time_ns()}", EXPERTS if spec.routed else BRANCHES, _status(said)
+        return f"{query} {time_ns()}", _status(said)
 
     def _key_of(self, base: str | None, otherwise: str) -> str:
         """The key of the base model that a file names, where it can be loaded without asking."""
@@ -169,16 +165,9 @@ class ExportHandlers:
         return base if base and self.workbench.holds(base) else otherwise
 
 
-def _wanted(loaded: LoadedModel, source: str, form: str, dtype: str, settings: tuple) -> Wanted:
+def _wanted(loaded: LoadedModel, form: str, dtype: str, settings: tuple) -> Wanted:
     """What the controls ask for; UserError for what cannot be."""
-    static, experts = parted(settings)
-    if source == EXPERTS:
-        spec = read_routed(*experts[:-2])
-        spec.check_fits(loaded.d_ff)
-        asked = calibrated(loaded, spec, *experts[-2:])
-    else:
-        asked = read_asked(loaded, static)
-    wanted = Wanted(loaded.key, asked, form, dtype)
+    wanted = Wanted(loaded.key, read_asked(loaded, settings), form, dtype)
     wanted.check()
     return wanted
 

@@ -6,7 +6,6 @@ overtaken stops by itself.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
@@ -21,79 +20,112 @@ from ..core.errors import UserError
 from ..core.stopping import stoppable
 from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
-from .cards import (
-    pending_perplexity_card,
-    pending_speed_card,
-    pending_structure_cards,
-    perplexity_card,
-    speed_card,
-)
 from .convert_panel import CUSTOM
 from .events import sentence
-from .links import Link
+from .front import FRONT, Front, axis_for, dense_network, front
+from .links import FIRST_TAB, Link
 from .loaded import LoadedModel, ends_here
-from .preview import preset_name, preview, snippet
-from .records import measured_record, write_records
-from .settings import arriving, parted, read_asked, settle
+from .looks import Looks
+from .preview import preset_name, snippet
+from .records import Record, measured_record, write_records
+from .settings import USED, arriving, parted, read_asked, set_budget, settle
 from .workbench import Workbench
 
-STRUCTURE = 4  # outputs of `_structure`
-PREVIEW = 7 + 2 + STRUCTURE  # outputs of `preview`
+PREVIEW = USED + 4 + FRONT  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
+MOST_LAYERS = 10_000  # of any model
 NOT_MEASURED = "not measured; press Measure again"
 BETWEEN_ESTIMATES = 0.25  # seconds, at least: a page is busy with each for a while
-VISITORS_REMEMBERED = 10_000
 
 
-@dataclass(eq=False)
-class _Look:
-    """What a visitor looks at, since the last change of it."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What is asked for, and how it is looked at."""
 
-    at: tuple  # key of the model, conversion, key of the text
-    whole: bool = False  # to be measured to the end of the text
-    begun: bool = False  # to be measured, by an event of this page
-    failed: bool = False
+    loaded: LoadedModel
+    asked: Conversion
+    text: str
+    axis: str
+    mine: Sequence[Record]  # what the visitor's browser keeps
+    layer: int
+
+    @property
+    def at(self) -> tuple:
+        return self.loaded.key, self.asked, self.text
+
+    def front(self, message: str) -> Front:
+        return front(self.loaded, self.asked, self.text, self.axis, self.mine, self.layer, message)
 
 
 class Handlers:
     """The events of the page over one workbench."""
 
-    def __init__(self, workbench: Workbench) -> None:
-        self.workbench = workbench
-        self._latest: OrderedDict[str, _Look] = OrderedDict()  # of each session
+    def __init__(self, workbench: Workbench, looks: Looks | None = None) -> None:
+        self.workbench, self.looks = workbench, looks or Looks()
 
     def preview(self, request: gr.Request, model: str, *values: Any) -> tuple:
         """All that needs no forward pass, at once; what was measured before, if it was. A
         calibrated conversion is shown once it is made (`measure`)."""
-        settings, (text, *views, share) = parted(values)
+        settings, (text, axis, mine, layer, share, budget) = parted(values)
         loaded = self.workbench.loaded(model)
         loaded.texts.check(text)
         if arriving(settings, share):
             return (gr.skip(),) * PREVIEW
-        settings, used, said = settle(loaded, settings, share)
+        settings, used, said = settle(loaded, settings, share, budget)
         for notice in said:
             gr.Info(notice)
         asked = read_asked(loaded, settings)
         spec = spec_of(asked)
-        at = loaded.key, asked, text
+        shown = axis_for(axis, loaded, asked)
+        chosen = _Chosen(loaded, asked, text, shown, mine, layer)
         # the page may ask again for what it shows: what is being measured goes on
-        if self._looks_at(request) != at:
-            self._look_at(request, at)
-        message = NOT_MEASURED if self._latest[request.session_hash].failed else "measuring …"
+        if not self.looks.is_at(request, chosen.at):
+            self.looks.move(request, chosen.at)
+        message = NOT_MEASURED if self.looks.of(request).failed else "measuring …"
         calibration = asked.key if isinstance(asked, Calibrated) else None
         return (
             *used,
             preset_name(spec) or CUSTOM,
             Link(loaded.key, spec, text, calibration=calibration).to_query(),
             snippet(loaded.key, spec, text, calibration),
-            *self._measured_cards(loaded, asked, text, message),
-            *_structure(loaded, asked, views, message),
+            gr.skip() if shown == axis else shown,
+            *chosen.front(message).outputs,
         )
+
+    def another_model(self, model: str) -> dict:
+        """The network as it is before it is converted."""
+        return dense_network(self.workbench.loaded(model))
+
+    def look(self, model: str, *values: Any) -> tuple:
+        """Curve and network, looked at otherwise."""
+        shown = self._chosen(model, values).front("")
+        return shown.curve, shown.network
+
+    def picked(self, spared: str, event: gr.EventData) -> tuple:
+        """Layer that is looked at, layers that are spared, and the tab, of a click in the
+        network."""
+        done = event._data if isinstance(event._data, dict) else {}
+        layer = done.get("layer")
+        if not isinstance(layer, int) or not 0 <= layer < MOST_LAYERS:
+            return (gr.skip(),) * 3
+        if done.get("action") != "spare":
+            return layer, gr.skip(), gr.update(selected=FIRST_TAB)
+        numbers = {int(name) for name in spared.split(",") if name.strip().isdecimal()} ^ {layer}
+        return gr.skip(), ", ".join(map(str, sorted(numbers))), gr.skip()
+
+    def budget(self, model: str, *values: Any) -> tuple:
+        """K and the active share at a budget that the visitor has set."""
+        settings, (asked,) = parted(values)
+        try:
+            budget = float(asked.split()[0])
+        except (ValueError, IndexError, AttributeError):
+            raise UserError("a budget is a number of per cent.") from None
+        return set_budget(self.workbench.loaded(model), settings, budget)
 
     def measure_live(
         self, request: gr.Request, model: str, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Cards, plots and the new run, as an estimate sharpens by itself."""
+        """The front and the new run, as an estimate sharpens by itself."""
         yield from self._measure(request, model, values, whole=False)
 
     def measure(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -101,48 +133,36 @@ class Handlers:
         yield from self._measure(request, model, values, whole=True)
 
     def stop_measuring(self, request: gr.Request, model: str, *values: Any) -> tuple[Any, ...]:
-        self._look_at(request, ())
+        self.looks.move(request, ())
         return self._not_measured(model, values, "stopped; Measure goes on")
 
     def measuring_failed(self, model: str, *values: Any) -> tuple[Any, ...]:
         return self._not_measured(model, values, NOT_MEASURED)
 
     def _not_measured(self, model: str, values: Sequence[Any], message: str) -> tuple[Any, ...]:
-        """The cards with what is known, and the message where nothing is."""
-        loaded, asked, text, views = self._chosen(model, values)
-        return (
-            *self._measured_cards(loaded, asked, text, message),
-            *_structure(loaded, asked, views, message),
-            gr.skip(),
-        )
+        """The front with what is known, and the message where nothing is."""
+        return *self._chosen(model, values).front(message).outputs, gr.skip()
 
-    def _chosen(
-        self, model: str, values: Sequence[Any]
-    ) -> tuple[LoadedModel, Conversion, str, list[Any]]:
-        """Model, conversion, text, and what is looked at: layer, projection, quantity."""
-        settings, (text, *views) = parted(values)
+    def _chosen(self, model: str, values: Sequence[Any]) -> _Chosen:
+        settings, (text, axis, mine, layer) = parted(values)
         loaded = self.workbench.loaded(model)
-        return loaded, read_asked(loaded, settings), text, views
+        return _Chosen(loaded, read_asked(loaded, settings), text, axis, mine, layer)
 
     def _measure(
         self, request: gr.Request, model: str, values: Sequence[Any], whole: bool
     ) -> Iterator[tuple[Any, ...]]:
         """Whatever is yielded last stays on the page. What a visitor looks at is measured by itself
         once; the button begins anew."""
-        session = request.session_hash
-        loaded, asked, text, views = self._chosen(model, values)
-        at = (loaded.key, asked, text)
-        if not whole and (self._looks_at(request) != at or self._latest[session].begun):
-            return
-        mine = self._look_at(request, at, whole)
+        chosen = self._chosen(model, values)
+        if not whole:
+            look = self.looks.of(request)
+            if look is None or look.at != chosen.at or look.begun:
+                return
+        mine = self.looks.move(request, chosen.at, whole)
         mine.begun = True
-
-        def check() -> None:
-            if self._latest.get(session) is not mine:
-                raise CancelledError  # also in the middle of a window
-
+        check = self.looks.check(request, mine)
         try:
-            with closing(self._steps(loaded, asked, text, views, mine.whole, whole)) as steps:
+            with closing(_steps(chosen, mine.whole, whole)) as steps:
                 while True:
                     try:
                         with stoppable(check):
@@ -158,95 +178,55 @@ class Handlers:
             mine.failed = True
             raise
 
-    def _steps(
-        self, loaded: LoadedModel, asked: Conversion, text: str, views: list[Any], whole: bool,
-        speed_anew: bool,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        nothing = (gr.skip(),) * (STRUCTURE + 1)
 
-        def cards(message: str) -> tuple[Any, ...]:
-            return *self._measured_cards(loaded, asked, text, message), *nothing
+def _steps(chosen: _Chosen, whole: bool, speed_anew: bool) -> Iterator[tuple[Any, ...]]:
+    """The front, as far as it changes, and the new run."""
+    loaded, asked, text = chosen.loaded, chosen.asked, chosen.text
 
-        def run() -> str:
-            return write_records([measured_record(loaded, asked, text)])
+    def known(message: str) -> tuple[Any, ...]:
+        return *chosen.front(message).outputs, gr.skip()
 
-        if not loaded.is_converted(asked):
-            for message in loaded.convert(asked):
-                message = f"{message} …"
-                yield (
-                    *self._measured_cards(loaded, asked, text, message),
-                    *_structure(loaded, asked, views, message),
-                    gr.skip(),
-                )
-            if said := loaded.few_tokens(asked):
-                gr.Warning(sentence(UserError(said)), title="Few calibration tokens")
-            shown = self._measured_cards(loaded, asked, text, "measuring …")
-            yield *shown, *_structure(loaded, asked, views, ""), gr.skip()
-        if not loaded.has_text(text):
-            yield cards("reading the text …")
-            for message in in_thread(lambda report: loaded.text(text)):
-                yield cards(f"{message} …")
-        untimed = speed_anew or loaded.known_speed(asked) is None
-        timing = loaded.speed(asked) if untimed else iter(())
-        shown = -inf
+    def measured(message: str) -> tuple[Any, ...]:
+        return *chosen.front(message).measured, gr.skip()
 
-        def due() -> bool:
-            nonlocal shown
-            late = monotonic() - shown > BETWEEN_ESTIMATES
-            shown = monotonic() if late else shown
-            return late
+    def run() -> str:
+        return write_records([measured_record(loaded, asked, text)])
 
-        for number, found in enumerate(loaded.evaluate(asked, text, whole)):
-            ended = ends_here(found, whole)
-            if due() or ended:
-                # the run together with its figures: who sees them may go on at once
-                yield *cards("measuring …")[:-1], run() if ended else gr.skip()
-            if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) and due():
-                yield cards("measuring …")
-        for report in timing:
-            if report and due():
-                yield cards("measuring …")
-        # the structure's cards once more: a page that was busy may have passed over them
-        perplexity, speed, *_ = cards("")
-        nonzero, compute, *_ = _structure(loaded, asked, views, "")
-        yield perplexity, speed, nonzero, compute, *(gr.skip(),) * 2, run()
-        if not spec_of(asked).routed:
-            loaded.structure.get_ready_to_fade(asked)
-
-    def _measured_cards(
-        self, loaded: LoadedModel, asked: Conversion, text: str, message: str
-    ) -> tuple[str, str]:
-        evaluation, speed = loaded.known_evaluation(asked, text), loaded.known_speed(asked)
-        perplexity = (
-            perplexity_card(evaluation, text, loaded.text(text).window)
-            if evaluation
-            else pending_perplexity_card(loaded.known_dense(text), text, message)
-        )
-        return perplexity.html(), (
-            speed_card(speed, loaded) if speed else pending_speed_card(message)
-        ).html()
-
-    def _looks_at(self, request: gr.Request) -> tuple | None:
-        look = self._latest.get(request.session_hash)
-        return look and look.at
-
-    def _look_at(self, request: gr.Request, at: tuple, whole: bool = False) -> _Look:
-        """Overtakes what is being measured for this visitor. What was to be measured to the end
-        still is."""
-        before = self._latest.pop(request.session_hash, None)
-        whole = whole or (before is not None and before.at == at and before.whole)
-        look = self._latest[request.session_hash] = _Look(at, whole)
-        while len(self._latest) > VISITORS_REMEMBERED:
-            self._latest.popitem(last=False)
-        return look
-
-
-def _structure(
-    loaded: LoadedModel, asked: Conversion, views: Sequence[Any], message: str
-) -> tuple[Any, ...]:
-    """Cards of non-zero parameters and compute, histograms and heat map."""
     if not loaded.is_converted(asked):
-        cards = pending_structure_cards(loaded, message)
-        return *(card.html() for card in cards), gr.skip(), gr.skip()
-    shown = preview(loaded, asked, *views)
-    return shown.nonzero.html(), shown.compute.html(), shown.histograms, shown.heat
+        for message in loaded.convert(asked):
+            yield known(f"{message} …")
+        if said := loaded.few_tokens(asked):
+            gr.Warning(sentence(UserError(said)), title="Few calibration tokens")
+        yield known("measuring …")
+    if spec_of(asked).routed and loaded.known_routing(asked) is None:
+        for _ in in_thread(lambda report: loaded.routing(asked)):
+            yield measured("watching the experts …")
+        yield known("measuring …")
+    if not loaded.has_text(text):
+        yield measured("reading the text …")
+        for message in in_thread(lambda report: loaded.text(text)):
+            yield measured(f"{message} …")
+    untimed = speed_anew or loaded.known_speed(asked) is None
+    timing = loaded.speed(asked) if untimed else iter(())
+    shown = -inf
+
+    def due() -> bool:
+        nonlocal shown
+        late = monotonic() - shown > BETWEEN_ESTIMATES
+        shown = monotonic() if late else shown
+        return late
+
+    for number, found in enumerate(loaded.evaluate(asked, text, whole)):
+        ended = ends_here(found, whole)
+        if due() or ended:
+            # the run together with its figures: who sees them may go on at once
+            yield *measured("measuring …")[:-1], run() if ended else gr.skip()
+        if number and number % WINDOWS_PER_ROUND == 0 and next(timing, None) and due():
+            yield measured("measuring …")
+    for report in timing:
+        if report and due():
+            yield measured("measuring …")
+    # all of it once more: a page that was busy may have passed over a part
+    yield *known("")[:-1], run()
+    if not spec_of(asked).routed:
+        loaded.structure.get_ready_to_fade(asked)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from urllib.parse import parse_qsl, urlencode
 
 from ..core.errors import UserError
+from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
 from ..models import default_calibration, default_text
 from ..models.catalogue import DEMO_KEY
-from .expert_settings import check_shown as check_routed
 from .settings import check_shown
 
 TABS = {  # key in a link -> name on the page
-    "branches": "Branches",
-    "generations": "Generations",
+    "weights": "Weights",
     "tokens": "Tokens",
-    "trade-offs": "Trade-offs",
+    "runs": "Runs",
     "suggest": "Suggest",
-    "experts": "Experts",
-    "how": "How it works",
+    "lesson": "Lesson",
     "export": "Export",
 }
-FIRST_TAB = "branches"
+FIRST_TAB = "weights"
+FORMER_TABS = {  # of older links
+    "branches": "weights", "experts": "weights", "generations": None, "trade-offs": "runs",
+    "how": "lesson",
+}  # fmt: skip
+# What a page shows that no link asks anything of: a conversion, not the model as it was.
+START = PRESETS["Fractal Fade (paper)"]
 LONGEST = 4000  # characters of a query that is read
 SPEC_FIELDS = tuple(f.name for f in fields(ConversionSpec))
 
@@ -33,7 +37,7 @@ class Link:
     """What a link asks for."""
 
     model: str = DEMO_KEY
-    spec: ConversionSpec = field(default_factory=ConversionSpec)
+    spec: ConversionSpec = START
     text: str | None = None  # None: the default of the model
     tab: str | None = None  # None: where it makes sense
     calibration: str | None = None  # None: the default of the model
@@ -66,18 +70,17 @@ def read_link(
     if isinstance(query, str):
         query = dict(parse_qsl(query[:LONGEST], keep_blank_values=True))
     notices = []
-    spec, tab = ConversionSpec(), query.get("tab")
+    spec, tab = START, query.get("tab")
     known = {name: value for name, value in query.items() if name in SPEC_FIELDS}
     try:
         spec = ConversionSpec.from_texts(known) if known else spec
-        (check_routed if spec.routed else check_shown)(spec)
+        check_shown(spec)
     except UserError as error:
         notices.append(f"{error} The default settings are shown.")
-        spec = ConversionSpec()
+        spec = START
+    tab = FORMER_TABS.get(tab, tab)
     if tab is not None and tab not in TABS:
         notices.append(f"there is no tab {tab!r:.40}; tabs are {', '.join(TABS)}.")
         tab = None
-    if spec.routed and tab is None:
-        tab = "experts"
     model = query.get("model", "").strip() or default_model
     return Link(model, spec, query.get("text"), tab, query.get("calibration")), notices

@@ -14,6 +14,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,9 +29,10 @@ from ..measure.estimate import Evaluation, Losses, Plan, sharpen
 from ..measure.head import token_losses
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
+from ..measure.routing import LayerRouting, routing
 from ..measure.speed import SpeedReport, decode_rounds, forward
 from ..measure.sweep import Run, run_of
-from ..models import Preflight, default_calibration
+from ..models import Preflight, default_calibration, default_text
 from ..models.texts import TEXTS
 from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
@@ -46,6 +48,9 @@ VIEWS_HELD = 16  # conversions that only cut, and so hold no weights of their ow
 RESULTS_HELD = 512  # per model
 TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
+ANSWERS_HELD = 64
+ROUTINGS_HELD = 4  # choices of every token and layer
+ROUTING_TOKENS = 512  # of the model's own evaluation text, that experts are watched on
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
 LIVE_TOKENS = 16_384  # that a measurement takes by itself; the whole text on request
 
@@ -68,8 +73,8 @@ class LoadedModel:
     _shapes: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     turns: Turns = field(default_factory=Turns)  # of all that runs the models
-    # what was measured of routed conversions on this server, for the trade-off plot
-    points: dict[Conversion, Any] = field(default_factory=lambda: Recent(RESULTS_HELD))
+    answers: Recent = field(default_factory=lambda: Recent(ANSWERS_HELD))  # see answer.py
+    _routing: Recent = field(default_factory=lambda: Recent(ROUTINGS_HELD))
     _observed: Recent = field(default_factory=lambda: Recent(1))
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
 
@@ -105,6 +110,10 @@ class LoadedModel:
         start = perf_counter()
         forward(self.model, PROBE_TOKENS)
         return PROBE_TOKENS / (perf_counter() - start)
+
+    def check_fits(self, spec: ConversionSpec) -> None:
+        """SpecError if the MLPs of this model cannot be cut so, or a layer to spare is missing."""
+        spec.check_fits(self.d_ff, len(self.mlps))
 
     def asked(self, spec: ConversionSpec, calibration: str | None = None) -> Conversion:
         """The spec, with the calibration text of this key if it needs one; None: the default of
@@ -156,6 +165,20 @@ class LoadedModel:
         """A sentence, if the calibration text is short for what is fitted on it."""
         tokens = Calibration.from_text(self.tokenizer, asked.text).samples.numel()
         return few_tokens(asked.spec, tokens, self.d_ff, self.mlps[0].weights.d_model)
+
+    @cached_property
+    def routing_ids(self) -> Tensor:
+        """(tokens,): what experts are watched on."""
+        return torch.cat(self.text(default_text(self.key)).documents)[:ROUTING_TOKENS]
+
+    def routing(self, asked: Conversion) -> list[LayerRouting]:
+        """Which experts or neurons each token of a text runs, layer by layer."""
+        return self._routing.get_or_make(
+            asked, lambda: routing(self.converted(asked), self.routing_ids)
+        )
+
+    def known_routing(self, asked: Conversion) -> list[LayerRouting] | None:
+        return self._routing.get(asked)
 
     def has_text(self, key: str) -> bool:
         """Whether `text` answers at once. UserError if no text has this key."""

@@ -16,10 +16,8 @@ from ..models import default_calibration, default_text
 from ..models.catalogue import DEMO_KEY, find_entry
 from .cards import status_line
 from .events import sentence
-from .expert_settings import CONTROLS as ROUTED_CONTROLS
-from .expert_settings import show_spec as show_routed
 from .first_model import FirstModel
-from .links import Link, read_link
+from .links import START, Link, read_link
 from .loaded import LoadedModel
 from .preview import preset_name
 from .settings import (
@@ -34,9 +32,9 @@ from .settings import (
 from .texts import show_calibration, show_text
 from .workbench import Workbench, model_key
 
-MODEL = 5  # outputs of `_model`
+MODEL = 3  # outputs of `_model`
 LOADED = MODEL + 5  # outputs of `load`
-RESTORED = 3 + len(CONTROLS) + 1 + len(ROUTED_CONTROLS) + 1  # outputs of `_restored`
+RESTORED = 3 + len(CONTROLS) + 1 + 1  # outputs of `_restored`
 
 
 class OpeningHandlers:
@@ -87,28 +85,20 @@ class OpeningHandlers:
         return self._restored(link, self.workbench.loaded(model), model)
 
     def _restored(self, link: Link, loaded: LoadedModel, name: str) -> tuple:
-        """Name of the model, text, calibration text, controls of static and of routed specs,
-        tab."""
+        """Name of the model, text, calibration text, controls with the share of K, tab."""
         text = self._known_text(link.text, loaded, "text")
         calibration = self._known_text(link.calibration, loaded, "calibration")
         spec = link.spec
         try:
-            spec.check_fits(loaded.d_ff, len(loaded.mlps))
+            loaded.check_fits(spec)
         except UserError as error:
             self._warn([f"{error} The default settings are shown."])
-            spec = ConversionSpec()
-        static = *(gr.skip(),) * len(CONTROLS), AS_THEY_ARE
-        routed = (gr.skip(),) * len(ROUTED_CONTROLS)
-        if spec.routed:
-            routed = show_routed(spec)
-        else:
-            static = show_spec(spec, loaded)
+            spec = START if START.branches <= loaded.d_ff else ConversionSpec(branches=loaded.d_ff)
         return (
             name,
             show_text(text),
             show_calibration(calibration),
-            *static,
-            *routed,
+            *show_spec(spec, loaded),
             gr.update(selected=link.tab) if link.tab else gr.skip(),
         )
 
@@ -152,7 +142,7 @@ class OpeningHandlers:
         loaded = self.workbench.loaded(model)
         if name not in PRESETS or name == _named(values):
             return (gr.skip(),) * (len(CONTROLS) + 1)
-        PRESETS[name].check_fits(loaded.d_ff)
+        loaded.check_fits(PRESETS[name])
         return show_spec(PRESETS[name], loaded)
 
     def load(
@@ -183,14 +173,8 @@ class OpeningHandlers:
         )
 
     def _model(self, loaded: LoadedModel) -> tuple:
-        """Status line, model key, note, and the limits of layer and projection."""
-        return (
-            status_line(loaded),
-            loaded.key,
-            self._note(loaded),
-            gr.update(maximum=max(1, len(loaded.mlps) - 1), value=0),
-            gr.update(choices=loaded.projections, value=loaded.projections[0]),
-        )
+        """Status line, model key and note."""
+        return status_line(loaded), loaded.key, self._note(loaded)
 
     def _note(self, loaded: LoadedModel) -> dict:
         """What to know about the model, as a line below its figures."""

@@ -12,29 +12,27 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from ..models import assets_folder, host_allows_any_model
+from .answer import AnswerHandlers
+from .answer_panel import answer_panel, wire_answer
 from .components import (
-    BranchesPanel,
-    CardsPanel,
     ModelPanel,
-    branches_panel,
+    PicturesPanel,
     cards_panel,
     model_panel,
+    pictures_panel,
 )
-from .convert_panel import ConvertPanel, convert_panel
+from .convert_panel import ConvertPanel, convert_panel, show_method
 from .endpoints import add_endpoints
-from .events import IN_TURNS, PRIVATE, QUIET, RESIZE, readable
-from .experts import ExpertHandlers
-from .experts_panel import experts_panel, wire_experts
+from .events import IN_TURNS, PRIVATE, QUIET, readable
 from .export_panel import export_panel, wire_export
 from .exporting import ExportHandlers
 from .first_model import FirstModel
-from .generations import GenerationHandlers
-from .generations_panel import generations_panel, wire_generations
 from .glossary import WORDS
 from .handlers import Handlers
 from .lesson import LessonHandlers
 from .lesson_panel import lesson_panel, wire_lesson
 from .links import FIRST_TAB, TABS
+from .looks import Looks
 from .opening import OpeningHandlers
 from .paper import PaperHandlers
 from .paper_panel import wire_paper
@@ -48,17 +46,16 @@ from .tokens import TokenHandlers
 from .tokens_panel import tokens_panel, wire_tokens
 from .trade_offs import TradeOffHandlers
 from .trade_offs_panel import run_fields, trade_offs_panel, wire_trade_offs
+from .weights import WeightsHandlers
+from .weights_panel import WeightsPanel, weights_panel, wire_weights
 from .workbench import Workbench
 
+COMPONENTS = {"network"}  # scripts that a component of the page runs by itself
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
-LINK = f"""(query, tab) => location.origin + location.pathname + '?' + query
-    + (tab && tab !== '{FIRST_TAB}' ? '&tab=' + tab : '')"""
+ADDRESS = f"(query, tab) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}')"
 # Values set from here reach sliders later than other components, and long before this ends.
 ARRIVED = "() => new Promise(done => setTimeout(() => done(String(Date.now())), 100))"
-HEADER = """# mlpmoe
-Cut the MLPs of a language model into branches, zero or drop some, and see what that costs and \
-what it saves. Nothing is trained."""
-FOOTER = """Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089). \
+FOOTER = """Nothing is trained. Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
 Perplexity and speed are measured, parameters and compute are counted, on this server."""
 
 
@@ -74,24 +71,25 @@ class PageState:
     taken: gr.Textbox  # a run, point or link to restore: a query string, see page.js
     query: gr.Textbox  # of the link to the present settings
     tab: gr.Textbox  # key of the open tab
+    budget: gr.Textbox  # that the visitor has set last, in per cent, and when: see page.js
+    mine: gr.State  # the runs that the browser keeps, as records
 
 
 def _page_state() -> PageState:
-    share, arrived, taken, query, tab = (
+    fields = (
         gr.Textbox("", visible="hidden", elem_id=name)
-        for name in ("share-kept", "arrived", "taken", "query", "open-tab")
+        for name in ("share-kept", "arrived", "taken", "query", "open-tab", "budget-asked")
     )
-    return PageState(gr.State(""), share, arrived, taken, query, tab)
+    return PageState(gr.State(""), *fields, gr.State([]))
 
 
 def launch_kwargs() -> dict[str, Any]:
     """What every launch of the page passes, so that tests and hosts serve the same one."""
-    scripts = sorted(assets_folder().glob("*.js"))
     return {
         "theme": _theme(),
         "css": CSS_VARIABLES,
         "css_paths": sorted(assets_folder().glob("*.css")),
-        "head": "".join(f"<script>{file.read_text(encoding='utf-8')}</script>" for file in scripts),
+        "head": "".join(f"<script>{script}</script>" for script in _scripts()),
         # a saved plot carries plotly with it, so that it opens without a network
         "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
         "footer_links": ["api", "settings"],
@@ -99,6 +97,12 @@ def launch_kwargs() -> dict[str, Any]:
         "max_file_size": "1mb",
         "strict_cors": True,
     }
+
+
+def _scripts() -> list[str]:
+    """page.js first, whose functions the others use."""
+    files = sorted(assets_folder().glob("*.js"), key=lambda file: (file.stem != "page", file))
+    return [file.read_text(encoding="utf-8") for file in files if file.stem not in COMPONENTS]
 
 
 def _plotly_js(_: object) -> PlainTextResponse:
@@ -122,80 +126,79 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     first = FirstModel(workbench)
     first.start()
     with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        header = gr.Markdown(HEADER, elem_id="header")
         state, fields = _page_state(), run_fields()
         picker = model_panel(host_allows_any_model())
-        with gr.Row():
-            with gr.Column(scale=1, min_width=310, elem_id="controls"):
+        sentence = gr.HTML("", elem_id="sentence")
+        with gr.Row(elem_id="instrument"):
+            with gr.Column(scale=1, min_width=290, elem_id="controls"):
                 convert = convert_panel()
-            with gr.Column(scale=4, min_width=320):
+            with gr.Column(scale=4, min_width=320, elem_id="front"):
+                pictures = pictures_panel()
                 cards = cards_panel()
-                with gr.Tabs(elem_id="tabs") as tabs:
-                    opened = {key: gr.Tab(name, id=key) for key, name in TABS.items()}
-                    with opened["branches"]:
-                        branches = branches_panel()
-                    with opened["generations"]:
-                        generations = generations_panel()
-                    with opened["tokens"]:
-                        tokens = tokens_panel()
-                    with opened["trade-offs"]:
-                        trade_offs = trade_offs_panel()
-                    with opened["suggest"]:
-                        suggestions = suggest_panel()
-                    with opened["experts"]:
-                        experts = experts_panel()
-                    with opened["how"]:
-                        lesson = lesson_panel()
-                    with opened["export"]:
-                        export = export_panel()
+                answer = answer_panel()
+        with gr.Tabs(elem_id="tabs") as tabs:
+            opened = {key: gr.Tab(name, id=key) for key, name in TABS.items()}
+            with opened["weights"]:
+                weights = weights_panel()
+            with opened["tokens"]:
+                tokens = tokens_panel()
+            with opened["runs"]:
+                trade_offs = trade_offs_panel()
+            with opened["suggest"]:
+                suggestions = suggest_panel()
+            with opened["lesson"]:
+                lesson = lesson_panel()
+            with opened["export"]:
+                export = export_panel()
         with gr.Accordion("Glossary", open=False, elem_id="words"):
             gr.Markdown(WORDS)
         gr.Markdown(FOOTER, elem_id="footer")
         add_endpoints(workbench)  # first, since a listener's name would be taken from them
-        handlers, model = Handlers(workbench), state.model
+        looks = Looks()
+        handlers, model = Handlers(workbench, looks), state.model
         spec = [model, *convert.settings]
-        static = [*convert.settings[:-1], state.share]
-        restored = [
-            picker.name, convert.text, convert.calibration, *static, *experts.settings[:8], tabs,
+        shown = [
+            cards.perplexity, cards.nonzero, cards.compute, cards.speed, sentence, pictures.curve,
+            pictures.network,
         ]  # fmt: skip
-        _wire_opening(
-            demo, OpeningHandlers(workbench, first), state, picker, convert, branches, static,
-            restored,
+        _wire_opening(demo, OpeningHandlers(workbench, first), state, picker, convert, tabs)
+        _wire_address(state, picker, convert, opened)
+        changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
+        _wire_measurement(
+            handlers, state, convert, pictures, weights, spec, [*shown, fields.measured], changed
+        )
+        _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
+        wire_answer(
+            AnswerHandlers(workbench, looks), answer, model, spec, convert.text, weights.layer,
+            pictures.network, changed,
         )  # fmt: skip
-        _wire_links(state, convert, opened)
-        changed = _wire_preview(handlers, state, convert, cards, branches, spec)
-        shown = [*_shown(cards, branches), fields.measured]
-        _wire_measurement(handlers, convert, branches, spec, shown, changed)
-        wire_generations(GenerationHandlers(workbench), generations, model, spec)
-        wire_experts(ExpertHandlers(workbench), model, experts, opened["experts"], fields.measured)
+        wire_weights(
+            WeightsHandlers(workbench), weights, model, spec, state.tab,
+            [state.query, fields.measured], opened["weights"],
+        )  # fmt: skip
         wire_suggest(
             SuggestHandlers(workbench), model, suggestions, opened["suggest"], state.taken,
             fields.measured,
         )  # fmt: skip
         wire_trade_offs(
-            TradeOffHandlers(workbench),
-            model,
-            convert.text,
-            trade_offs,
-            opened["trade-offs"],
-            fields,
-        )
+            TradeOffHandlers(workbench), model, convert.text, trade_offs, opened["runs"], fields,
+            state.mine,
+        )  # fmt: skip
         wire_sweep(
             SweepHandlers(workbench), model, convert.text, fields.stored, fields.measured,
             trade_offs.sweep,
         )  # fmt: skip
-        wire_paper(PaperHandlers(workbench), model, trade_offs.paper, opened["trade-offs"])
+        wire_paper(PaperHandlers(workbench), model, trade_offs.paper, opened["runs"])
         wire_tokens(
             TokenHandlers(workbench), model, spec, convert.text, fields.measured, tokens,
             opened["tokens"], state.tab,
         )  # fmt: skip
-        wire_lesson(LessonHandlers(workbench), model, lesson, opened["how"])
+        wire_lesson(LessonHandlers(workbench), model, lesson, opened["lesson"])
         wire_export(
-            ExportHandlers(workbench), export, model, convert.text,
-            [*convert.settings, *experts.settings], state.tab, state.taken, demo,
+            ExportHandlers(workbench), export, model, convert.text, convert.settings, state.tab,
+            state.taken, demo,
         )  # fmt: skip
-        opened["branches"].select(None, js=RESIZE, **PRIVATE)
-    _report_progress_on(demo, header)
+    _report_progress_on(demo, sentence)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
 
@@ -213,11 +216,13 @@ def _report_progress_on(demo: gr.Blocks, component: gr.Markdown) -> None:
 
 def _wire_opening(
     demo: gr.Blocks, handlers: OpeningHandlers, state: PageState, picker: ModelPanel,
-    convert: ConvertPanel, branches: BranchesPanel, static: list, restored: list,
+    convert: ConvertPanel, tabs: gr.Tabs,
 ) -> None:  # fmt: skip
     """What sets the controls: the link, a run that is restored, a preset, a loaded model."""
-    shown = [picker.status, state.model, picker.note, branches.layer, branches.projection]
+    controls = [*convert.settings[:-1], state.share]
     texts = [convert.text, convert.calibration]
+    shown = [picker.status, state.model, picker.note]
+    restored = [picker.name, *texts, *controls, tabs]
     asked = [state.model, convert.branches, convert.keep, *texts]
     loads = [*shown, convert.branches, convert.keep, state.share, *texts]
     loading = {"concurrency_id": "load", **QUIET}
@@ -230,7 +235,7 @@ def _wire_opening(
     convert.preset.input(
         readable(handlers.choose_preset),
         [state.model, convert.preset, *convert.settings],
-        static,
+        controls,
         **QUIET,
     )
     by_name = picker.load.click(
@@ -261,19 +266,23 @@ def _wire_opening(
     uploaded.failure(lambda: None, None, convert.own_file, **QUIET)
 
 
-def _wire_links(state: PageState, convert: ConvertPanel, tabs: dict[str, gr.Tab]) -> None:
-    """The link follows the settings and the open tab."""
+def _wire_address(
+    state: PageState, picker: ModelPanel, convert: ConvertPanel, tabs: dict[str, gr.Tab]
+) -> None:
+    """The address follows the settings and the open tab; undo and redo go through what it was."""
     for key, tab in tabs.items():
         tab.select(None, None, state.tab, js=f"() => '{key}'", **PRIVATE)
     gr.on(
         [state.query.change, state.tab.change], None, [state.query, state.tab], convert.link,
-        js=LINK, **PRIVATE,
+        js=ADDRESS, **PRIVATE,
     )  # fmt: skip
+    picker.undo.click(None, js="() => mlpmoe.step(-1)", **PRIVATE)
+    picker.redo.click(None, js="() => mlpmoe.step(1)", **PRIVATE)
 
 
 def _wire_preview(
-    handlers: Handlers, state: PageState, convert: ConvertPanel, cards: CardsPanel,
-    branches: BranchesPanel, spec: list,
+    handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
+    weights: WeightsPanel, spec: list, shown: list,
 ) -> Dependency:  # fmt: skip
     """Every change shows its structure at once. `change`, not `release`: the keyboard counts."""
     choices = [convert.fade_unit, convert.fade_schedule]
@@ -281,14 +290,28 @@ def _wire_preview(
         [choice.change for choice in choices], within_reach, choices,
         [convert.fade, convert.fade_exponent], **QUIET,
     )  # fmt: skip
-    views = [branches.layer, branches.projection, branches.quantity]
-    return gr.on(
-        [component.change for component in (state.arrived, *spec[1:], convert.text, *views)],
-        readable(handlers.preview),
-        [*spec, convert.text, *views, state.share],
+    convert.method.change(
+        readable(show_method), convert.method,
         [
-            convert.branches, convert.fade, convert.keep, state.share, convert.preset, state.query,
-            convert.snippet, *_shown(cards, branches),
+            convert.method, *convert.static, *convert.routed, convert.experts, convert.shared,
+            convert.own_share, convert.router,
+        ],
+        **QUIET,
+    )  # fmt: skip
+    state.budget.change(
+        readable(handlers.budget), [*spec, state.budget], [convert.keep, convert.active],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    return gr.on(
+        [component.change for component in (state.arrived, *spec[1:], convert.text)],
+        readable(handlers.preview),
+        [
+            *spec, convert.text, pictures.axis, state.mine, weights.layer, state.share,
+            convert.budget,
+        ],
+        [
+            convert.branches, convert.fade, convert.keep, state.share, convert.shared,
+            convert.budget, convert.preset, state.query, convert.snippet, pictures.axis, *shown,
         ],
         trigger_mode="always_last",
         # One after the other: setting several controls at once asks for several previews, and an
@@ -298,20 +321,12 @@ def _wire_preview(
     )  # fmt: skip
 
 
-def _shown(cards: CardsPanel, branches: BranchesPanel) -> list:
-    """What a measurement fills in."""
-    return [
-        cards.perplexity, cards.speed, cards.nonzero, cards.compute, branches.histograms,
-        branches.heat,
-    ]  # fmt: skip
-
-
 def _wire_measurement(
-    handlers: Handlers, convert: ConvertPanel, branches: BranchesPanel, spec: list, shown: list,
-    changed: Dependency,
+    handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
+    weights: WeightsPanel, spec: list, shown: list, changed: Dependency,
 ) -> None:  # fmt: skip
     """Perplexity and speed, as they sharpen by themselves; to the end on the button."""
-    inputs = [*spec, convert.text, branches.layer, branches.projection, branches.quantity]
+    inputs = [*spec, convert.text, pictures.axis, state.mine, weights.layer]
     by_itself = changed.success(
         readable(handlers.measure_live), inputs, shown,
         trigger_mode="multiple", **IN_TURNS, **QUIET,
@@ -324,3 +339,21 @@ def _wire_measurement(
     )
     for measured in (by_itself, on_button):
         measured.failure(readable(handlers.measuring_failed), inputs, shown, **QUIET)
+
+
+def _wire_pictures(
+    handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
+    weights: WeightsPanel, spec: list, tabs: gr.Tabs,
+) -> None:  # fmt: skip
+    """A click in the network looks at a layer or spares it; the axis of the curve is a choice."""
+    gr.on(
+        [pictures.axis.input, weights.layer.change, state.mine.change],
+        readable(handlers.look),
+        [*spec, convert.text, pictures.axis, state.mine, weights.layer],
+        [pictures.curve, pictures.network],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    state.model.change(readable(handlers.another_model), state.model, pictures.network, **QUIET)
+    pictures.network.click(
+        readable(handlers.picked), convert.spared, [weights.layer, convert.spared, tabs], **QUIET
+    )

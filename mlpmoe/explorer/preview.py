@@ -1,63 +1,18 @@
-"""Everything the page shows of a spec without a forward pass over a text: numbers and plots."""
+"""A spec in other words: its numbers for programs, its preset, the code that gives the same."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import plotly.graph_objects as go
-
-from ..core.errors import UserError
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
 from ..models import default_calibration
 from ..models.texts import TEXTS
 from .asked import Conversion, spec_of
-from .cards import Card, compute_card, nonzero_card
 from .loaded import LoadedModel
-from .plots import branch_histograms, branches_left
 from .texts import OWN_PREFIX
-
-HISTOGRAM_BINS = 60
-HISTOGRAM_REACH = 4.0  # the axis ends at this many root mean squares of the weights
-QUANTITY_NAMES = {"nonzero": "non-zero weights", "energy": "squared weights"}
-
-
-@dataclass(frozen=True)
-class Preview:
-    """The structure of one conversion: what needs no text to be measured on."""
-
-    nonzero: Card
-    compute: Card
-    histograms: go.Figure
-    heat: go.Figure
-
-
-def preview(
-    loaded: LoadedModel, asked: Conversion, layer: int, projection: str, quantity: str
-) -> Preview:
-    """Cards and plots of the structure of one conversion."""
-    spec, report = spec_of(asked), loaded.structure.report(asked)
-    left = loaded.structure.left(asked, _known(quantity, QUANTITY_NAMES))
-    return Preview(
-        nonzero=nonzero_card(loaded.report, report, spec, loaded.structure.zeros(asked)),
-        compute=compute_card(loaded.report, report, spec),
-        histograms=histograms(loaded, asked, layer, _known(projection, loaded.projections)),
-        heat=branches_left(left, QUANTITY_NAMES[quantity]),
-    )
-
-
-def histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: str) -> go.Figure:
-    """Branch histograms before and after, on the same bins."""
-    layer = min(int(layer), len(loaded.mlps) - 1)
-    weight = getattr(loaded.mlps[layer].weights, projection).detach().float()
-    upper = HISTOGRAM_REACH * float(weight.square().mean()) ** 0.5 or 1.0
-    dense, converted = (
-        loaded.structure.histogram(each, layer, projection, HISTOGRAM_BINS, upper)
-        for each in (loaded.structure.whole(asked), asked)
-    )
-    return branch_histograms(dense, converted, layer, projection, spec_of(asked).fades)
 
 
 def summary(loaded: LoadedModel, asked: Conversion) -> dict[str, Any]:
@@ -77,15 +32,9 @@ def summary(loaded: LoadedModel, asked: Conversion) -> dict[str, Any]:
 
 def preset_name(spec: ConversionSpec) -> str | None:
     """The preset that says the same, if there is one."""
-    if spec.routed:
-        return None
-    same = (name for name, preset in PRESETS.items() if effect_of(preset) == effect_of(spec))
+    effect = spec.canonical()
+    same = (name for name, preset in PRESETS.items() if preset.canonical() == effect)
     return next(same, None)
-
-
-def effect_of(spec: ConversionSpec) -> ConversionSpec:
-    """A spec in one way of writing."""
-    return spec.canonical()
 
 
 def snippet(model: str, spec: ConversionSpec, text: str, calibration: str | None = None) -> str:
@@ -145,9 +94,3 @@ def _reading(text: str, names: list[str], by_name: str) -> str:
         return f"open({text!r}, encoding='utf-8').read()"
     names.append(by_name)
     return f"{by_name}({text!r})"
-
-
-def _known(name: Any, allowed: Any) -> Any:
-    if name not in allowed:
-        raise UserError(f"{name!r:.60} is not one of {', '.join(allowed)}.")
-    return name

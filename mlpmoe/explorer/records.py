@@ -25,7 +25,8 @@ from .loaded import LoadedModel
 from .texts import OWN_PREFIX
 
 MOST_RECORDS = 300  # more are forgotten, the oldest first; see page.js
-SOURCES = ("measured", "sweep", "suggest", "experts")  # where on the page it was measured
+# where on the page it was measured; "experts" was a tab of earlier versions
+SOURCES = ("measured", "sweep", "suggest", "experts")
 LONGEST_NAME = 500  # characters of a model's or a text's name
 
 

@@ -1,9 +1,10 @@
-"""The controls that make a static spec, and the spec that they make."""
+"""The controls that make a spec, and the spec that they make."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import floor
 from time import time
 from typing import Any
@@ -11,24 +12,29 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import UserError
+from ..core.routed import ROUTED_METHODS
 from ..core.schedule import DEFAULT_EXPONENT
 from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from .asked import Conversion
 from .loaded import LoadedModel
 
 EXPONENTS = (0.25, 8.0)  # of the schedule power, on the page
-AS_THEY_ARE = "0"  # for a `Share`: what it is follows from B and K
 ARRIVING = 5  # seconds that what was set from here may need to reach all controls
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
-# fields of the spec, in the order in which their controls send their values
-CONTROLS = (
+MAX_EXPERTS = 128
+USUAL_EXPERTS, USUAL_SHARED = 64, 0.25  # shown for methods that have none of their own
+OWN = "own"  # the router that the method has by itself
+LEAST_ACTIVE, ACTIVE_STEP = 0.05, 0.0125
+# Fields of the spec, and of routed specs what stands for them, in the order in which their
+# controls send their values.
+STATIC = (
     "branches", "fade", "keep", "compensation", "order", "fade_schedule", "fade_exponent",
-    "fade_projections", "fade_score", "fade_unit", "allocation", "progressive",
+    "fade_projections", "fade_score", "fade_unit", "allocation",
 )  # fmt: skip
+ROUTED = ("active", "experts", "shared", "own_share", "router", "selection", "fill")
+CONTROLS = ("method", *STATIC, *ROUTED, "progressive", "spared")
 SETTINGS = len(CONTROLS) + 1  # with the calibration text, the last
-FADE_FIELDS = (
-    "fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit",
-)  # fmt: skip
+USED = 6  # outputs of `settle`
 
 
 def read_spec(values: Sequence[Any]) -> ConversionSpec:
@@ -38,6 +44,32 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
     K exceeds B for a moment while B is moved down; then all are kept, until `settle` decides.
     """
     chosen = dict(zip(CONTROLS, values[: len(CONTROLS)], strict=True))
+    method = chosen["method"]
+    if method in ROUTED_METHODS:
+        return _routed(chosen)
+    if method != "mlpmoe":
+        raise UserError(f"{method!r:.60} is not a method; choose one of the list.")
+    return _static({name: chosen[name] for name in (*STATIC, "progressive", "spared")})
+
+
+def _routed(chosen: dict[str, Any]) -> ConversionSpec:
+    """The controls that the method does not use are left out."""
+    method = ROUTED_METHODS[chosen["method"]]
+    values = {
+        "method": chosen["method"], "active": chosen["active"], "selection": chosen["selection"],
+        "compensation": chosen["fill"], "spared": chosen["spared"],
+        "progressive": chosen["progressive"] and "progressive" in method.fields,
+    }  # fmt: skip
+    if "experts" in method.fields:
+        values["experts"] = chosen["experts"]
+        if not chosen["own_share"]:
+            values["shared"] = min(chosen["shared"], chosen["active"])
+    if chosen["router"] in method.routers:  # a list that is about to follow the method may not fit
+        values["router"] = chosen["router"]
+    return ConversionSpec(**values).canonical()
+
+
+def _static(chosen: dict[str, Any]) -> ConversionSpec:
     names = chosen["fade_projections"]
     if not names:
         raise UserError("choose at least one matrix that fade works on: gate, up or down.")
@@ -47,19 +79,12 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
     return ConversionSpec(**without_idle(chosen)).canonical()
 
 
-def settled(spec: ConversionSpec) -> ConversionSpec:
-    """A static spec as the controls would make it."""
-    values = {name: getattr(spec, name) for name in CONTROLS}
-    values |= {"keep": spec.kept, "fade_projections": spec.projections}
-    return read_spec(list(values.values()))
-
-
 def read_asked(loaded: LoadedModel, values: Sequence[Any]) -> Conversion:
     """The spec of the controls, with the calibration text if it needs one. Values out of range
     count as the nearest in it, as `settle` shows them."""
     used, _ = in_range(loaded, dict(zip(CONTROLS, values, strict=False)))
     spec = read_spec(list(used.values()))
-    spec.check_fits(loaded.d_ff)
+    loaded.check_fits(spec)
     return loaded.asked(spec, values[len(CONTROLS)])
 
 
@@ -70,10 +95,18 @@ def parted(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
     """What the controls show of a spec, in the order of CONTROLS, and the share of the branches
-    that K stands for (see `settle`)."""
+    that K stands for (see `settle`). What the method does not use stays as it is."""
+    shown = dict.fromkeys(CONTROLS, gr.skip()) | {
+        "method": spec.method, "progressive": spec.progressive, "spared": spec.spared,
+    }  # fmt: skip
+    if spec.routed:
+        share = Share(set_at=int(time()), spec=_digest(spec))
+        return *(shown | _show_routed(spec)).values(), str(share)
     exponent = DEFAULT_EXPONENT if spec.fade_exponent is None else spec.fade_exponent
-    branches, keep, share = show_branches(spec.branches, spec.kept, most_branches(loaded))
-    shown = {name: getattr(spec, name) for name in CONTROLS} | {
+    branches, keep, share = show_branches(
+        spec.branches, spec.kept, most_branches(loaded), _digest(spec)
+    )
+    shown |= {name: getattr(spec, name) for name in STATIC} | {
         "branches": branches,
         "keep": keep,
         "fade_exponent": exponent,
@@ -82,12 +115,29 @@ def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
     return *shown.values(), share
 
 
-def show_branches(branches: int, kept: int, most: int) -> tuple[dict, dict, str]:
-    """What sets B and K, and the share that K stands for."""
+def _show_routed(spec: ConversionSpec) -> dict[str, Any]:
+    usual = ConversionSpec(method=spec.method, active=spec.active)
+    own_share = spec.shared == usual.shared
+    shown = {
+        "active": spec.active,
+        "own_share": own_share,
+        "router": OWN if spec.router == usual.router else spec.router,
+        "selection": spec.selection,
+        "fill": spec.compensation,
+    }
+    if spec.experts is not None:
+        shown["experts"] = spec.experts
+    if not own_share:
+        shown["shared"] = spec.shared
+    return shown
+
+
+def show_branches(branches: int, kept: int, most: int, spec: str = "") -> tuple[dict, dict, str]:
+    """What sets B and K, and the share that K stands for. spec: see `Share`."""
     return (
         gr.update(value=branches, maximum=most),
         gr.update(value=kept, maximum=max(2, branches)),
-        str(Share(kept, branches, branches, int(time()))),
+        str(Share(kept, branches, branches, int(time()), spec)),
     )
 
 
@@ -97,24 +147,25 @@ class Share:
     for. Without it K would drift while B is dragged: 8 of 16 would pass 8 of 17 and end below
     16 of 32."""
 
-    kept: int
-    of: int
-    branches: int
-    set_at: int = 0  # seconds since 1970, if it was set from here together with B and K
+    kept: int = 1
+    of: int = 1
+    branches: int = 0  # 0: none was shown yet
+    set_at: int = 0  # seconds since 1970, if it was set from here together with other controls
+    spec: str = ""  # digest of the spec that they make once all have arrived, where it is known
 
     @classmethod
     def read(cls, text: str) -> Share:
         try:
-            share = cls(*map(int, text.split()))
-            if 1 <= share.kept <= share.of and share.branches >= 1:
+            *numbers, spec = text.split()
+            share = cls(*map(int, numbers), spec=spec.strip("-"))
+            if 1 <= share.kept <= share.of and share.branches >= 0:
                 return share
         except (ValueError, TypeError, AttributeError):
             pass
-        return cls(1, 1, 0)  # none was shown yet
+        return cls()
 
     def __str__(self) -> str:
-        numbers = self.kept, self.of, self.branches, *([self.set_at] if self.set_at else [])
-        return " ".join(map(str, numbers))
+        return f"{self.kept} {self.of} {self.branches} {self.set_at} {self.spec or '-'}"
 
     @property
     def shown(self) -> int:
@@ -126,24 +177,36 @@ class Share:
         return max(1, min(branches, int(branches * self.kept / self.of + 0.5)))
 
 
+AS_THEY_ARE = str(Share())  # what it is follows from B and K
+
+
 def arriving(values: Sequence[Any], share: str) -> bool:
-    """Whether B and K as sent are those of before they were set from here: the page hears of the
-    share first. What is sent then is not what the page is about to show. Before anything was set
-    there is no share."""
+    """Whether the values as sent are those of before they were set from here: they reach the page
+    one after the other, this share first. What is sent then is not what the page is about to show.
+    Before anything was set there is no share."""
     if not share:
         return True
     before = Share.read(share)
     if not 0 <= time() - before.set_at <= ARRIVING:
         return False
-    branches, _, keep, *_ = values
-    return (branches, keep) != (before.branches, before.shown)
+    if before.spec:
+        try:
+            return _digest(read_spec(values)) != before.spec
+        except UserError:  # two that do not go together are on their way
+            return True
+    sent = dict(zip(CONTROLS, values, strict=False))
+    return (sent["branches"], sent["keep"]) != (before.branches, before.shown)
+
+
+def _digest(spec: ConversionSpec) -> str:
+    return sha256(spec.canonical().to_query().encode()).hexdigest()[:12]
 
 
 def settle(
-    loaded: LoadedModel, values: Sequence[Any], share: str
+    loaded: LoadedModel, values: Sequence[Any], share: str, budget: float
 ) -> tuple[list[Any], tuple[Any, ...], list[str]]:
     """The values of the controls as they are used; what to show instead of what was sent (B, fade,
-    K and share); and sentences on what was out of range.
+    K and share, the shared share, the budget); and sentences on what was out of range.
 
     After B moved K stays the same share of it. Whatever is used is shown.
     """
@@ -152,21 +215,80 @@ def settle(
     branches = used["branches"]
     moved = branches != before.branches
     if before.branches and sent["keep"] == before.shown:
-        after = replace(before, branches=branches, set_at=0)
+        after = replace(before, branches=branches, set_at=0, spec="")
         said.pop("keep", None)  # it only was on its way as B moved
     else:
         after = Share(used["keep"], branches, branches)
     used["keep"] = after.shown
     shown = (
-        gr.skip() if branches == sent["branches"] else branches,
-        gr.skip() if used["fade"] == sent["fade"] else used["fade"],
+        _unless(branches, sent["branches"]),
+        _unless(used["fade"], sent["fade"]),
         # K is left alone where it may stay: the visitor may have moved it further meanwhile
         gr.update(value=after.shown, maximum=max(2, branches))
         if moved or after.shown != sent["keep"]
         else gr.skip(),
-        gr.skip() if str(after) == share else str(after),
+        _unless(str(after), share),
+        _unless(used["shared"], sent["shared"]),
+        _budget_shown(loaded, used, budget),
     )
     return [*used.values(), *values[len(CONTROLS) :]], shown, list(said.values())
+
+
+def _unless(used: Any, sent: Any) -> Any:
+    return gr.skip() if used == sent else used
+
+
+def _budget_shown(loaded: LoadedModel, used: dict[str, Any], budget: float) -> Any:
+    """The budget that the other sliders stand for; left alone where they stand for it already,
+    since there are fewer numbers of branches than budgets."""
+    if _at_budget(loaded, used, budget) == _budgeted(used):
+        return gr.skip()
+    return round(100 * _compute(loaded, used))
+
+
+def set_budget(loaded: LoadedModel, values: Sequence[Any], budget: float) -> tuple:
+    """K and the active share that come nearest to a budget, in per cent of the dense MLPs'
+    compute; what the method does not use, and what is there already, is left alone."""
+    sent = dict(zip(CONTROLS, values, strict=False))
+    used, _ = in_range(loaded, sent)
+    wanted = _at_budget(loaded, used, budget)
+    if wanted == _budgeted(used):
+        return gr.skip(), gr.skip()
+    return (gr.skip(), wanted) if used["method"] in ROUTED_METHODS else (wanted, gr.skip())
+
+
+def _budgeted(used: dict[str, Any]) -> float:
+    """What the budget moves."""
+    return used["active"] if used["method"] in ROUTED_METHODS else used["keep"]
+
+
+def _at_budget(loaded: LoadedModel, used: dict[str, Any], budget: float) -> float:
+    """What it would move that to."""
+    spared = _spared_share(loaded, used)
+    share = (budget / 100 - spared) / (1 - spared) if spared < 1 else 1.0
+    if used["method"] not in ROUTED_METHODS:
+        return max(1, min(used["branches"], floor(used["branches"] * share + 0.5)))
+    if ROUTED_METHODS[used["method"]].partition is None:  # the gate is computed in full
+        matrices = len(loaded.projections)
+        share = (matrices * share - 1) / (matrices - 1)
+    return max(LEAST_ACTIVE, min(1.0, round(share / ACTIVE_STEP) * ACTIVE_STEP))
+
+
+def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
+    """The share of the dense MLPs' compute that K or the active share leaves, routers aside."""
+    spared = _spared_share(loaded, used)
+    share = _budgeted(used)
+    if used["method"] not in ROUTED_METHODS:
+        share /= used["branches"]
+    elif ROUTED_METHODS[used["method"]].partition is None:
+        matrices = len(loaded.projections)
+        share = (1 + (matrices - 1) * share) / matrices
+    return spared + (1 - spared) * share
+
+
+def _spared_share(loaded: LoadedModel, used: dict[str, Any]) -> float:
+    count = len([name for name in str(used["spared"]).split(",") if name.strip()])
+    return min(1.0, count / len(loaded.mlps))
 
 
 def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
@@ -175,8 +297,8 @@ def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
 
 
 def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """B, fade and K as they are used of what was sent, and a sentence on each that was not taken
-    as it came."""
+    """What is used of what was sent, and a sentence on each of B, fade and K that was not taken as
+    it came."""
     most, used, said = most_branches(loaded), dict(sent), {}
     used["branches"] = max(1, min(most, floor(sent["branches"] + 0.5)))
     used["fade"] = max(0.0, min(MAX_FADE, sent["fade"]))
@@ -187,6 +309,7 @@ def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any],
         said["fade"] = f"Fade goes from 0 to {MAX_FADE:g}: {used['fade']:g} is used."
     if used["keep"] != sent["keep"]:
         said["keep"] = f"K is a whole number from 1 to B: {used['keep']} is used."
+    used["shared"] = min(sent["shared"], sent["active"])  # of what runs, no more can be shared
     return used, said
 
 
@@ -198,10 +321,16 @@ def check_shown(spec: ConversionSpec) -> None:
     """Raise UserError for what the controls cannot show."""
     if spec.branches > MAX_BRANCHES:
         raise UserError(f"this page offers at most {MAX_BRANCHES} branches (B).")
+    if spec.experts is not None and spec.experts > MAX_EXPERTS:
+        raise UserError(f"this page offers at most {MAX_EXPERTS} experts.")
+    if spec.active < LEAST_ACTIVE:
+        raise UserError(f"this page offers an active share of at least {LEAST_ACTIVE:g}.")
     low, high = EXPONENTS
     if spec.fade_exponent is not None and not low <= spec.fade_exponent <= high:
         raise UserError(f"this page offers fade_exponent from {low:g} to {high:g}.")
-    if spec.spared:
-        raise UserError("this page has no control for spared layers; the library and the shell do.")
-    if spec.seed:
-        raise UserError("this page has no other seed than 0; the library and the shell do.")
+    usual = ConversionSpec(method=spec.method, active=spec.active)
+    for name in ("profile", "tau", "seed"):
+        if getattr(spec, name) != getattr(usual, name):
+            raise UserError(
+                f"this page has no control for {name}; the library and the shell have one."
+            )

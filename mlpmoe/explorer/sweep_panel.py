@@ -12,12 +12,15 @@ from ..core.order import ORDERS
 from ..core.schedule import SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import ALLOCATIONS
+from .convert_panel import ROUTER_CHOICES, method_choices
 from .events import MODEL_QUEUE, QUIET, readable
+from .settings import OWN
 
 if TYPE_CHECKING:
     from .sweeping import SweepHandlers
 
 # field of the spec -> label, first value, what to write; in the order of the stages
+METHODS = ("Method", method_choices(), ["mlpmoe"])
 WRITTEN = {
     "branches": ("B", "8, 16, 32", "such as 8, 16 or 4:32:4"),
     "fade": ("Fade", "0", "such as 0, 0.5 or 0:0.9:0.3"),
@@ -43,12 +46,24 @@ CHOSEN = {
         "Compensation", [(c.about, name) for name, c in COMPENSATIONS.items()], ["sqrt"]
     ),
 }  # fmt: skip
-FIELDS = (*WRITTEN, *CHOSEN)
+STATIC = (*WRITTEN, *CHOSEN)
+# the same of routed methods; what is left empty is the method's own choice
+ROUTED_WRITTEN = {
+    "active": ("Active share", "0.75, 0.5", "such as 0.75 or 0.5:0.9:0.1"),
+    "experts": ("Experts", "", "empty: the method’s own"),
+    "shared": ("Shared share", "", "empty: the method’s own"),
+}
+ROUTED_CHOSEN = {
+    "router": ("Router", [(label, name) for label, name in ROUTER_CHOICES if name != OWN], []),
+    "selection": ("Selection", ["topk", "threshold"], ["topk"]),
+    "compensation": ("Output of the others", ["none", "mean"], ["none"]),
+}
+ROUTED = (*ROUTED_WRITTEN, *ROUTED_CHOSEN)
 
 
 @dataclass(frozen=True)
 class SweepPanel:
-    values: tuple[gr.Textbox | gr.Dropdown, ...]  # in the order of FIELDS
+    values: tuple[gr.Textbox | gr.Dropdown, ...]  # methods, then as in STATIC and ROUTED
     plan: gr.HTML
     start: gr.Button
     stop: gr.Button
@@ -63,22 +78,11 @@ def sweep_panel() -> SweepPanel:
             "plot and table as it comes. What is there already is not measured again, so a "
             "stopped sweep goes on where it was."
         )
-        with gr.Row():
-            written = [
-                gr.Textbox(
-                    value, label=label, info=info, max_lines=1, max_length=200, min_width=150,
-                    elem_id=f"sweep-{name}",
-                )
-                for name, (label, value, info) in WRITTEN.items()
-            ]  # fmt: skip
-        with gr.Accordion("Other stages", open=False), gr.Row():
-            chosen = [
-                gr.Dropdown(
-                    choices, value=value, multiselect=True, label=label, min_width=260,
-                    elem_id=f"sweep-{name.replace('_', '-')}",
-                )
-                for name, (label, choices, value) in CHOSEN.items()
-            ]  # fmt: skip
+        methods = _chosen("method", *METHODS)
+        gr.Markdown("Static branches (MLPMoE)")
+        static = _fields(WRITTEN, CHOSEN, "sweep")
+        gr.Markdown("Routed methods, if some are chosen")
+        routed = _fields(ROUTED_WRITTEN, ROUTED_CHOSEN, "sweep-routed")
         plan = gr.HTML("", elem_id="sweep-plan")
         with gr.Row():
             start = gr.Button("Sweep", variant="primary", min_width=120, elem_id="start-sweep")
@@ -89,7 +93,30 @@ def sweep_panel() -> SweepPanel:
                 language="shell", show_label=False, buttons=["copy"], interactive=False, lines=4,
                 wrap_lines=True, show_line_numbers=False, elem_id="sweep-snippet",
             )  # fmt: skip
-    return SweepPanel((*written, *chosen), plan, start, stop, status, snippet)
+    return SweepPanel((methods, *static, *routed), plan, start, stop, status, snippet)
+
+
+def _fields(written: dict, chosen: dict, prefix: str) -> list[gr.Textbox | gr.Dropdown]:
+    with gr.Row():
+        made = [
+            gr.Textbox(
+                value, label=label, info=info, max_lines=1, max_length=200, min_width=150,
+                elem_id=f"{prefix}-{name}",
+            )
+            for name, (label, value, info) in written.items()
+        ]  # fmt: skip
+    with gr.Accordion("Other stages", open=False), gr.Row():
+        made += [_chosen(name, *entry, prefix=prefix) for name, entry in chosen.items()]
+    return made
+
+
+def _chosen(
+    name: str, label: str, choices: list, value: list, prefix: str = "sweep"
+) -> gr.Dropdown:
+    return gr.Dropdown(
+        choices, value=value, multiselect=True, label=label, min_width=260,
+        elem_id=f"{prefix}-{name.replace('_', '-')}",
+    )  # fmt: skip
 
 
 def wire_sweep(

@@ -23,8 +23,8 @@ from .links import Link
 from .loaded import LoadedModel
 from .measuring import measuring
 from .records import Record, measured_record, read_records, write_records
-from .settings import check_shown, settled
-from .sweep_panel import FIELDS
+from .settings import check_shown
+from .sweep_panel import ROUTED, STATIC
 from .texts import OWN_PREFIX
 from .workbench import Workbench
 
@@ -120,11 +120,11 @@ class SweepHandlers:
             yield where, True
 
     def _plan(self, loaded: LoadedModel, text: str, stored: str, values: Sequence[Any]) -> Plan:
-        made = grid(read_fields(values))
-        for spec in made.specs:
+        made = [grid(some) for some in read_fields(values)]
+        specs = tuple(dict.fromkeys(spec.canonical() for one in made for spec in one.specs))
+        for spec in specs:
             check_shown(spec)
-            spec.check_fits(loaded.d_ff)
-        specs = tuple(dict.fromkeys(map(settled, made.specs)))
+            loaded.check_fits(spec)
         if len(specs) > MOST_RUNS:
             raise UserError(
                 f"these are {len(specs):,} runs; the page takes up to {MOST_RUNS} at a time. "
@@ -134,17 +134,33 @@ class SweepHandlers:
         known = {record.query for record in read_records(stored)[0]}
         queries = (Link(loaded.key, spec, text).to_query() for spec in specs)
         missing = tuple(s for s, query in zip(specs, queries, strict=True) if query not in known)
-        return Plan(missing, len(specs) - len(missing), made.left_out)
+        left_out = sum(one.left_out for one in made)
+        return Plan(missing, len(specs) - len(missing), left_out)
 
 
-def read_fields(values: Sequence[Any]) -> dict[str, list[str]]:
-    """Field of the spec -> its values as texts. UserError for a field without any."""
-    found = {}
-    for name, value in zip(FIELDS, values, strict=True):
-        found[name] = read_values(name, value) if isinstance(value, str) else list(value or [])
-        if not found[name]:
-            raise UserError(f"{flag_of(name)} has no value.")
-    return found
+def read_fields(values: Sequence[Any]) -> list[dict[str, list[str]]]:
+    """Field of the spec -> its values as texts, for static methods, then for routed ones, as far as
+    some are chosen. UserError for a field of them without any."""
+    methods, values = list(values[0] or []), values[1:]
+    if not methods:
+        raise UserError("choose a method at least.")
+    static = {"method": ["mlpmoe"]} | _read(STATIC, values[: len(STATIC)])
+    routed = {"method": [method for method in methods if method != "mlpmoe"]}
+    for name, texts in _read(ROUTED, values[len(STATIC) :]).items():
+        if texts:
+            routed[name] = texts
+    if "mlpmoe" in methods and (empty := [name for name, texts in static.items() if not texts]):
+        raise UserError(f"{flag_of(empty[0])} has no value.")
+    return [*([static] if "mlpmoe" in methods else []), *([routed] if routed["method"] else [])]
+
+
+def _read(names: Sequence[str], values: Sequence[Any]) -> dict[str, list[str]]:
+    return {
+        name: (read_values(name, value) if value.strip() else [])
+        if isinstance(value, str)
+        else list(value or [])
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 def in_words(plan: Plan, loaded: LoadedModel, text: str) -> str:
@@ -164,16 +180,20 @@ def in_words(plan: Plan, loaded: LoadedModel, text: str) -> str:
 
 
 def snippet(model: str, text: str, values: Sequence[Any]) -> str:
-    """The sweep as a command that goes on where it was."""
-    flags = " ".join(
-        f"--{flag_of(name)} {shlex.quote(','.join(texts))}"
-        for name, texts in read_fields(values).items()
-    )
+    """The sweep as a command, or two, that goes on where it was."""
     chosen = "mine.txt" if text.startswith(OWN_PREFIX) else text
-    return (
-        f"python -m mlpmoe sweep {shlex.quote(model)} --text {chosen} \\\n  {flags} \\\n"
-        "  --out runs.jsonl\n"
-    )
+    commands = []
+    for some in read_fields(values):
+        flags = " ".join(
+            f"--{flag_of(name)} {shlex.quote(','.join(texts))}"
+            for name, texts in some.items()
+            if (name, texts) != ("method", ["mlpmoe"])
+        )
+        commands.append(
+            f"python -m mlpmoe sweep {shlex.quote(model)} --text {chosen} \\\n  {flags} \\\n"
+            "  --out runs.jsonl\n"
+        )
+    return "".join(commands)
 
 
 def _seconds_each(plan: Plan, loaded: LoadedModel, text: str) -> float | None:

@@ -85,6 +85,11 @@ def text_name(key: str) -> str:
     return f"own text {key.removeprefix(OWN_PREFIX)[:6]}"
 
 
+def calibration_name(key: str) -> str:
+    """The same for a calibration text."""
+    return CALIBRATIONS[key].label if key in CALIBRATIONS else text_name(key)
+
+
 def text_choices(key: str | None = None) -> list[tuple[str, str]]:
     """Labels and keys for the list of texts, with a visitor's own one, if `key` is one."""
     choices = [(_capital(entry.label), name) for name, entry in TEXTS.items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from math import isfinite
 from typing import Any
 
 import gradio as gr
@@ -19,19 +18,16 @@ from ..measure.tokens import Sentence, TokenChange, sentences, token_changes, wo
 from .asked import Conversion, spec_of
 from .loaded import LoadedModel
 from .settings import parted, read_asked
-from .style import DAMAGE
+from .tint import Tint, nats
 from .token_plots import correlations_plot, drift_plot, norms_plot
 from .tokens_panel import EMPTY
 from .workbench import Workbench
 
 TAB = "tokens"
-DEEPEST = 2.0  # nats from which a token has the darkest shade
-DARK = 3  # from this shade on, text is white
-LEAST = 0.1  # nats; less is not coloured
 WORST = 10  # sentences
 SHOWN_TOKENS = 4000  # of the text
 DRIFT_TOKENS = 384  # of its first document
-NOT_OPEN = 6  # outputs of `show`
+NOT_OPEN = 7  # outputs of `show`
 
 
 class TokenHandlers:
@@ -55,21 +51,22 @@ class TokenHandlers:
         changes = token_changes(
             measured.dense, measured.converted, encoded, measured.parts, loaded.tokenizer
         )
+        tint = Tint.of(changes)
         ids = encoded.documents[0][:DRIFT_TOKENS]
         return (
-            worst_html(worst(sentences(changes), WORST), measured.dense.tokens),
-            so_far(measured) + text_html(changes),
+            worst_html(worst(sentences(changes), WORST), measured.dense.tokens, tint),
+            so_far(measured) + text_html(changes, tint),
             drift_plot(drift(loaded.model, loaded.converted(asked), ids)),
             *_branches(loaded, asked, ids, layer),
         )
 
     def branches(self, tab: str, model: str, *values: Any) -> tuple:
-        """Figures, norms and correlations of the branches of one layer."""
+        """What `_branches` gives."""
         settings, (text, layer) = parted(values)
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
         if tab != TAB or not loaded.has_text(text) or not loaded.is_converted(asked):
-            return (gr.skip(),) * 3
+            return (gr.skip(),) * 4
         return _branches(loaded, asked, loaded.text(text).documents[0][:DRIFT_TOKENS], layer)
 
     def another_model(self, model: str) -> dict:
@@ -80,13 +77,19 @@ class TokenHandlers:
 def _branches(
     loaded: LoadedModel, asked: Conversion, ids: torch.Tensor, layer: int
 ) -> tuple[Any, ...]:
+    """Whether there are branches, then figures, norms and correlations of those of one layer."""
+    if spec_of(asked).routed:
+        return gr.update(visible=False), *(gr.skip(),) * 3
     whole = loaded.converted(loaded.structure.whole(asked))
     spec = spec_of(asked)
     found = branch_statistics(whole, min(layer, len(loaded.mlps) - 1), ids, spec.kept)
-    return branches_html(found, spec), norms_plot(found), correlations_plot(found)
+    return (
+        gr.update(visible=True), branches_html(found, spec), norms_plot(found),
+        correlations_plot(found),
+    )  # fmt: skip
 
 
-def worst_html(found: Sequence[Sentence], tokens: int) -> str:
+def worst_html(found: Sequence[Sentence], tokens: int, tint: Tint) -> str:
     """The worst sentences as a list, each with the change of its loss."""
     if not found or found[0].mean <= 0:  # undefined, of a broken model, is neither
         return (
@@ -94,12 +97,12 @@ def worst_html(found: Sequence[Sentence], tokens: int) -> str:
             "grown anywhere.</p>"
         )
     rows = "".join(
-        f"<li><b>{_nats(sentence.mean)}</b>"
-        f'<span class="loss">{_spans(_trimmed(sentence.tokens))}</span></li>'
+        f"<li><b>{nats(sentence.mean)}</b>"
+        f'<span class="loss">{tint.spans(_trimmed(sentence.tokens))}</span></li>'
         for sentence in found
         if not sentence.mean <= 0
     )
-    return f"{_scale()}<ol>{rows}</ol>"
+    return f"{tint.legend()}<ol>{rows}</ol>"
 
 
 def so_far(measured: Evaluation) -> str:
@@ -112,16 +115,16 @@ def so_far(measured: Evaluation) -> str:
     )
 
 
-def text_html(changes: Sequence[TokenChange]) -> str:
+def text_html(changes: Sequence[TokenChange], tint: Tint) -> str:
     """The text from its beginning, document by document."""
     shown = changes[:SHOWN_TOKENS]
     documents: dict[int, list[TokenChange]] = {}
     for token in shown:
         documents.setdefault(token.document, []).append(token)
-    body = "".join(f'<p class="loss">{_spans(some)}</p>' for some in documents.values())
+    body = "".join(f'<p class="loss">{tint.spans(some)}</p>' for some in documents.values())
     rest = len(changes) - len(shown)
     more = f'<p class="note">{rest:,} more tokens are not shown.</p>' if rest else ""
-    return f"{_scale()}{body}{more}"
+    return f"{tint.legend()}{body}{more}"
 
 
 def branches_html(found: BranchStatistics, spec: ConversionSpec) -> str:
@@ -150,43 +153,6 @@ def branches_html(found: BranchStatistics, spec: ConversionSpec) -> str:
     )
 
 
-def _spans(tokens: Sequence[TokenChange]) -> str:
-    return "".join(_span(token) for token in tokens if token.text)
-
-
-def _span(token: TokenChange) -> str:
-    text = escape(token.text)
-    if abs(token.change) < LEAST:
-        return text
-    hint = f"{_nats(token.change)}, dense {token.dense:.2f}"
-    if token.change < 0:
-        return f'<i class="better" title="{hint}">{text}</i>'
-    shade, ink = _shade(token.change)
-    return f'<i class="worse" style="--shade:{shade};--ink:{ink}" title="{hint}">{text}</i>'
-
-
-def _shade(change: float) -> tuple[str, str]:
-    """Background and text for a loss in nats; undefined losses are as dark as can be."""
-    share = min(1.0, change / DEEPEST) if isfinite(change) else 1.0
-    index = min(len(DAMAGE) - 1, int(share * len(DAMAGE)))
-    return DAMAGE[index], "#1c1c1c" if index < DARK else "#ffffff"
-
-
-def _scale() -> str:
-    steps = "".join(
-        f'<i style="--shade:{colour};--ink:{"#1c1c1c" if i < DARK else "#ffffff"}">'
-        f"+{max(LEAST, i * DEEPEST / len(DAMAGE)):.1f}</i>"
-        for i, colour in enumerate(DAMAGE)
-    )
-    return f'<p class="loss-scale">change of the loss in nats, from {steps}</p>'
-
-
 def _trimmed(tokens: Sequence[TokenChange]) -> list[TokenChange]:
     """Without the line breaks at the ends, which would break the list."""
     return [token for token in tokens if token.text.strip("\n")]
-
-
-def _nats(change: float) -> str:
-    if not isfinite(change):
-        return "undefined"
-    return f"{change:+.2f} nats".replace("-", "−")

@@ -24,6 +24,7 @@ class TokensPanel:
     worst: gr.HTML
     text: gr.HTML
     drift: gr.Plot
+    assumed: gr.Column  # what follows, of static conversions
     layer: gr.Slider
     branches: gr.HTML
     norms: gr.Plot
@@ -45,16 +46,18 @@ def tokens_panel() -> TokensPanel:
         "each layer. Without a conversion the cosine is 1 and the error 0."
     )
     drift = gr.Plot(show_label=False, elem_id="drift")
-    gr.Markdown(
-        "#### What √(B/K) assumes, branch by branch\n"
-        "The factor is right if the outputs of the branches are uncorrelated and zero on average."
-    )
-    layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="tokens-layer")
-    branches = gr.HTML("", elem_id="branch-figures")
-    with gr.Row():
-        norms = gr.Plot(show_label=False, elem_id="branch-norms", min_width=320)
-        correlations = gr.Plot(show_label=False, elem_id="branch-correlations", min_width=320)
-    return TokensPanel(worst, text, drift, layer, branches, norms, correlations)
+    with gr.Column() as assumed:
+        gr.Markdown(
+            "#### What √(B/K) assumes, branch by branch\n"
+            "The factor is right if the outputs of the branches are uncorrelated and zero on "
+            "average."
+        )
+        layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="tokens-layer")
+        branches = gr.HTML("", elem_id="branch-figures")
+        with gr.Row():
+            norms = gr.Plot(show_label=False, elem_id="branch-norms", min_width=320)
+            correlations = gr.Plot(show_label=False, elem_id="branch-correlations", min_width=320)
+    return TokensPanel(worst, text, drift, assumed, layer, branches, norms, correlations)
 
 
 def wire_tokens(
@@ -63,7 +66,7 @@ def wire_tokens(
 ) -> None:  # fmt: skip
     """The tab is filled in when it is opened, and again whenever something new is measured."""
     inputs = [open_tab, *spec, text, panel.layer]
-    branches = [panel.branches, panel.norms, panel.correlations]
+    branches = [panel.assumed, panel.branches, panel.norms, panel.correlations]
     gr.on(
         [open_tab.change, measured.change],
         readable(handlers.show),

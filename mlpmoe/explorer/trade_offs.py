@@ -13,10 +13,9 @@ import gradio as gr
 from ..core.errors import UserError
 from ..measure.generation import write_side_by_side
 from ..measure.tables import to_csv
+from .answer import UPDATES_PER_SECOND, WRITING_SECONDS, check_writing
 from .asked import Calibrated, Conversion, spec_of
-from .generations import UPDATES_PER_SECOND, WRITING_SECONDS, check_writing
 from .loaded import LoadedModel
-from .preview import histograms
 from .published import published
 from .records import Record, pinned, read_records
 from .run_words import model_name, short_recipe
@@ -24,6 +23,7 @@ from .runs_table import comparison_table, runs_table
 from .shipped import shipped
 from .texts import text_name
 from .tradeoff_plot import AXES, tradeoff_plot
+from .weights import histograms
 from .workbench import Workbench
 
 COMPARED_TOKENS = 96  # that both write
@@ -60,6 +60,10 @@ class TradeOffHandlers:
             comparison_table(pair),
             gr.update(visible=len(pair) == 2),
         )
+
+    def remember(self, stored: str) -> list[Record]:
+        """The runs that the browser keeps, for the curve."""
+        return read_records(stored)[0]
 
     def another_model(self, model: str) -> tuple:
         """Layer and projection of the comparison."""
@@ -118,8 +122,6 @@ def _histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: 
     spec = spec_of(asked)
     if spec.routed:
         return gr.update(value=None, visible=False)
-    if projection not in loaded.projections:
-        projection = loaded.projections[0]
     return gr.update(value=histograms(loaded, asked, layer, projection), visible=True)
 
 

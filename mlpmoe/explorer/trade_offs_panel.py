@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from ..core.spec import PROJECTIONS
+from .answer_panel import MAX_PROMPT, STORIES
 from .events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
-from .generations_panel import MAX_PROMPT, STORIES
 from .paper_panel import PaperPanel, paper_panel
 from .runs_table import EMPTY, NOTHING_PINNED
 from .sliders import LimitedSlider
@@ -158,9 +158,10 @@ def _column(letter: str) -> tuple[gr.Plot, gr.Textbox]:
 
 def wire_trade_offs(
     handlers: TradeOffHandlers, model: gr.State, text: gr.Dropdown, panel: TradeOffsPanel,
-    tab: gr.Tab, fields: RunFields,
+    tab: gr.Tab, fields: RunFields, mine: gr.State,
 ) -> None:  # fmt: skip
-    """What is stored in the browser is shown whenever it changes."""
+    """What is stored in the browser is shown whenever it changes, and remembered in `mine`."""
+    fields.stored.change(readable(handlers.remember), fields.stored, mine, **QUIET)
     fields.measured.change(None, fields.measured, js=ADD, **PRIVATE)
     gr.on(
         [c.change for c in (fields.stored, panel.x, panel.y, panel.layers, model, text)],

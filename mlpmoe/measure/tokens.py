@@ -9,10 +9,11 @@ from itertools import groupby
 from math import isnan
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import UserError
 from .encoding import EncodedText, Window, scored_tokens
+from .head import token_losses
 from .perplexity import Perplexity
 
 # of a sentence; closing quotes and brackets belong to it
@@ -83,6 +84,26 @@ def token_changes(
         ):
             changes.append(TokenChange(piece, after - before, before, number, position))
     return changes
+
+
+@torch.inference_mode()
+def text_changes(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    ids: Sequence[int],
+    first: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[TokenChange]:
+    """The tokens of ids[first:], each predicted from all before it, with what the second model
+    makes of their losses against the first. Special tokens have no text. `position` counts from
+    the beginning of `ids`."""
+    if first >= len(ids):
+        return []
+    before, after = (token_losses(model, torch.tensor(ids), first).tolist() for model in models)
+    pieces = list(_pieces(ids, tokenizer))[first - 1 :]
+    return [
+        TokenChange(piece, b - a, a, 0, position)
+        for position, (piece, a, b) in enumerate(zip(pieces, before, after, strict=True), first)
+    ]
 
 
 def sentences(changes: Sequence[TokenChange]) -> list[Sentence]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mlpmoe.explorer.expert_settings import CONTROLS as ROUTED_CONTROLS
-from mlpmoe.explorer.settings import CONTROLS
+import gradio as gr
+
+from mlpmoe.explorer.front import FRONT
+from mlpmoe.explorer.settings import CONTROLS, USED
 
 UNTOUCHED = {
+    "method": "mlpmoe",
     "branches": 16, "fade": 0.0, "keep": 16, "compensation": "sqrt", "order": "contiguous",
     "fade_schedule": "linear", "fade_exponent": 2.0, "fade_projections": ["gate", "up"],
     "fade_score": "magnitude", "fade_unit": "weight", "allocation": "uniform",
-    "progressive": False,
+    "active": 0.75, "experts": 64, "shared": 0.25, "own_share": True, "router": "own",
+    "selection": "topk", "fill": "none",
+    "progressive": False, "spared": "",
 }  # fmt: skip
 
 
@@ -28,16 +33,16 @@ def settings(calibration: Any = "stories", **change: Any) -> tuple:
 
 
 def shown_values(
-    text: Any = "proxy", layer: Any = 0, projection: Any = "gate", quantity: Any = "nonzero",
+    text: Any = "proxy", axis: Any = "compute", mine: Any = (), layer: Any = 0,
     model: Any = "demo", **change: Any,
 ) -> tuple:  # fmt: skip
-    """What a measurement gets: model, conversion, text and views."""
-    return model, *settings(**change), text, layer, projection, quantity
+    """What a measurement gets: model, conversion, text and how it is looked at."""
+    return model, *settings(**change), text, axis, mine, layer
 
 
-def preview_values(share: Any = "16 16 16", **change: Any) -> tuple:
-    """What a preview gets: the same, and the share that K stood for before."""
-    return *shown_values(**change), share
+def preview_values(share: Any = "16 16 16 0 -", budget: Any = 100, **change: Any) -> tuple:
+    """What a preview gets: the same, the share that K stood for before, and the budget."""
+    return *shown_values(**change), share, budget
 
 
 class Previewed(NamedTuple):
@@ -47,26 +52,34 @@ class Previewed(NamedTuple):
     fade: Any
     keep: Any
     share: Any
+    shared: Any
+    budget: Any
     preset: Any
     query: Any
     code: Any
+    axis: Any
     perplexity: Any
-    speed: Any
     nonzero: Any
     compute: Any
-    histograms: Any
-    heat: Any
+    speed: Any
+    sentence: Any
+    curve: Any
+    network: Any
+
+
+assert len(Previewed._fields) == USED + 4 + FRONT
 
 
 class Measured(NamedTuple):
     """What a step of a measurement gives."""
 
     perplexity: Any
-    speed: Any
     nonzero: Any
     compute: Any
-    histograms: Any
-    heat: Any
+    speed: Any
+    sentence: Any
+    curve: Any
+    network: Any
     new: Any
 
 
@@ -77,25 +90,26 @@ class Opened(NamedTuple):
     status: Any
     model: Any
     note: Any
-    layer: Any
-    projection: Any
     name: Any
     text: Any
     calibration: Any
-    static: tuple
-    routed: tuple
+    controls: dict
+    share: Any
     tab: Any
 
 
 def opened_link(step: tuple) -> Opened:
     """The outputs of `open_link`, with the controls put together."""
-    *rest, tab = step
-    first, static, routed = rest[:9], rest[9 : 10 + len(CONTROLS)], rest[10 + len(CONTROLS) :]
-    assert len(routed) == len(ROUTED_CONTROLS)
-    return Opened(*first, tuple(static), tuple(routed), tab)
+    *rest, share, tab = step
+    assert len(rest) == 7 + len(CONTROLS)
+    return Opened(*rest[:7], dict(zip(CONTROLS, rest[7:], strict=True)), share, tab)
 
 
 def chosen(shown: tuple) -> tuple:
-    """The values that the controls have after an update from `show_spec`, without the share."""
+    """The values that the controls have after an update from `show_spec`, without the share; what
+    is left alone is as it was at first."""
     assert len(shown) == len(CONTROLS) + 1
-    return tuple(v["value"] if isinstance(v, dict) else v for v in shown[:-1])
+    return tuple(
+        UNTOUCHED[name] if v == gr.skip() else v["value"] if isinstance(v, dict) else v
+        for name, v in zip(CONTROLS, shown[:-1], strict=True)
+    )
