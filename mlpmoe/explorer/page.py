@@ -94,6 +94,7 @@ def launch_kwargs() -> dict[str, Any]:
         "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
         "footer_links": ["api", "settings"],
         "enable_monitoring": False,
+        "run_history": False,  # it would keep all that events give, in the place of the runs
         "max_file_size": "1mb",
         "strict_cors": True,
     }

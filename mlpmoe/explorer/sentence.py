@@ -13,7 +13,7 @@ from ..measure.estimate import Evaluation
 from ..measure.families import LEVEL, Estimate, Shares, best_at, family_of, removed_by
 from ..measure.notation import NBSP, NO_CHANGE, number
 from ..measure.sweep import Run
-from ..measure.words import joined
+from ..measure.words import joined, spared_in_words
 
 TOO_MUCH = 1e5  # a ratio of perplexity beyond which a model says nothing any more
 SURE = 2.0  # standard errors
@@ -81,8 +81,7 @@ def _what(spec: ConversionSpec, shares: Shares | None) -> str:
 
 
 def _spared(spec: ConversionSpec) -> str:
-    spared = getattr(spec, "spared", "")
-    return f" (layers {spared} spared)" if spared else ""
+    return f" ({spared_in_words(spec)})" if spec.spared else ""
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
