@@ -65,7 +65,7 @@ def _html(text: str) -> str:
 def _what(spec: ConversionSpec, shares: Shares | None) -> str:
     """What the conversion does, as the beginning of a sentence."""
     if spec.routed:
-        who = {"oracle": "An oracle (a bound, no real router)", "neurons": "The gate"}
+        who = {"oracle": "An oracle (a bound)", "neurons": "The gate"}
         who = who.get(family_of(spec), "A router")
         return f"{who} picks {_percent(spec.active)} of the neurons for each token"
     dropped, neurons = spec.branches - spec.kept, spec.fade_unit == "neuron"

@@ -243,10 +243,11 @@ def recipe_of(spec: ConversionSpec) -> tuple:
     if spec.routed:
         if spec.shared == ConversionSpec(method=spec.method, active=spec.active).shared:
             silent.add("shared")  # the method's own, which may depend on the active share
-    elif not spec.fades:
-        silent |= {name for name in values if name.startswith("fade_")}
-    elif spec.kept == spec.branches and not spec.fits:
-        silent.add("compensation")  # there is nothing to make up for
+    else:
+        if not spec.fades:
+            silent |= {name for name in values if name.startswith("fade_")}
+        if spec.kept == spec.branches and not spec.fits:
+            silent.add("compensation")  # there is nothing to make up for
     dropped = 1 - spec.kept / spec.branches if spec.fades else 0.0
     return (dropped, *((name, value) for name, value in values.items() if name not in silent))
 
