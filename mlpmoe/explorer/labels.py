@@ -31,11 +31,11 @@ class Box:
         return max(0.0, across) * max(0.0, down)
 
     def stacks(self, other: Box) -> bool:
-        """Whether one is above or below the other."""
+        """Whether one is above or below the other, or on it."""
         return min(self.right, other.right) > max(self.left, other.left)
 
-    def shifted(self, across: float = 0.0, down: float = 0.0) -> Box:
-        return Box(self.left + across, self.right + across, self.top + down, self.bottom + down)
+    def shifted(self, down: float) -> Box:
+        return Box(self.left, self.right, self.top + down, self.bottom + down)
 
     @property
     def middle(self) -> float:
@@ -81,22 +81,23 @@ def columns(names: Sequence[tuple[str, Pixels]], height: float) -> list[Place]:
             groups.append([])
         groups[-1].append(i)
     ends = {i: min(names[j][1][0] for j in group) - GAP for group in groups for i in group}
-    boxes = []
+    rooms = []  # with the lines to the points
     for i, (text, (_, y)) in enumerate(names):
         wide, high = _size(text)
-        right = ends[i] - LEADER
-        boxes.append(Box(right - wide, right, y - high / 2, y + high / 2))
-    boxes = _apart(boxes, height)
-    moved = {i for i, box in enumerate(boxes) if abs(box.middle - names[i][1][1]) > 1}
+        rooms.append(Box(ends[i] - LEADER - wide, ends[i], y - high / 2, y + high / 2))
+    rooms = _apart(rooms, height)
+    far = {
+        i for i, (_, (x, y)) in enumerate(names)
+        if abs(rooms[i].middle - y) > 1 or x - GAP - ends[i] > 4
+    }  # fmt: skip
     found: dict[int, Place] = {}
     for group in groups:
         for i in group:
-            (x, y), box = names[i][1], boxes[i]
-            if moved & set(group):
-                leader = (box.right - x, box.middle - y)
-                found[i] = Place((x, y), box, "right", "middle", leader)
-            else:
-                found[i] = Place((x, y), box.shifted(x - GAP - box.right), "right", "middle")
+            (text, (x, y)), room = names[i], rooms[i]
+            right = ends[i] - (LEADER if far & set(group) else 0)
+            leader = (right - x, room.middle - y) if far & set(group) else None
+            box = Box(right - _size(text)[0], right, room.top, room.bottom)
+            found[i] = Place((x, y), box, "right", "middle", leader)
     return [found[i] for i in range(len(names))]
 
 
@@ -146,10 +147,10 @@ def _apart(boxes: Sequence[Box], height: float) -> list[Box]:
         for upper, lower in combinations(order, 2):
             lack = boxes[upper].bottom - boxes[lower].top
             if lack > 0 and boxes[upper].stacks(boxes[lower]):
-                boxes[upper] = boxes[upper].shifted(down=-lack / 2)
-                boxes[lower] = boxes[lower].shifted(down=lack / 2)
+                boxes[upper] = boxes[upper].shifted(-lack / 2)
+                boxes[lower] = boxes[lower].shifted(lack / 2)
         for i, box in enumerate(boxes):
-            boxes[i] = box.shifted(down=max(0.0, -box.top) - max(0.0, box.bottom - height))
+            boxes[i] = box.shifted(max(0.0, -box.top) - max(0.0, box.bottom - height))
     return boxes
 
 

@@ -81,8 +81,12 @@ def _what(spec: ConversionSpec, shares: Shares | None) -> str:
 
 
 def _spared(spec: ConversionSpec) -> str:
-    spared = getattr(spec, "spared", "")
-    return f" (layers {spared} spared)" if spared else ""
+    layers = [layer for layer in getattr(spec, "spared", "").split(",") if layer]
+    if not layers:
+        return ""
+    if len(layers) > 3:
+        return f" ({len(layers)} layers spared)"
+    return f" (layer{'s' if len(layers) > 1 else ''} {joined(layers)} spared)"
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:

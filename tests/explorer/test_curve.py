@@ -15,9 +15,11 @@ from mlpmoe import ConversionSpec
 from mlpmoe.explorer.cost_plot import LEAST_INCREASE, increase_axis, shown_increase
 from mlpmoe.explorer.curve import LINES, Here, curve
 from mlpmoe.explorer.labels import Box, along_line, around, beside, columns
+from mlpmoe.explorer.page import launch_kwargs
 from mlpmoe.explorer.shipped import shipped
 from mlpmoe.measure.families import along, cost_of, lines
 from mlpmoe.measure.sweep import Run
+from mlpmoe.models import assets_folder
 from tests.explorer.made import made_run
 
 RECORDS = {key: shipped(key) for key in ("smollm2-135m", "demo")}
@@ -168,3 +170,12 @@ def test_runs_of_a_visitor_far_to_the_left_make_room():
     low, _ = figure.layout.xaxis.range
     assert low < 6
     assert min(figure.layout.xaxis.tickvals) >= 0
+
+
+def test_every_script_of_the_assets_is_in_the_page():
+    scripts = sorted(assets_folder().glob("*.js"))
+    assert {"curve.js", "page.js"} <= {file.name for file in scripts}
+    head = launch_kwargs()["head"]
+    found = [head.index(file.read_text(encoding="utf-8")) for file in scripts]
+    assert found == sorted(found)
+    assert head.count("</script>") == len(scripts)  # none ends before its time

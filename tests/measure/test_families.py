@@ -260,11 +260,26 @@ def factor(run: Run, ratio: float) -> float:
 def test_leaving_out_shipped_runs_bears_out_what_the_estimate_says_of_itself():
     real, demo = left_out(REAL), left_out(DEMO)
     assert len(real) >= 20 and len(demo) >= 28
-    assert median(factor(run, ratio) for run, ratio, *_ in real) < 1.5
-    between = sorted(factor(run, ratio) for run, ratio, _, _, of in demo if of == 2)
-    assert median(between) < 1.35 and between[int(0.9 * len(between))] < 1.8
+    for found, middle, most in (
+        ([x for x in demo if x[4] == 2], 1.35, 1.85), ([x for x in demo if x[4] == 1], 1.35, 2.3),
+        (real, 1.45, 2.35),
+    ):  # fmt: skip
+        off = sorted(factor(run, ratio) for run, ratio, *_ in found)
+        assert median(off) < middle and off[int(0.9 * len(off))] < most
     inside = [low <= run.ratio <= high for run, _, low, high, _ in (*real, *demo)]
-    assert sum(inside) / len(inside) >= 0.85
+    assert sum(inside) / len(inside) >= 0.9
+
+
+def test_what_goes_one_by_one_does_less_at_first_than_what_goes_in_groups():
+    """Measured on SmolLM2-135M in float32, on the text of its shipped runs, and not among these."""
+    for spec, ratio in (
+        (ConversionSpec(keep=15), 1.697), (ConversionSpec(keep=14), 2.974),
+        (ConversionSpec(keep=13), 6.231), (ConversionSpec(keep=10), 213.2),
+        (ConversionSpec(fade=0.5), 1.346), (ConversionSpec(fade=0.7), 2.155),
+    ):  # fmt: skip
+        found = estimate(REAL, spec)
+        assert found.low < ratio < found.high
+        assert exp(abs(log(log(found.ratio) / log(ratio)))) < 1.4
 
 
 # what a spec will cost
