@@ -65,7 +65,7 @@ def _html(text: str) -> str:
 def _what(spec: ConversionSpec, shares: Shares | None) -> str:
     """What the conversion does, as the beginning of a sentence."""
     if spec.routed:
-        who = {"oracle": "An oracle (a bound, no real router)", "neurons": "The gate"}
+        who = {"oracle": "An oracle (a bound)", "neurons": "The gate"}
         who = who.get(family_of(spec), "A router")
         return f"{who} picks {_percent(spec.active)} of the neurons for each token"
     dropped, neurons = spec.branches - spec.kept, spec.fade_unit == "neuron"
@@ -81,7 +81,10 @@ def _what(spec: ConversionSpec, shares: Shares | None) -> str:
 
 
 def _spared(spec: ConversionSpec) -> str:
-    return f" ({spared_in_words(spec)})" if spec.spared else ""
+    layers = spec.spared_layers
+    if len(layers) > 3:
+        return f" ({len(layers)} layers kept dense)"
+    return f" ({spared_in_words(spec)})" if layers else ""
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
