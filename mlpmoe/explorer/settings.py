@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.checks import layer_numbers
 from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.schedule import DEFAULT_EXPONENT
@@ -287,8 +288,7 @@ def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
 
 
 def _spared_share(loaded: LoadedModel, used: dict[str, Any]) -> float:
-    count = len([name for name in str(used["spared"]).split(",") if name.strip()])
-    return min(1.0, count / len(loaded.mlps))
+    return min(1.0, len(layer_numbers(used["spared"])) / len(loaded.mlps))
 
 
 def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
