@@ -69,15 +69,16 @@ def _what(spec: ConversionSpec, shares: Shares | None) -> str:
         who = who.get(family_of(spec), "A router")
         return f"{who} picks {_percent(spec.active)} of the neurons for each token"
     dropped, neurons = spec.branches - spec.kept, spec.fade_unit == "neuron"
-    gone = f"{_percent(1 - shares.nonzero)} of the MLP weights" if shares else "MLP weights"
+    gone = f"{_percent(1 - shares.nonzero)} of the MLP weights" if shares else ""
+    comma = f", {gone}" if gone else ""
     if dropped and spec.fades:
         verb = "fade drops neurons" if neurons else "fade zeroes weights"
-        return f"K drops {dropped} of {spec.branches} branches and {verb} of the others, {gone}"
+        return f"K drops {dropped} of {spec.branches} branches and {verb} of the others{comma}"
     if dropped:
-        return f"K drops {dropped} of {spec.branches} branches, {gone}"
+        return f"K drops {dropped} of {spec.branches} branches{comma}"
     if spec.pattern:
-        return f"{spec.fade_unit} zeros take {gone}"
-    return f"Fade drops neurons, {gone}" if neurons else f"Fade zeroes {gone}"
+        return f"{spec.fade_unit} zeros take {gone or 'MLP weights'}"
+    return f"Fade drops neurons{comma}" if neurons else f"Fade zeroes {gone or 'MLP weights'}"
 
 
 def _spared(spec: ConversionSpec) -> str:
