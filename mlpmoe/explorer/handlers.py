@@ -98,7 +98,9 @@ class Handlers:
         return dense_network(self.workbench.loaded(model))
 
     def look(self, model: str, *values: Any) -> tuple:
-        """Curve and network, looked at otherwise."""
+        """Curve and network, looked at otherwise; nothing before there is a model."""
+        if not model:
+            return gr.skip(), gr.skip()
         shown = self._chosen(model, values).front("")
         return shown.curve, shown.network
 

@@ -187,9 +187,9 @@ def arriving(values: Sequence[Any], share: str) -> bool:
     Before anything was set there is no share."""
     if not share:
         return True
-    before = Share.read(share)
-    if not 0 <= time() - before.set_at <= ARRIVING:
+    if not set_just_now(share):
         return False
+    before = Share.read(share)
     if before.spec:
         try:
             return _digest(read_spec(values)) != before.spec
@@ -197,6 +197,11 @@ def arriving(values: Sequence[Any], share: str) -> bool:
             return True
     sent = dict(zip(CONTROLS, values, strict=False))
     return (sent["branches"], sent["keep"]) != (before.branches, before.shown)
+
+
+def set_just_now(share: str) -> bool:
+    """Whether the controls were set from here and not by the visitor."""
+    return 0 <= time() - Share.read(share).set_at <= ARRIVING
 
 
 def _digest(spec: ConversionSpec) -> str:
@@ -272,7 +277,7 @@ def _at_budget(loaded: LoadedModel, used: dict[str, Any], budget: float) -> floa
     if ROUTED_METHODS[used["method"]].partition is None:  # the gate is computed in full
         matrices = len(loaded.projections)
         share = (matrices * share - 1) / (matrices - 1)
-    return max(LEAST_ACTIVE, min(1.0, round(share / ACTIVE_STEP) * ACTIVE_STEP))
+    return max(LEAST_ACTIVE, min(1.0, round(round(share / ACTIVE_STEP) * ACTIVE_STEP, 4)))
 
 
 def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
