@@ -18,7 +18,7 @@ def refused(client, api_name: str, *arguments, **values) -> str:
     message = str(caught.value)
     assert message[0].isupper(), message
     assert message.endswith("."), message
-    assert 15 < len(message) < 300
+    assert 15 < len(message) < 350
     assert not any(leak in message for leak in LEAKS), message
     assert str(assets_folder().parent) not in message
     return message

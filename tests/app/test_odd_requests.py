@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from html import unescape
 from typing import Any
 
 import httpx
@@ -171,9 +172,19 @@ def preview_data(**change: Any) -> list:
         {"layer": -1},
         {"layer": 10**6},
         {"layer": "0"},
-        {"projection": None},
-        {"projection": ["gate"]},
-        {"quantity": "other"},
+        {"axis": "other"},
+        {"axis": None},
+        {"method": "other"},
+        {"method": None},
+        {"method": "cmoe", "active": "half"},
+        {"method": "cmoe", "experts": None},
+        {"method": "cmoe", "own_share": None, "shared": 10**30},
+        {"method": "cmoe", "router": "gate"},
+        {"method": "neurons", "selection": None},
+        {"spared": "first"},
+        {"spared": None},
+        {"spared": "9" * 5000},
+        {"budget": None},
         {"share": None},
         {"share": 5},
         {"share": "9" * 5000},
@@ -210,14 +221,14 @@ def test_a_number_out_of_range_comes_back_as_what_is_used(app, change, shown):
 
 def test_a_slow_preview_is_not_shown_after_a_later_one(app, monkeypatch):
     """A link sets several sliders at once, and the page asks for a preview at each."""
-    original = handlers.preview
+    original = handlers.front
 
-    def preview(loaded, spec, *views):
+    def front(loaded, spec, *views):
         if spec.branches == 7:
             time.sleep(0.5)
         return original(loaded, spec, *views)
 
-    monkeypatch.setattr(handlers, "preview", preview)
+    monkeypatch.setattr(handlers, "front", front)
     events = [
         join(app, "preview", preview_data(branches=branches), "link").json()["event_id"]
         for branches in (7, 9)
@@ -229,7 +240,7 @@ def test_a_slow_preview_is_not_shown_after_a_later_one(app, monkeypatch):
     "name", [None, 3, "", "/etc", "../..", "owner/absent", "<img src=x>", ["demo"], "x" * 10**6]
 )
 def test_loading_odd_names_through_the_page(app, name):
-    message = listen(app, "load", [name, None, 16, "stories", "stories"])
+    message = listen(app, "load", [name, None, 16, 16, "stories", "stories"])
     assert not message["success"]
     text = json.dumps(message["output"])
     assert not any(leak in text for leak in LEAKS), text
@@ -242,7 +253,7 @@ def test_loading_odd_names_through_the_page(app, name):
     ids=lambda value: str(value)[:10],
 )
 def test_odd_writing_orders_through_the_page(app, prompt, tokens, temperature):
-    message = listen(app, "write", [None, *SPEC, prompt, tokens, temperature])
+    message = listen(app, "write", [None, *SPEC, "stories", prompt, tokens, temperature, 0])
     assert not message["success"]
     text = json.dumps(message["output"])
     assert not any(leak in text for leak in LEAKS), text
@@ -250,10 +261,12 @@ def test_odd_writing_orders_through_the_page(app, prompt, tokens, temperature):
 
 @pytest.mark.parametrize(("tokens", "taken"), [(0, 16), (10**9, 256)])
 def test_a_slider_takes_a_number_beyond_its_end_as_the_end(app, tokens, taken):
-    message = listen(app, "write", [None, *SPEC, "Once", tokens, 99], session=f"end{tokens}")
+    values = [None, *SPEC, "stories", "Once", tokens, 99, 0]
+    message = listen(app, "write", values, session=f"end{tokens}")
     assert message["success"]
-    counts = re.findall(r"(\d+) tokens<", json.dumps(message["output"]["data"]))
-    assert counts and all(int(count) <= taken for count in counts)
+    for shown in message["output"]["data"][:2]:
+        written = unescape(re.sub("<[^>]*>", "", shown))
+        assert 0 < len(app.demo.tokenizer(written)["input_ids"]) <= 1.1 * taken + 4  # read anew
 
 
 @pytest.mark.parametrize(
