@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from urllib.parse import parse_qs, urlencode
 
 import gradio as gr
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe import ConversionSpec, UserError
-from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.core.routed.routers import ROUTERS
-from mlpmoe.explorer.expert_settings import OWN, show_spec
-from mlpmoe.explorer.expert_settings import check_shown as check_routed
-from mlpmoe.explorer.expert_settings import read_spec as read_routed
-from mlpmoe.explorer.links import LONGEST, TABS, Link, read_link
+from mlpmoe import PRESETS, ConversionSpec, UserError
+from mlpmoe.explorer.links import FORMER_TABS, LONGEST, START, TABS, Link, read_link
 from mlpmoe.explorer.opening import LOADED
-from mlpmoe.explorer.settings import EXPONENTS, MAX_BRANCHES, check_shown
+from mlpmoe.explorer.settings import check_shown, read_spec
 from mlpmoe.models import CATALOGUE, default_calibration
-from tests.core.specs import static_specs
-from tests.explorer.controls import Opened, opened_link
+from tests.explorer.controls import Opened, chosen, controls, opened_link
+from tests.explorer.drawn import specs
 
 HOSTILE = "<img src=//x.example/a.png onerror=alert(1)>"
 BEFORE = 16, 16, "stories", "stories"  # B, K and the texts, when another model is loaded
@@ -31,33 +25,8 @@ models = st.sampled_from(["demo", "qwen2.5-0.5b", "owner/name", "/a folder/ü & 
 tabs = st.none() | st.sampled_from(sorted(TABS))
 
 
-@st.composite
-def shown_static(draw):
-    """Any static spec that the page has controls for."""
-    spec = replace(draw(static_specs(MAX_BRANCHES)), seed=0)
-    if spec.fade_exponent is not None:
-        spec = replace(spec, fade_exponent=min(max(spec.fade_exponent, EXPONENTS[0]), EXPONENTS[1]))
-    return spec
-
-
-@st.composite
-def shown_routed(draw):
-    """Any routed spec that the controls of the tab Experts make."""
-    method = draw(st.sampled_from(sorted(ROUTED_METHODS)))
-    routers = st.sampled_from([OWN, *sorted(ROUTERS), "gate", "gate-norm"])
-    active = draw(st.floats(0.05, 1))
-    try:
-        return read_routed(
-            method, active, draw(st.integers(2, 128)), draw(st.floats(0, active)),
-            draw(st.booleans()), draw(routers), draw(st.sampled_from(["topk", "threshold"])),
-            draw(st.sampled_from(["none", "mean"])),
-        )  # fmt: skip
-    except UserError:
-        assume(False)
-
-
-@given(shown_static(), models, texts, tabs, calibrations)
-def test_every_static_spec_that_the_page_can_show_comes_back(spec, model, text, tab, calibration):
+@given(specs, models, texts, tabs, calibrations)
+def test_every_spec_that_the_page_can_show_comes_back(spec, model, text, tab, calibration):
     """With the calibration text, where one is looked at and another than the model's is chosen."""
     check_shown(spec)
     if not spec.needs_calibration or calibration == default_calibration(model):
@@ -69,16 +38,6 @@ def test_every_static_spec_that_the_page_can_show_comes_back(spec, model, text, 
     assert read_link(once) == (link, [])  # as the server of the page has it
 
 
-@given(shown_routed(), models, texts)
-def test_every_routed_spec_that_the_page_can_show_comes_back(spec, model, text):
-    assert read_link(Link(model, spec, text, "suggest").to_query()) == (
-        Link(model, spec, text, "suggest"), [],
-    )  # fmt: skip
-    found, notices = read_link(Link(model, spec, text).to_query())
-    assert (found, notices) == (Link(model, spec, text, "experts"), [])  # where it makes sense
-    assert read_routed(*show_spec(found.spec)) == spec
-
-
 @pytest.mark.parametrize(
     "spec",
     [
@@ -86,13 +45,14 @@ def test_every_routed_spec_that_the_page_can_show_comes_back(spec, model, text):
         ConversionSpec(method="moefication", seed=3),
         ConversionSpec(method="expertweaver", tau=0.5),
         ConversionSpec(method="expertweaver", profile="absolute"),
-        ConversionSpec(method="cmoe", progressive=True),
+        ConversionSpec(method="neurons", active=0.01),
+        ConversionSpec(order="random", seed=1),
     ],
     ids=ConversionSpec.to_query,
 )
-def test_routed_specs_without_a_control_are_refused(spec):
-    with pytest.raises(UserError, match=r"at most 128 experts|no control"):
-        check_routed(spec)
+def test_specs_without_a_control_are_refused(spec):
+    with pytest.raises(UserError, match=r"at most 128 experts|no control|at least 0.05"):
+        check_shown(spec)
     link, notices = read_link(spec.to_query())
     assert link == Link()
     assert "default settings" in notices[0]
@@ -103,6 +63,12 @@ def test_a_person_can_read_a_link():
     assert Link("demo", spec, "proxy", "tokens").to_query() == (
         "model=demo&branches=32&fade=0.9&keep=24&text=proxy&tab=tokens"
     )
+
+
+def test_what_is_said_nowhere_is_a_conversion():
+    """A page without a link shows what it is about, and not a model as it was."""
+    assert read_link("model=demo&tab=runs")[0].spec == START == PRESETS["Fractal Fade (paper)"]
+    assert read_link("branches=16")[0].spec == ConversionSpec()  # said, so it is not faded
 
 
 def test_an_empty_link_has_the_defaults():
@@ -141,7 +107,7 @@ def test_names_of_hosts_are_passed_over():
         ({"active": "nan", "method": "cmoe"}, "active"),
         ({"method": HOSTILE}, "method must be one of"),
         ({"branches": HOSTILE}, "branches must be a number"),
-        ({"seed": "1"}, "no other seed"),
+        ({"seed": "1", "order": "random"}, "no control for seed"),
         ({"branches": "65"}, "at most 64"),
         ({"experts": "8"}, "does not belong"),
     ],
@@ -157,7 +123,7 @@ def test_what_cannot_be_followed_is_said_once_and_left_at_its_default(query, sai
 
 def test_the_rest_of_a_broken_link_is_followed():
     link, notices = read_link("model=owner/name&fade=much&text=proxy&tab=tokens")
-    assert link == Link("owner/name", ConversionSpec(), "proxy", "tokens")
+    assert link == Link("owner/name", START, "proxy", "tokens")
     assert len(notices) == 1
     link, notices = read_link("branches=8&tab=nowhere")
     assert link == Link(spec=ConversionSpec(branches=8))
@@ -220,28 +186,39 @@ def test_texts_that_the_server_has_are_chosen(opening, visitor, notices):
 def test_a_link_opens_its_tab(opening, visitor, notices):
     for tab in TABS:
         assert opened(opening, visitor, tab=tab).tab == gr.update(selected=tab)
-    assert opened(opening, visitor, tab="branches", branches="8").tab == gr.update(
-        selected="branches"
-    )
     assert opened(opening, visitor).tab == gr.skip()
     assert notices == []
     assert opened(opening, visitor, tab="nowhere").tab == gr.skip()
     assert len(notices) == 1
 
 
-def test_a_routed_link_sets_the_controls_of_the_experts(opening, visitor, notices):
+@pytest.mark.parametrize("name", FORMER_TABS)
+def test_links_of_before_open_where_that_is_now(name):
+    link, notices = read_link(f"branches=8&tab={name}")
+    assert notices == []
+    assert link.tab in (None, *TABS)
+    assert name not in TABS
+    assert (link.tab is None) == (name == "generations")  # which is on the first screen
+
+
+def test_a_routed_link_sets_the_controls(opening, visitor, notices):
     spec = ConversionSpec(method="cmoe", experts=8, active=0.5, shared=0.125)
     query = {name: values[0] for name, values in parse_qs(spec.to_query()).items()}
     found = opened(opening, visitor, **query)
-    assert set(map(str, found.static[:-1])) == {str(gr.skip())}
-    assert read_routed(*found.routed) == spec
-    assert found.tab == gr.update(selected="experts")
+    values = chosen((*found.controls.values(), found.share))
+    assert read_spec(values) == spec
+    # those of static branches stay as they are
+    assert found.controls["branches"] == found.controls["fade"] == gr.skip()
+    assert values == controls(
+        method="cmoe", experts=8, active=0.5, own_share=False, shared=0.125
+    )  # fmt: skip
+    assert found.tab == gr.skip()
     assert notices == []
 
 
 def test_a_link_to_another_model_of_the_list_is_loaded_first(opening, visitor, notices):
     found = opened(opening, visitor, model=CATALOGUE[1].key, branches="8", text="proxy")
-    assert found.static[-1] == gr.skip()  # the page is filled in once the model is there
+    assert found.share == gr.skip()  # the page is filled in once the model is there
     expected = Link(CATALOGUE[1].key, ConversionSpec(branches=8), "proxy")
     assert read_link(found.taken) == (expected, [])
     assert found.model == found.name == gr.skip()
@@ -263,10 +240,10 @@ def test_a_taken_run_of_another_model_is_loaded_and_then_restored(
     *_, (status, key, *_) = opening.load_taken(taken, "demo", *BEFORE)
     assert "gateless" in status
     assert key == str(gateless_folder)
-    name, text, calibration, *shown = opening.restore_taken(taken, key)
-    assert (name, text["value"]) == (key, "proxy")
+    name, text, calibration, *shown, tab = opening.restore_taken(taken, key)
+    assert (name, text["value"], tab) == (key, "proxy", gr.skip())
     assert calibration["value"] == "prose"  # of the model's kind
-    assert (shown[0]["value"], shown[2]["value"]) == (6, 3)
+    assert read_spec(chosen(tuple(shown))) == spec
     assert notices == []
     (step,) = opening.load_taken(taken, key, *BEFORE)  # now it is there
     assert step == (gr.skip(),) * LOADED

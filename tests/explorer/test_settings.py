@@ -16,17 +16,12 @@ from hypothesis import strategies as st
 from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.compensation import COMPENSATIONS
-from mlpmoe.core.order import ORDERS
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.core.routed.routers import ROUTERS
-from mlpmoe.core.schedule import SCHEDULES
-from mlpmoe.core.scores import SCORES
-from mlpmoe.core.spec import ALLOCATIONS, MAX_FADE, PROJECTIONS
+from mlpmoe.core.spec import ALLOCATIONS
 from mlpmoe.explorer import settings
 from mlpmoe.explorer.convert_panel import (
     ALLOCATION_CHOICES,
     AWAY,
-    UNIT_CHOICES,
     convert_panel,
     method_choices,
     show_method,
@@ -37,9 +32,6 @@ from mlpmoe.explorer.settings import (
     ARRIVING,
     AS_THEY_ARE,
     CONTROLS,
-    LEAST_ACTIVE,
-    MAX_BRANCHES,
-    MAX_EXPERTS,
     OWN,
     Share,
     arriving,
@@ -54,52 +46,14 @@ from mlpmoe.explorer.settings import (
 from mlpmoe.measure.families import expected_shares
 from tests.explorer.calibrated import direct
 from tests.explorer.controls import UNTOUCHED, Previewed, chosen, controls, preview_values
+from tests.explorer.drawn import (
+    all_settings,
+    branch_counts,
+    routed_settings_of_the_page,
+    settings_of_the_page,
+    specs,
+)
 from tests.tiny import VOCABULARY, tiny_model
-
-branch_counts = st.integers(1, 48)  # of the tiny model's 48 neurons
-UNITS = [unit for _, unit in UNIT_CHOICES]
-
-
-@st.composite
-def settings_of_the_page(draw):
-    """Anything that a visitor can set, as the page sends it."""
-    branches = draw(branch_counts)
-    return {
-        "branches": branches,
-        "fade": draw(st.one_of(st.just(0.0), st.just(0), st.floats(0, MAX_FADE))),
-        "keep": draw(st.integers(1, MAX_BRANCHES)),
-        "compensation": draw(st.sampled_from(list(COMPENSATIONS))),
-        "order": draw(st.sampled_from(list(ORDERS))),
-        "fade_schedule": draw(st.sampled_from(list(SCHEDULES))),
-        "fade_exponent": draw(st.floats(0.25, 8)),
-        "fade_projections": draw(st.permutations(PROJECTIONS))[: draw(st.integers(1, 3))],
-        "fade_score": draw(st.sampled_from(list(SCORES))),
-        "fade_unit": draw(st.sampled_from([*UNITS, "3:7"])),
-        "allocation": draw(st.sampled_from(ALLOCATIONS)),
-        "progressive": draw(st.booleans()),
-        "spared": draw(st.sampled_from(["", "0"])),
-    }
-
-
-@st.composite
-def routed_settings_of_the_page(draw):
-    """The same for routed methods; a router may be left over from another method."""
-    return {
-        "method": draw(st.sampled_from(sorted(ROUTED_METHODS))),
-        "active": draw(st.floats(LEAST_ACTIVE, 1)),
-        "experts": draw(st.integers(2, MAX_EXPERTS)),
-        "shared": draw(st.floats(0, 0.95)),
-        "own_share": draw(st.booleans()),
-        "router": draw(st.sampled_from([OWN, *sorted(ROUTERS), "gate", "gate-norm"])),
-        "selection": draw(st.sampled_from(["topk", "threshold"])),
-        "fill": draw(st.sampled_from(["none", "mean"])),
-        "progressive": draw(st.booleans()),
-        "spared": draw(st.sampled_from(["", "1", "0, 1"])),
-    }
-
-
-all_settings = settings_of_the_page() | routed_settings_of_the_page()
-specs = all_settings.map(lambda values: read_spec(controls(**values)))
 
 
 def test_every_field_has_a_control_or_is_refused():
