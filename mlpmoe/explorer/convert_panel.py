@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from ..core.choices import ALLOCATIONS, unit_choices
 from ..core.compensation import COMPENSATIONS
 from ..core.order import ORDERS
 from ..core.presets import PRESETS
+from ..core.registry import choices
 from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import MAX_FADE, PROJECTIONS
@@ -21,17 +23,6 @@ from .sliders import LimitedSlider, OpenSlider
 from .texts import calibration_choices, text_choices
 
 CUSTOM = "custom"
-UNIT_CHOICES = [
-    ("single weights (MLPMoE)", "weight"),
-    ("whole neurons", "neuron"),
-    ("2 of every 4 weights", "2:4"),
-    ("4 of every 8 weights", "4:8"),
-    ("1 of every 4 weights", "1:4"),
-]
-ALLOCATION_CHOICES = [
-    ("the same in every layer", "uniform"),
-    ("by each layer's output error *", "sensitivity"),
-]
 
 
 @dataclass(frozen=True)
@@ -86,12 +77,12 @@ def convert_panel() -> ConvertPanel:
         stop = gr.Button("Stop", min_width=80, elem_id="stop-measuring")
     with gr.Accordion("More: every stage, in order", open=False, elem_id="more"):
         order = gr.Dropdown(
-            _choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
+            choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
             info="decides which are in the first branches, and so which K keeps",
             filterable=False, elem_id="order",
         )  # fmt: skip
         fade_unit = gr.Dropdown(
-            UNIT_CHOICES, value="weight", label="2 · Fade: what is removed",
+            unit_choices(), value="weight", label="2 · Fade: what is removed",
             info="whole neurons save compute; “of every” fixes the share, without Fade",
             allow_custom_value=True, elem_id="fade-unit",
         )  # fmt: skip
@@ -100,7 +91,7 @@ def convert_panel() -> ConvertPanel:
             info="whole neurons go from all three", elem_id="fade-projections",
         )  # fmt: skip
         fade_schedule = gr.Dropdown(
-            [(about, name) for name, about in SCHEDULES.items()], value="linear",
+            choices(SCHEDULES), value="linear",
             label="Fade: how branches share the zeros",
             info="all schedules ask for the same number in all",
             filterable=False, elem_id="fade-schedule",
@@ -110,15 +101,15 @@ def convert_panel() -> ConvertPanel:
             info="1 is equal steps; more: the last branches lose most", elem_id="fade-exponent",
         )  # fmt: skip
         fade_score = gr.Dropdown(
-            _choices(SCORES), value="magnitude", label="Fade: which weights go first",
+            choices(SCORES), value="magnitude", label="Fade: which weights go first",
             info="SparseGPT also changes those that stay", filterable=False, elem_id="fade-score",
         )  # fmt: skip
         allocation = gr.Radio(
-            ALLOCATION_CHOICES, value="uniform", label="3 · K (or Fade) per layer",
+            choices(ALLOCATIONS), value="uniform", label="3 · K (or Fade) per layer",
             info="the mean over the layers stays", elem_id="allocation",
         )  # fmt: skip
         compensation = gr.Dropdown(
-            _choices(COMPENSATIONS), value="sqrt", label="4 · Compensation",
+            choices(COMPENSATIONS), value="sqrt", label="4 · Compensation",
             info="how what stays makes up for what is lost",
             filterable=False, elem_id="compensation",
         )  # fmt: skip
@@ -165,11 +156,3 @@ def convert_panel() -> ConvertPanel:
         fade_projections, fade_score, fade_unit, allocation, progressive, calibration, text,
         own_text, use_text, use_calibration, own_file, measure, stop, link, snippet,
     )  # fmt: skip
-
-
-def _choices(registry: dict) -> list[tuple[str, str]]:
-    """Labels and names; a star marks what needs a calibration text."""
-    return [
-        (f"{choice.about} *" if choice.calibrated else choice.about, name)
-        for name, choice in registry.items()
-    ]

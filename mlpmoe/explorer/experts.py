@@ -36,20 +36,6 @@ from .workbench import Workbench
 BUDGETS = (0.875, 0.75, 0.5)  # active shares of the comparison that comes with the demo model
 LOAD_TOKENS = 512  # of that text, for the load of experts
 SHOWN_POINTS = 12  # measured here, the latest
-ABOUT = {
-    "expertweaver": "Groups neurons whose gates react alike over the samples of the calibration "
-    "text; layers share more or less, by how much their neurons vary.",
-    "cmoe": "Shares the neurons that are most often among the strongest, groups the others by the "
-    "tokens they are strong on; one neuron stands for each expert as its router.",
-    "moefication": "Groups neurons with similar weights; a token goes to the nearest groups.",
-    "coactivation": "Groups neurons that are strong on the same tokens; the router is fitted to "
-    "the experts' output. Made in this project from the parts of the others.",
-    "contiguous": "MLPMoE's branches as they are stored, with a router over them: what its paper "
-    "leaves to future work.",
-    "random": "Neurons at random: the floor that every clustering has to beat.",
-    "neurons": "The gate is computed in full and picks single neurons, so there are no experts: "
-    "up and down run for the picked ones only. A third of the MLP is always computed.",
-}
 
 
 class ExpertHandlers:
@@ -70,7 +56,7 @@ class ExpertHandlers:
         method = settings[0]
         has_experts = "experts" in ROUTED_METHODS[method].fields
         return (
-            ABOUT[method],
+            ROUTED_METHODS[method].about,
             shown,
             gr.update(interactive=has_experts),
             tradeoff(points(loaded)),

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from ..core.choices import SELECTIONS
+from ..core.compensation import FILLS
+from ..core.registry import choices
 from ..core.routed import ROUTED_METHODS
+from ..core.routed.routers import ROUTERS
 from .events import MODEL_QUEUE, QUIET, readable
 from .expert_settings import DEFAULT_SHARED, MAX_EXPERTS, OWN
 from .sliders import LimitedSlider
@@ -17,15 +21,6 @@ if TYPE_CHECKING:
 
 EMPTY = "<p>Choose a method and press <strong>Convert and measure</strong>.</p>"
 MAX_CALIBRATION = 1_000_000  # characters
-METHOD_CHOICES = [(method.label, name) for name, method in ROUTED_METHODS.items()]
-ROUTER_CHOICES = [
-    ("the method's own", OWN),
-    ("mean gate row (ExpertWeaver)", "centroid"),
-    ("nearest weights (MoEfication)", "similarity"),
-    ("fitted by least squares", "regression"),
-    ("oracle: a bound, saves nothing", "oracle"),
-    ("neurons: |gate| × ‖down‖", "gate-norm"),
-]
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,8 @@ def experts_panel() -> ExpertsPanel:
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             method = gr.Dropdown(
-                METHOD_CHOICES, value="expertweaver", label="Method", filterable=False,
-                elem_id="method",
+                choices(ROUTED_METHODS, star=""), value="expertweaver", label="Method",
+                filterable=False, elem_id="method",
             )  # fmt: skip
             about = gr.Markdown("", elem_id="method-about")
             active = LimitedSlider(
@@ -105,15 +100,16 @@ def experts_panel() -> ExpertsPanel:
                     info="counts if the box above is not ticked",
                 )  # fmt: skip
                 router = gr.Dropdown(
-                    ROUTER_CHOICES, value=OWN, label="Router", filterable=False, elem_id="router"
-                )
+                    [("the method's own", OWN), *choices(ROUTERS, star="")], value=OWN,
+                    label="Router", filterable=False, elem_id="router",
+                )  # fmt: skip
                 selection = gr.Radio(
-                    [("the best k", "topk"), ("all above a threshold", "threshold")],
-                    value="topk", label="Which experts run", elem_id="selection",
+                    choices(SELECTIONS, star=""), value="topk", label="Which experts run",
+                    elem_id="selection",
                 )  # fmt: skip
                 fill = gr.Radio(
-                    [("nothing", "none"), ("their mean output", "mean")],
-                    value="none", label="What stands in for the others", elem_id="fill",
+                    choices(FILLS, star=""), value="none", label="What stands in for the others",
+                    elem_id="fill",
                 )  # fmt: skip
                 calibration = gr.Radio(
                     [("ours", "ours"), ("own text", OWN)],

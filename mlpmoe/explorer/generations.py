@@ -13,9 +13,9 @@ import gradio as gr
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..measure.generation import Writing, parted_at, write_side_by_side
+from ..measure.words import in_short
 from ..models.catalogue import DEMO_KEY
 from .asked import Calibrated, spec_of
-from .cards import describe
 from .generations_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, QUESTIONS, STORIES
 from .loaded import LoadedModel
 from .settings import parted, read_asked
@@ -63,7 +63,7 @@ class GenerationHandlers:
             now = monotonic()
             if now - shown > 1 / UPDATES_PER_SECOND:
                 shown = now
-                yield *_texts(writings), f"<p>writing with {describe(spec)} …</p>"
+                yield *_texts(writings), f"<p>writing with {in_short(spec)} …</p>"
             if now - started > WRITING_SECONDS:
                 gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
                 break
@@ -111,7 +111,7 @@ def writing_report(loaded: LoadedModel, spec: ConversionSpec, writings: tuple[Wr
             f"They differ from token {at + 1} on: dense writes <code>{first}</code>, "
             f"converted <code>{second}</code>."
         )
-    return f"<p>Written with {escape(describe(spec))}. {parting}</p><table>{rows}</table>"
+    return f"<p>Written with {escape(in_short(spec))}. {parting}</p><table>{rows}</table>"
 
 
 def _texts(writings: tuple[Writing, ...]) -> tuple[str, ...]:

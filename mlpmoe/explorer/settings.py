@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.errors import UserError
-from ..core.schedule import DEFAULT_EXPONENT
+from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from .asked import Conversion
 from .loaded import LoadedModel
@@ -171,7 +171,8 @@ def settle(
 
 def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
     """Which of fade and its power can be set beside these choices."""
-    return gr.update(interactive=fade_unit in UNITS), gr.update(visible=fade_schedule == "power")
+    takes = SCHEDULES[fade_schedule].exponent is not None
+    return gr.update(interactive=fade_unit in UNITS), gr.update(visible=takes)
 
 
 def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

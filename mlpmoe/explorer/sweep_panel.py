@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from ..core.choices import ALLOCATIONS, unit_choices
 from ..core.compensation import COMPENSATIONS
 from ..core.order import ORDERS
+from ..core.registry import choices
 from ..core.schedule import SCHEDULES
 from ..core.scores import SCORES
-from ..core.spec import ALLOCATIONS
 from .events import MODEL_QUEUE, QUIET, readable
 
 if TYPE_CHECKING:
@@ -23,26 +25,26 @@ WRITTEN = {
     "fade": ("Fade", "0", "such as 0, 0.5 or 0:0.9:0.3"),
     "keep": ("K", "all, 75%, 50%", "all, a number, or a share of B"),
 }
+# field of the spec -> label, what gives labels and names, first values
 CHOSEN = {
-    "order": ("Order", [(o.about, name) for name, o in ORDERS.items()], ["contiguous"]),
+    "order": ("Order", partial(choices, ORDERS), ["contiguous"]),
     "fade_projections": (
         "Fade: matrices",
-        ["gate-up", "gate-up-down", "up-down", "gate-down", "gate", "up", "down"],
+        lambda: ["gate-up", "gate-up-down", "up-down", "gate-down", "gate", "up", "down"],
         ["gate-up"],
     ),
     "fade_schedule": (
         "Fade: schedule",
-        [(about, name) for name, about in SCHEDULES.items() if name != "power"],
+        # there is no field for an exponent
+        lambda: choices({n: s for n, s in SCHEDULES.items() if s.exponent is None}),
         ["linear"],
     ),
-    "fade_score": ("Fade: score", [(s.about, name) for name, s in SCORES.items()], ["magnitude"]),
-    "fade_unit": ("Fade: unit", ["weight", "neuron", "2:4", "4:8", "1:4"], ["weight"]),
-    "allocation": ("Allocation", list(ALLOCATIONS), ["uniform"]),
-    "progressive": ("Layer by layer", [("no", "false"), ("yes", "true")], ["false"]),
-    "compensation": (
-        "Compensation", [(c.about, name) for name, c in COMPENSATIONS.items()], ["sqrt"]
-    ),
-}  # fmt: skip
+    "fade_score": ("Fade: score", partial(choices, SCORES), ["magnitude"]),
+    "fade_unit": ("Fade: unit", unit_choices, ["weight"]),
+    "allocation": ("Allocation", partial(choices, ALLOCATIONS), ["uniform"]),
+    "progressive": ("Layer by layer", lambda: [("no", "false"), ("yes", "true")], ["false"]),
+    "compensation": ("Compensation", partial(choices, COMPENSATIONS), ["sqrt"]),
+}
 FIELDS = (*WRITTEN, *CHOSEN)
 
 
@@ -74,10 +76,10 @@ def sweep_panel() -> SweepPanel:
         with gr.Accordion("Other stages", open=False), gr.Row():
             chosen = [
                 gr.Dropdown(
-                    choices, value=value, multiselect=True, label=label, min_width=260,
+                    found(), value=value, multiselect=True, label=label, min_width=260,
                     elem_id=f"sweep-{name.replace('_', '-')}",
                 )
-                for name, (label, choices, value) in CHOSEN.items()
+                for name, (label, found, value) in CHOSEN.items()
             ]  # fmt: skip
         plan = gr.HTML("", elem_id="sweep-plan")
         with gr.Row():

@@ -17,7 +17,6 @@ from mlpmoe.explorer.expert_figures import coloured_tokens, load_plot, split_plo
 from mlpmoe.explorer.expert_plots import Point, expert_load, shared_split, tradeoff
 from mlpmoe.explorer.expert_settings import read_spec
 from mlpmoe.explorer.experts import (
-    ABOUT,
     ExpertHandlers,
     best_static,
     shipped_points,
@@ -53,7 +52,7 @@ def last(steps):
 
 @pytest.mark.parametrize("method", ROUTED_METHODS)
 def test_every_method_is_explained_and_measured(tab, method):
-    assert ABOUT[method].endswith(".")
+    assert ROUTED_METHODS[method].about.endswith(".")
     status, result, figure, details, load, split, _, tokens, new = last(
         tab.measure("demo", 0, *settings(method))
     )
@@ -170,7 +169,7 @@ def test_what_is_measured_on_our_stories_becomes_a_run_and_its_code_is_shown(tab
 
 def test_settings_that_do_not_go_together_do_not_break_the_description(tab):
     about, code, _, _ = tab.describe("demo", *settings("cmoe", router="gate-norm"))
-    assert about == ABOUT["cmoe"]
+    assert about == ROUTED_METHODS["cmoe"].about
     assert code.startswith("# router must be one of")
 
 

@@ -44,7 +44,7 @@ def shown_static(draw):
 def shown_routed(draw):
     """Any routed spec that the controls of the tab Experts make."""
     method = draw(st.sampled_from(sorted(ROUTED_METHODS)))
-    routers = st.sampled_from([OWN, *sorted(ROUTERS), "gate", "gate-norm"])
+    routers = st.sampled_from([OWN, *sorted(ROUTERS)])
     active = draw(st.floats(0.05, 1))
     try:
         return read_routed(

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec, UserError, convert
 from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.choices import ALLOCATIONS, unit_choices
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.order import ORDERS
 from mlpmoe.core.schedule import SCHEDULES
 from mlpmoe.core.scores import SCORES
-from mlpmoe.core.spec import ALLOCATIONS, MAX_FADE, PROJECTIONS
+from mlpmoe.core.spec import MAX_FADE, PROJECTIONS
 from mlpmoe.explorer import settings
-from mlpmoe.explorer.convert_panel import ALLOCATION_CHOICES, UNIT_CHOICES, convert_panel
+from mlpmoe.explorer.convert_panel import convert_panel
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.settings import (
     ARRIVING,
@@ -44,7 +45,7 @@ from tests.explorer.controls import UNTOUCHED, chosen, controls, preview_values
 from tests.tiny import VOCABULARY, tiny_model
 
 branch_counts = st.integers(1, 48)  # of the tiny model's 48 neurons
-UNITS = [unit for _, unit in UNIT_CHOICES]
+UNITS = [unit for _, unit in unit_choices()]
 
 
 @st.composite
@@ -62,7 +63,7 @@ def settings_of_the_page(draw):
         "fade_projections": draw(st.permutations(PROJECTIONS))[: draw(st.integers(1, 3))],
         "fade_score": draw(st.sampled_from(list(SCORES))),
         "fade_unit": draw(st.sampled_from([*UNITS, "3:7"])),
-        "allocation": draw(st.sampled_from(ALLOCATIONS)),
+        "allocation": draw(st.sampled_from(list(ALLOCATIONS))),
         "progressive": draw(st.booleans()),
     }
 
@@ -74,7 +75,6 @@ def test_every_control_is_a_field_once():
     assert len(set(CONTROLS)) == len(CONTROLS) == len(UNTOUCHED)
     assert set(CONTROLS) <= set(ConversionSpec().to_dict())
     assert set(FADE_FIELDS) <= set(CONTROLS)
-    assert [choice for _, choice in ALLOCATION_CHOICES] == list(ALLOCATIONS)
 
 
 def test_untouched_controls_are_the_defaults(tiny):
