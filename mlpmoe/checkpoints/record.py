@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from ..core.choices import METHODS
 from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..measure.encoding import EncodedText, windows
@@ -249,4 +250,4 @@ def _spared(spec: ConversionSpec | None) -> str:
 
 
 def _method(spec: ConversionSpec | None) -> str:
-    return spec.routed.label if spec and spec.routed else "MLPMoE"
+    return METHODS[spec.method].label if spec else "MLPMoE"

@@ -10,18 +10,9 @@ from urllib.parse import parse_qsl
 
 from ..checkpoints.record import read_spec_file
 from ..core.calibration import MAX_TOKENS, MIN_SAMPLES, SAMPLE_TOKENS
-from ..core.compensation import COMPENSATIONS, FILLS
-from ..core.order import ORDERS
-from ..core.routed.routers import ROUTERS
-from ..core.schedule import SCHEDULES
-from ..core.scores import SCORES
-from ..core.spec import (
-    ALLOCATIONS,
-    METHODS,
-    PROFILES,
-    SELECTIONS,
-    ConversionSpec,
-)
+from ..core.choices import REGISTRIES
+from ..core.compensation import FILLS
+from ..core.spec import ConversionSpec
 from ..core.written import flag_of
 from ..measure.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS
@@ -29,31 +20,30 @@ from ..models import CALIBRATIONS, TEXTS
 MODEL_HELP = (
     "short name, hub id, folder, or a GGUF file: its path, or owner/name/FILE.gguf on the hub"
 )
-SPEC_FLAGS = {  # field -> its placeholder, and what a person needs to know beside the name
-    "method": ("NAME", f"method of conversion: {', '.join(METHODS)}"),
+# field -> its placeholder, and what a person needs to know beside the name; the names of choices
+# are those of the registries
+SPEC_FLAGS = {
+    "method": ("NAME", "method of conversion: {choices}"),
     "branches": ("B", "branches per MLP"),
-    "order": ("NAME", f"which neurons come first: {', '.join(ORDERS)}"),
+    "order": ("NAME", "which neurons come first: {choices}"),
     "fade": (
         "S",
         "Fractal Fade strength: branch i loses its smallest min(1, S·i/B) of gate and up",
     ),
-    "fade_schedule": ("NAME", f"how branches share the zeros: {', '.join(SCHEDULES)}"),
-    "fade_exponent": ("P", "of the schedule power"),
+    "fade_schedule": ("NAME", "how branches share the zeros: {choices}"),
+    "fade_exponent": ("P", "of a schedule that takes one, such as power"),
     "fade_projections": ("NAMES", "matrices that fade zeroes, such as gate-up-down"),
-    "fade_score": ("NAME", f"which weights go first: {', '.join(SCORES)}"),
-    "fade_unit": ("UNIT", "what goes: weight, neuron, or n:m such as 2:4"),
+    "fade_score": ("NAME", "which weights go first: {choices}"),
+    "fade_unit": ("UNIT", "what goes: {choices}, or n:m such as 2:4"),
     "keep": ("K", "only the first K branches stay"),
-    "allocation": ("NAME", f"K or fade per layer: {', '.join(ALLOCATIONS)}"),
-    "compensation": (
-        "NAME",
-        f"static: {', '.join(COMPENSATIONS)}; sqrt is √(B/K). Routed: {', '.join(FILLS)}",
-    ),
+    "allocation": ("NAME", "K or fade per layer: {choices}"),
+    "compensation": ("NAME", "static: {choices}; sqrt is √(B/K). Routed: {fills}"),
     "experts": ("N", "experts per MLP, shared ones included"),
     "active": ("SHARE", "routed: share of the neurons that run for a token"),
     "shared": ("SHARE", "share of the neurons that always run, or auto (expertweaver)"),
-    "router": ("NAME", f"what scores the experts: {', '.join(ROUTERS)}; neurons: gate, gate-norm"),
-    "selection": ("NAME", f"which scores win: {', '.join(SELECTIONS)}"),
-    "profile": ("NAME", f"gate activations that expertweaver averages: {', '.join(PROFILES)}"),
+    "router": ("NAME", "what scores experts, or with gate and gate-norm neurons: {choices}"),
+    "selection": ("NAME", "which scores win: {choices}"),
+    "profile": ("NAME", "gate activations that expertweaver averages: {choices}"),
     "tau": ("T", "coefficient of variation of a specialised neuron (expertweaver)"),
     "spared": ("LAYERS", "layers kept dense, numbered from 0, such as 0,11 (in a sweep 0+11)"),
     "progressive": ("BOOL", "calibrate each layer on the converted layers before it"),
@@ -136,6 +126,8 @@ def add_spec(parser: argparse.ArgumentParser, file: bool = True) -> None:
         default = {"keep": "all"}.get(field.name, "the method's")
         default = default if field.default is None else field.default
         placeholder, meaning = SPEC_FLAGS.get(field.name, ("VALUE", field.name))
+        known = ", ".join(REGISTRIES.get(field.name, ()))
+        meaning = meaning.format(choices=known, fills=", ".join(FILLS))
         group.add_argument(
             f"--{flag_of(field.name)}",
             default=argparse.SUPPRESS,

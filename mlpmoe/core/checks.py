@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Container
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,8 +22,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
+def known(value: Any, allowed: Container[str]) -> bool:
+    """Whether it is one of the names; it may be anything."""
+    return isinstance(value, str) and value in allowed
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    if not known(value, allowed):
         raise SpecError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}.")
 
 

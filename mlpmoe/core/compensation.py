@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import sqrt
 
 import torch
@@ -12,31 +12,50 @@ from torch import Tensor
 from .activations import LayerActivations
 from .mlps import MLPWeights
 from .order import damped
+from .registry import Choice
 from .stopping import may_stop
 
 
 @dataclass(frozen=True)
-class Compensation:
-    """A way to compensate; `about` says it in a line."""
+class Compensation(Choice):
+    """A way to compensate."""
 
-    about: str
+    _: KW_ONLY
     alpha: Callable[[int, int], float] = lambda branches, keep: 1.0  # α of every kept branch
-    calibrated: bool = False  # whether it looks at activations
 
 
-COMPENSATIONS = {
+COMPENSATIONS: dict[str, Compensation] = {
     # MLPMoE, section 3.3: preserves the variance of the sum of branches if their outputs are
     # uncorrelated with zero mean
-    "sqrt": Compensation("× √(B/K) (MLPMoE)", lambda branches, keep: sqrt(branches / keep)),
+    "sqrt": Compensation(
+        "× √(B/K) (MLPMoE)", "scales what stays by √(B/K)", short="× √(B/K)",
+        alpha=lambda branches, keep: sqrt(branches / keep),
+    ),
     # right if all branches said the same
-    "ratio": Compensation("× B/K", lambda branches, keep: branches / keep),
-    "none": Compensation("none"),
-    "alpha": Compensation("a fitted α per branch", calibrated=True),
-    "mean": Compensation("mean as a bias (FLAP)", calibrated=True),
-    "refit": Compensation("down refitted, and a bias", calibrated=True),
-}
-# what stands in for the experts that a router leaves out: nothing, or the mean of their output
-FILLS = ("none", "mean")
+    "ratio": Compensation(
+        "× B/K", "scales what stays by B/K", alpha=lambda branches, keep: branches / keep
+    ),
+    "none": Compensation("none", "leaves what stays as it is", short="not compensated"),
+    "alpha": Compensation(
+        "a fitted α per branch", "fits a factor for every branch", short="fitted α",
+        calibrated=True,
+    ),
+    "mean": Compensation(
+        "mean as a bias (FLAP)", "adds the mean of what is lost as a bias",
+        short="mean as a bias", calibrated=True,
+    ),
+    "refit": Compensation(
+        "down refitted, and a bias", "fits down again by least squares",
+        short="down refitted", calibrated=True,
+    ),
+}  # fmt: skip
+FILLS = {  # what stands in for the experts that a router leaves out
+    "none": Choice("nothing", "lets nothing stand in for experts that do not run"),
+    "mean": Choice(
+        "their mean output", "lets the mean output of experts that do not run stand in for them",
+        short="mean output of the others", calibrated=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

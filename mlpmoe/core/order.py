@@ -7,13 +7,14 @@ dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .activations import LayerActivations
 from .mlps import MLPWeights
+from .registry import Choice
 from .stopping import may_stop
 
 COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken out of the matrices
@@ -22,12 +23,12 @@ DAMPING = 1e-2  # of the mean variance, added to all: few tokens leave the covar
 
 
 @dataclass(frozen=True)
-class Order:
-    """How to sort the neurons of an MLP; `about` says it in a line."""
+class Order(Choice):
+    """How to sort the neurons of an MLP."""
 
+    _: KW_ONLY
     rank: Callable[[MLPWeights, LayerActivations | None, int], Tensor] | None  # None: as stored
-    about: str
-    calibrated: bool = False  # whether it looks at activations
+    seeded: bool = False  # whether it draws
 
 
 def at_random(weights: MLPWeights, layer: LayerActivations | None, seed: int) -> Tensor:
@@ -93,14 +94,28 @@ def _largest_first(score: Tensor) -> Tensor:
     return score.cpu().argsort(descending=True, stable=True)
 
 
-ORDERS = {
-    "contiguous": Order(None, "as stored (MLPMoE)"),
-    "random": Order(at_random, "shuffled"),
-    "norm": Order(by_norm, "long weight vectors first"),
-    "activation": Order(by_activation, "most active first", calibrated=True),
-    "fluctuation": Order(by_fluctuation, "most varying first (FLAP)", calibrated=True),
+ORDERS: dict[str, Order] = {
+    "contiguous": Order(
+        "as stored (MLPMoE)", "as they are stored", short="as stored", rank=None
+    ),
+    "random": Order(
+        "shuffled", "in random order", short="random order", rank=at_random, seeded=True
+    ),
+    "norm": Order(
+        "long weight vectors first", "those with the longest weights first", short="norm order",
+        rank=by_norm,
+    ),
+    "activation": Order(
+        "most active first", "the most active first", short="activation order",
+        rank=by_activation, calibrated=True,
+    ),
+    "fluctuation": Order(
+        "most varying first (FLAP)", "the most varying first", short="fluctuation order",
+        rank=by_fluctuation, calibrated=True,
+    ),
     "least-squares": Order(
-        by_least_squares, "hardest to replace first", calibrated=True
+        "hardest to replace first", "those hardest to make up for first",
+        short="least-squares order", rank=by_least_squares, calibrated=True,
     ),
 }  # fmt: skip
 

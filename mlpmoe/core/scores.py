@@ -7,7 +7,7 @@ A matrix is (outputs, inputs). Branches are groups of its outputs (gate and up) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,26 +16,31 @@ from torch import Tensor
 from .errors import SpecError
 from .fade import fade_projection
 from .order import damped
+from .registry import Choice
 from .stopping import may_stop
 
 BLOCK = 128  # inputs whose mask SparseGPT chooses at a time
 
 
 @dataclass(frozen=True)
-class Score:
-    """A way to choose weights; `about` says it in a line, `neurons` is the order that ranks whole
-    neurons likewise."""
+class Score(Choice):
+    """A way to choose weights."""
 
-    about: str
-    neurons: str
-    calibrated: bool = False  # whether it looks at activations
+    _: KW_ONLY
+    neurons: str  # the order that ranks whole neurons likewise
 
 
-SCORES = {
-    "magnitude": Score("small ones (MLPMoE)", "norm"),
-    "wanda": Score("small on small inputs (Wanda)", "fluctuation", calibrated=True),
-    "sparsegpt": Score("least missed (SparseGPT)", "least-squares", calibrated=True),
-}
+SCORES: dict[str, Score] = {
+    "magnitude": Score("small ones (MLPMoE)", "the smallest", neurons="norm"),
+    "wanda": Score(
+        "small on small inputs (Wanda)", "the smallest on small inputs (Wanda)",
+        neurons="fluctuation", calibrated=True,
+    ),
+    "sparsegpt": Score(
+        "least missed (SparseGPT)", "those the others make up for best (SparseGPT)",
+        neurons="least-squares", calibrated=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .checks import check_choice, integer, layer_numbers, pattern, real, shown
+from .checks import check_choice, integer, known, layer_numbers, pattern, real, shown
+from .choices import ALLOCATIONS, METHODS, PROFILES, SELECTIONS, UNITS
 from .compensation import COMPENSATIONS, FILLS
 from .errors import SpecError
 from .order import ORDERS
@@ -14,31 +15,19 @@ from .routed import ROUTED_METHODS, RoutedMethod
 from .routed.expertweaver import AUTO
 from .routed.partition import expert_count
 from .routed.routers import ROUTERS
-from .schedule import DEFAULT_EXPONENT, SCHEDULES, branch_sparsities
+from .schedule import SCHEDULES, branch_sparsities
 from .scores import SCORES
 from .written import Written
 
-METHODS = ("mlpmoe", *ROUTED_METHODS)
 COMMON_FIELDS = ("compensation", "spared")  # that every method uses
-MAX_FADE = 2.0  # at 2 the last half of the branches is empty; beyond, only branch 0 would be left
-STATIC_FIELDS = (
-    "branches", "order", "fade", "fade_schedule", "fade_exponent", "fade_projections",
-    "fade_score", "fade_unit", "keep", "allocation", "progressive", "seed",
-)  # fmt: skip
-ROUTED_FIELDS = (
-    "experts", "active", "shared", "router", "selection", "profile", "tau", "progressive", "seed",
-)  # fmt: skip
 FADE_CHOICES = (
     "fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit",
 )  # fmt: skip
-SELECTIONS = ("topk", "threshold")
-PROFILES = ("signed", "absolute")
+MAX_FADE = 2.0  # at 2 the last half of the branches is empty; beyond, only branch 0 would be left
 MAX_SEED = 2**32 - 1
 MAX_TAU = 1000.0
 MAX_EXPONENT = 100.0
 PROJECTIONS = ("gate", "up", "down")
-UNITS = ("weight", "neuron")  # beside n:m, such as 2:4
-ALLOCATIONS = ("uniform", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +128,16 @@ class ConversionSpec(Written):
         set_field(self, "fade", real("fade", self.fade, 0, MAX_FADE))
         check_choice("fade_schedule", self.fade_schedule, SCHEDULES)
         check_choice("fade_score", self.fade_score, SCORES)
-        if self.fade_schedule == "power":
-            exponent = DEFAULT_EXPONENT if self.fade_exponent is None else self.fade_exponent
+        usual = SCHEDULES[self.fade_schedule].exponent
+        if usual is not None:
+            exponent = usual if self.fade_exponent is None else self.fade_exponent
             set_field(self, "fade_exponent", real("fade_exponent", exponent, 0, MAX_EXPONENT))
             if self.fade_exponent == 0:
                 raise SpecError("fade_exponent must be more than 0.")
         elif self.fade_exponent is not None:
+            whose = " or ".join(n for n, s in SCHEDULES.items() if s.exponent is not None)
             raise SpecError(
-                f"fade_exponent belongs to the schedule power, not to {self.fade_schedule}."
+                f"fade_exponent belongs to the schedule {whose}, not to {self.fade_schedule}."
             )
         names = self.fade_projections.split("-") if isinstance(self.fade_projections, str) else [""]
         if not set(names) <= set(PROJECTIONS):
@@ -160,7 +151,7 @@ class ConversionSpec(Written):
                 "a neuron is a row of gate and up and a column of down: with fade_unit neuron "
                 "leave fade_projections alone."
             )
-        if self.fade_unit not in UNITS:
+        if not known(self.fade_unit, UNITS):
             n, m = pattern(self.fade_unit)
             set_field(self, "fade_unit", f"{n}:{m}")
             if self.fade or self.fade_schedule != "linear":
@@ -213,12 +204,12 @@ class ConversionSpec(Written):
             return (
                 routed.calibrated
                 or self.progressive
-                or self.selection == "threshold"
-                or self.compensation == "mean"
+                or SELECTIONS[self.selection].calibrated
+                or FILLS[self.compensation].calibrated
                 or bool(self.shared)
-                or (self.router in ROUTERS and ROUTERS[self.router].calibrated)
+                or ROUTERS[self.router].calibrated
             )
-        return self.looks_at_activations or self.allocation != "uniform"
+        return self.looks_at_activations or ALLOCATIONS[self.allocation].calibrated
 
     @property
     def looks_at_activations(self) -> bool:
@@ -297,7 +288,7 @@ class ConversionSpec(Written):
         kept = self.kept if self.allocation == "uniform" else self.branches
         shares = branch_sparsities(self.branches, self.fade, self.fade_schedule, self.fade_exponent)
         fades = self.pattern is not None or any(shares[:kept])
-        idle = {"seed"} if self.order != "random" else set()
+        idle = set() if ORDERS[self.order].seeded else {"seed"}
         if not fades:
             idle |= {"fade", *FADE_CHOICES}
         if whole:
@@ -333,14 +324,15 @@ def without_idle(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a spec's fields without those that it would refuse as of no use beside the
     others: for who offers all fields at a time. SpecError for what is wrong anyway."""
     left = dict(values)
-    if left.get("method") in ROUTED_METHODS:
+    if known(left.get("method"), ROUTED_METHODS):
         return left
     unit, idle = left.get("fade_unit", "weight"), set()
-    if unit not in UNITS:  # n:m fixes the share of zeros
+    if not known(unit, UNITS):  # n:m fixes the share of zeros
         idle |= {"fade", "fade_schedule", "fade_exponent"}
     if unit == "neuron":
         idle.add("fade_projections")
-    if left.get("fade_schedule") != "power":
+    schedule = left.get("fade_schedule", "linear")
+    if known(schedule, SCHEDULES) and SCHEDULES[schedule].exponent is None:
         idle.add("fade_exponent")
     left = {name: value for name, value in left.items() if name not in idle}
     if left.get("progressive") is True:
@@ -355,5 +347,4 @@ def _default(name: str) -> Any:
 
 def fields_of(method: str) -> tuple[str, ...]:
     """The fields of the spec that a method uses, beside method."""
-    own = ROUTED_METHODS[method].fields if method in ROUTED_METHODS else STATIC_FIELDS
-    return COMMON_FIELDS + own
+    return COMMON_FIELDS + METHODS[method].fields

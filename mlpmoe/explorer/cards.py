@@ -14,19 +14,9 @@ from ..measure.notation import change, count, difference, number, signed_percent
 from ..measure.parameters import ParameterReport
 from ..measure.perplexity import Perplexity
 from ..measure.speed import SpeedReport
-from ..measure.words import spared_in_words
 from .loaded import LoadedModel
 from .structure import Zeros
 from .texts import text_name
-
-COMPENSATION_NAMES = {
-    "sqrt": "× √(B/K)",
-    "ratio": "× B/K",
-    "none": "not compensated",
-    "alpha": "fitted α",
-    "mean": "mean as a bias",
-    "refit": "down refitted",
-}
 
 
 @dataclass(frozen=True)
@@ -49,25 +39,6 @@ class Card:
             f'<p class="difference">{escape(self.difference)}</p>'
             f'<p class="note">{escape(self.note)}</p></section>'
         )
-
-
-def describe(spec: ConversionSpec) -> str:
-    """A spec in one short line, e.g. "B 16 · fade 0.90 · K 12, × √(B/K)"."""
-    fade = f"fade {spec.fade:.2f}"
-    if spec.pattern:
-        fade = f"{spec.fade_unit} zeros"
-    elif spec.fade and spec.fade_unit == "neuron":
-        fade += " by neurons"
-    parts = [f"B {spec.branches}", fade, f"K {spec.kept}"]
-    if spec.kept < spec.branches:
-        parts[-1] += f", {COMPENSATION_NAMES[spec.compensation]}"
-    elif spec.fades and spec.fits:
-        parts.append(COMPENSATION_NAMES[spec.compensation])
-    if spec.order != "contiguous":
-        parts.append(f"{spec.order} order")
-    if spec.spared:
-        parts.append(spared_in_words(spec))
-    return " · ".join(parts)
 
 
 def perplexity_card(evaluation: Evaluation, text: str, window: int | None = None) -> Card:

@@ -3,14 +3,18 @@ which the stages run."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import gradio as gr
 
-from ..core.compensation import COMPENSATIONS
+from ..core.choices import ALLOCATIONS, METHODS, SELECTIONS, unit_choices
+from ..core.compensation import COMPENSATIONS, FILLS
 from ..core.order import ORDERS
 from ..core.presets import PRESETS
+from ..core.registry import choices
 from ..core.routed import ROUTED_METHODS
+from ..core.routed.routers import ROUTERS
 from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.scores import SCORES
 from ..core.spec import MAX_FADE, PROJECTIONS
@@ -33,38 +37,6 @@ from .texts import calibration_choices, text_choices
 
 CUSTOM = "custom"
 AWAY = "away"  # the class of what is not seen, but stays in the page with its values
-STATIC_ABOUT = "the same branches for every token, as in the paper"
-METHOD_ABOUT = {
-    "mlpmoe": STATIC_ABOUT,
-    "expertweaver": "groups neurons whose gates react alike over samples of text",
-    "cmoe": "groups neurons that are strong on the same tokens, one stands for each as its router",
-    "moefication": "groups neurons with similar weights; a token goes to the nearest groups",
-    "coactivation": "groups neurons that are strong together; the router is fitted",
-    "contiguous": "the paper's branches as stored, with a router over them",
-    "random": "neurons at random: what every clustering has to beat",
-    "neurons": "no experts: the gate is computed in full and picks single neurons",
-}
-ROUTER_CHOICES = [
-    ("the method's own", OWN),
-    ("mean gate row (ExpertWeaver)", "centroid"),
-    ("nearest weights (MoEfication)", "similarity"),
-    ("one neuron for each expert (CMoE)", "representative"),
-    ("fitted by least squares *", "regression"),
-    ("oracle: a bound, saves nothing", "oracle"),
-    ("neurons: |gate|", "gate"),
-    ("neurons: |gate| × ‖down‖", "gate-norm"),
-]
-UNIT_CHOICES = [
-    ("single weights (MLPMoE)", "weight"),
-    ("whole neurons", "neuron"),
-    ("2 of every 4 weights", "2:4"),
-    ("4 of every 8 weights", "4:8"),
-    ("1 of every 4 weights", "1:4"),
-]
-ALLOCATION_CHOICES = [
-    ("the same in every layer", "uniform"),
-    ("by each layer's output error *", "sensitivity"),
-]
 
 
 @dataclass(frozen=True)
@@ -115,8 +87,8 @@ def convert_panel() -> ConvertPanel:
     """The controls in one column; those of static and of routed methods stand in the same place."""
     made: dict[str, object] = {}
     made["method"] = gr.Dropdown(
-        method_choices(), value="mlpmoe", label="Method", info=STATIC_ABOUT, filterable=False,
-        elem_id="method",
+        choices(METHODS), value="mlpmoe", label="Method", info=METHODS["mlpmoe"].about,
+        filterable=False, elem_id="method",
     )  # fmt: skip
     made["preset"] = gr.Dropdown(
         [*PRESETS, CUSTOM], label="Preset", filterable=False, elem_id="preset"
@@ -148,19 +120,16 @@ def convert_panel() -> ConvertPanel:
     return ConvertPanel(**made, static=tuple(static), routed=tuple(routed))
 
 
-def method_choices() -> list[tuple[str, str]]:
-    """Labels and names; a star marks what needs a calibration text."""
-    routed = [
-        (f"{method.label} *" if method.calibrated else method.label, name)
-        for name, method in ROUTED_METHODS.items()
-    ]
-    return [("MLPMoE: static branches", "mlpmoe"), *routed]
+def router_choices(allowed: Collection[str] | None = None) -> list[tuple[str, str]]:
+    """Labels and names of these routers, or of all; first the one that the method has by itself."""
+    named = {n: router for n, router in ROUTERS.items() if allowed is None or n in allowed}
+    return [("the method's own", OWN), *choices(named)]
 
 
 def show_method(method: str, anew: bool = False) -> tuple:
     """What is said of the method; whether the columns of static and of routed methods are seen;
     which sliders and routers it has. anew: with its authors' settings."""
-    routed = ROUTED_METHODS.get(method)
+    routed, about = ROUTED_METHODS.get(method), METHODS[method].about if method in METHODS else ""
     seen = {True: True, False: "hidden"}
     columns = [
         gr.update(elem_classes=[name, *([] if here else [AWAY])])
@@ -168,16 +137,15 @@ def show_method(method: str, anew: bool = False) -> tuple:
         for name in ("sliders", "stages")
     ]
     if routed is None:
-        return gr.update(info=METHOD_ABOUT.get(method, "")), *columns, *(gr.skip(),) * 4
-    visible, allowed = seen["experts" in routed.fields], (OWN, *routed.routers)
-    routers = [(label, name) for label, name in ROUTER_CHOICES if name in allowed]
+        return gr.update(info=about), *columns, *(gr.skip(),) * 4
+    visible = seen["experts" in routed.fields]
     experts = routed.defaults.get("experts", USUAL_EXPERTS)
     return (
-        gr.update(info=METHOD_ABOUT.get(method, "")), *columns,
+        gr.update(info=about), *columns,
         gr.update(visible=visible, **({"value": experts} if anew else {})),
         gr.update(visible=visible),
         gr.update(visible=visible, **({"value": True} if anew else {})),
-        gr.update(choices=routers, **({"value": OWN} if anew else {})),
+        gr.update(choices=router_choices(routed.routers), **({"value": OWN} if anew else {})),
     )  # fmt: skip
 
 
@@ -221,12 +189,12 @@ def _routed_sliders() -> dict[str, object]:
 def _static_stages() -> dict[str, object]:
     return {
         "order": gr.Dropdown(
-            _choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
+            choices(ORDERS), value="contiguous", label="1 · Order of the neurons",
             info="decides which are in the first branches, and so which K keeps",
             filterable=False, elem_id="order",
         ),
         "fade_unit": gr.Dropdown(
-            UNIT_CHOICES, value="weight", label="2 · Fade: what is removed",
+            unit_choices(), value="weight", label="2 · Fade: what is removed",
             info="whole neurons save compute; “of every” fixes the share, without Fade",
             allow_custom_value=True, elem_id="fade-unit",
         ),
@@ -235,7 +203,7 @@ def _static_stages() -> dict[str, object]:
             info="whole neurons go from all three", elem_id="fade-projections",
         ),
         "fade_schedule": gr.Dropdown(
-            [(about, name) for name, about in SCHEDULES.items()], value="linear",
+            choices(SCHEDULES), value="linear",
             label="Fade: how branches share the zeros",
             info="all schedules ask for the same number in all",
             filterable=False, elem_id="fade-schedule",
@@ -245,15 +213,15 @@ def _static_stages() -> dict[str, object]:
             info="1 is equal steps; more: the last branches lose most", elem_id="fade-exponent",
         ),
         "fade_score": gr.Dropdown(
-            _choices(SCORES), value="magnitude", label="Fade: which weights go first",
+            choices(SCORES), value="magnitude", label="Fade: which weights go first",
             info="SparseGPT also changes those that stay", filterable=False, elem_id="fade-score",
         ),
         "allocation": gr.Radio(
-            ALLOCATION_CHOICES, value="uniform", label="3 · K (or Fade) per layer",
+            choices(ALLOCATIONS), value="uniform", label="3 · K (or Fade) per layer",
             info="the mean over the layers stays", elem_id="allocation",
         ),
         "compensation": gr.Dropdown(
-            _choices(COMPENSATIONS), value="sqrt", label="4 · Compensation",
+            choices(COMPENSATIONS), value="sqrt", label="4 · Compensation",
             info="how what stays makes up for what is lost",
             filterable=False, elem_id="compensation",
         ),
@@ -263,16 +231,14 @@ def _static_stages() -> dict[str, object]:
 def _routed_stages() -> dict[str, object]:
     return {
         "router": gr.Dropdown(
-            ROUTER_CHOICES, value=OWN, label="Router", filterable=False, elem_id="router",
+            router_choices(), value=OWN, label="Router", filterable=False, elem_id="router",
             info="what scores the experts for a token",
         ),
         "selection": gr.Radio(
-            [("the best k", "topk"), ("all above a threshold *", "threshold")],
-            value="topk", label="Which experts run", elem_id="selection",
+            choices(SELECTIONS), value="topk", label="Which experts run", elem_id="selection",
         ),
         "fill": gr.Radio(
-            [("nothing", "none"), ("their mean output *", "mean")],
-            value="none", label="What stands in for the others", elem_id="fill",
+            choices(FILLS), value="none", label="What stands in for the others", elem_id="fill",
         ),
     }  # fmt: skip
 
@@ -334,11 +300,3 @@ def _sharing() -> dict[str, object]:
             interactive=False, lines=6, wrap_lines=True, show_line_numbers=False,
         )  # fmt: skip
     return {"link": link, "snippet": snippet}
-
-
-def _choices(registry: dict) -> list[tuple[str, str]]:
-    """Labels and names; a star marks what needs a calibration text."""
-    return [
-        (f"{choice.about} *" if choice.calibrated else choice.about, name)
-        for name, choice in registry.items()
-    ]

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
-from ..measure.words import in_words, spared_in_words
+from ..measure.words import in_short, in_words
 from ..models.catalogue import find_entry
-from .cards import describe
 from .preview import preset_name
 
 
 def short_recipe(spec: ConversionSpec) -> str:
     """In a few words, e.g. "B 16 · K 12, × √(B/K)" or "CMoE · 75 % active"."""
-    if not spec.routed:
-        return describe(spec).replace(" · fade 0.00", "")
-    parts = [ROUTED_METHODS[spec.method].label, f"{100 * spec.active:.3g} % active"]
-    if spec.experts:
-        parts.append(f"{spec.experts} experts")
-    if spec.selection == "threshold":
-        parts.append("threshold")
-    if spec.compensation == "mean":
-        parts.append("mean output of the others")
-    if spec.spared:
-        parts.append(spared_in_words(spec))
-    return " · ".join(parts)
+    return in_short(spec).replace(" · fade 0.00", "")
 
 
 def recipe_of(spec: ConversionSpec) -> str:

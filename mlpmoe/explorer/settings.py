@@ -14,7 +14,7 @@ import gradio as gr
 from ..core.checks import layer_numbers
 from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
-from ..core.schedule import DEFAULT_EXPONENT
+from ..core.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from .asked import Conversion
 from .loaded import LoadedModel
@@ -298,7 +298,8 @@ def _spared_share(loaded: LoadedModel, used: dict[str, Any]) -> float:
 
 def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
     """Which of fade and its power can be set beside these choices."""
-    return gr.update(interactive=fade_unit in UNITS), gr.update(visible=fade_schedule == "power")
+    takes = SCHEDULES[fade_schedule].exponent is not None
+    return gr.update(interactive=fade_unit in UNITS), gr.update(visible=takes)
 
 
 def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

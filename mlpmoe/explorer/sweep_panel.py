@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from ..core.compensation import COMPENSATIONS
+from ..core.choices import ALLOCATIONS, METHODS, SELECTIONS, unit_choices
+from ..core.compensation import COMPENSATIONS, FILLS
 from ..core.order import ORDERS
+from ..core.registry import choices
+from ..core.routed.routers import ROUTERS
 from ..core.schedule import SCHEDULES
 from ..core.scores import SCORES
-from ..core.spec import ALLOCATIONS
-from .convert_panel import ROUTER_CHOICES, method_choices
 from .events import MODEL_QUEUE, QUIET, readable
-from .settings import OWN
 
 if TYPE_CHECKING:
     from .sweeping import SweepHandlers
 
 # field of the spec -> label, first value, what to write; in the order of the stages
-METHODS = ("Method", method_choices(), ["mlpmoe"])
 WRITTEN = {
     "branches": ("B", "8, 16, 32", "such as 8, 16 or 4:32:4"),
     "fade": ("Fade", "0", "such as 0, 0.5 or 0:0.9:0.3"),
     "keep": ("K", "all, 75%, 50%", "all, a number, or a share of B"),
 }
+# field of the spec -> label, what gives labels and names, first values
 CHOSEN = {
-    "order": ("Order", [(o.about, name) for name, o in ORDERS.items()], ["contiguous"]),
+    "order": ("Order", partial(choices, ORDERS), ["contiguous"]),
     "fade_projections": (
         "Fade: matrices",
-        ["gate-up", "gate-up-down", "up-down", "gate-down", "gate", "up", "down"],
+        lambda: ["gate-up", "gate-up-down", "up-down", "gate-down", "gate", "up", "down"],
         ["gate-up"],
     ),
     "fade_schedule": (
         "Fade: schedule",
-        [(about, name) for name, about in SCHEDULES.items() if name != "power"],
+        # there is no field for an exponent
+        lambda: choices({n: s for n, s in SCHEDULES.items() if s.exponent is None}),
         ["linear"],
     ),
-    "fade_score": ("Fade: score", [(s.about, name) for name, s in SCORES.items()], ["magnitude"]),
-    "fade_unit": ("Fade: unit", ["weight", "neuron", "2:4", "4:8", "1:4"], ["weight"]),
-    "allocation": ("Allocation", list(ALLOCATIONS), ["uniform"]),
-    "progressive": ("Layer by layer", [("no", "false"), ("yes", "true")], ["false"]),
-    "compensation": (
-        "Compensation", [(c.about, name) for name, c in COMPENSATIONS.items()], ["sqrt"]
-    ),
-}  # fmt: skip
+    "fade_score": ("Fade: score", partial(choices, SCORES), ["magnitude"]),
+    "fade_unit": ("Fade: unit", unit_choices, ["weight"]),
+    "allocation": ("Allocation", partial(choices, ALLOCATIONS), ["uniform"]),
+    "progressive": ("Layer by layer", lambda: [("no", "false"), ("yes", "true")], ["false"]),
+    "compensation": ("Compensation", partial(choices, COMPENSATIONS), ["sqrt"]),
+}
 STATIC = (*WRITTEN, *CHOSEN)
 # the same of routed methods; what is left empty is the method's own choice
 ROUTED_WRITTEN = {
@@ -54,9 +55,9 @@ ROUTED_WRITTEN = {
     "shared": ("Shared share", "", "empty: the method’s own"),
 }
 ROUTED_CHOSEN = {
-    "router": ("Router", [(label, name) for label, name in ROUTER_CHOICES if name != OWN], []),
-    "selection": ("Selection", ["topk", "threshold"], ["topk"]),
-    "compensation": ("Output of the others", ["none", "mean"], ["none"]),
+    "router": ("Router", partial(choices, ROUTERS), []),
+    "selection": ("Selection", partial(choices, SELECTIONS), ["topk"]),
+    "compensation": ("Output of the others", partial(choices, FILLS), ["none"]),
 }
 ROUTED = (*ROUTED_WRITTEN, *ROUTED_CHOSEN)
 
@@ -78,7 +79,7 @@ def sweep_panel() -> SweepPanel:
             "plot and table as it comes. What is there already is not measured again, so a "
             "stopped sweep goes on where it was."
         )
-        methods = _chosen("method", *METHODS)
+        methods = _chosen("method", "Method", partial(choices, METHODS), ["mlpmoe"])
         gr.Markdown("Static branches (MLPMoE)")
         static = _fields(WRITTEN, CHOSEN, "sweep")
         gr.Markdown("Routed methods, if some are chosen")
@@ -111,10 +112,10 @@ def _fields(written: dict, chosen: dict, prefix: str) -> list[gr.Textbox | gr.Dr
 
 
 def _chosen(
-    name: str, label: str, choices: list, value: list, prefix: str = "sweep"
+    name: str, label: str, found: Callable[[], list], value: list, prefix: str = "sweep"
 ) -> gr.Dropdown:
     return gr.Dropdown(
-        choices, value=value, multiselect=True, label=label, min_width=260,
+        found(), value=value, multiselect=True, label=label, min_width=260,
         elem_id=f"{prefix}-{name.replace('_', '-')}",
     )  # fmt: skip
 

@@ -1,36 +1,15 @@
-"""A static spec in plain words."""
+"""A spec in words: as a sentence, or as a recipe in a line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.choices import ALLOCATIONS, METHODS, SELECTIONS
+from ..core.compensation import COMPENSATIONS, FILLS
+from ..core.order import ORDERS
+from ..core.schedule import SCHEDULES
+from ..core.scores import SCORES
 from ..core.spec import ConversionSpec
-
-ORDER_WORDS = {
-    "random": "in random order",
-    "norm": "those with the longest weights first",
-    "activation": "the most active first",
-    "fluctuation": "the most varying first",
-    "least-squares": "those hardest to make up for first",
-}
-SCORE_WORDS = {
-    "magnitude": "the smallest",
-    "wanda": "the smallest on small inputs (Wanda)",
-    "sparsegpt": "those the others make up for best (SparseGPT)",
-}
-SCHEDULE_WORDS = {
-    "linear": "more in later branches",
-    "uniform": "evenly in all branches",
-    "reverse": "more in earlier branches",
-    "power": "much more in later branches",
-}
-COMPENSATION_WORDS = {
-    "sqrt": "scales what stays by √(B/K)",
-    "ratio": "scales what stays by B/K",
-    "alpha": "fits a factor for every branch",
-    "mean": "adds the mean of what is lost as a bias",
-    "refit": "fits down again by least squares",
-}
 
 
 def in_words(spec: ConversionSpec) -> str:
@@ -38,31 +17,66 @@ def in_words(spec: ConversionSpec) -> str:
     parts = []
     drops = spec.kept < spec.branches
     if drops:
-        order = ORDER_WORDS.get(spec.order)
-        neurons = f" of neurons, {order}" if order else ", as they are stored"
-        parts.append(f"keeps {spec.kept} of {spec.branches} branches{neurons}")
+        order = ORDERS[spec.order]
+        neurons = "" if order.rank is None else " of neurons"
+        parts.append(f"keeps {spec.kept} of {spec.branches} branches{neurons}, {order.about}")
     if spec.pattern:
         n, m = spec.pattern
         parts.append(
             f"zeroes {n} of every {m} weights of {joined(spec.projections)}, {_first(spec)}"
         )
     elif spec.fade and spec.fade_unit == "neuron":
-        parts.append(f"drops whole neurons, {SCHEDULE_WORDS[spec.fade_schedule]}")
+        parts.append(f"drops whole neurons, {SCHEDULES[spec.fade_schedule].about}")
     elif spec.fade:
         parts.append(
-            f"zeroes weights of {joined(spec.projections)}, {SCHEDULE_WORDS[spec.fade_schedule]}, "
-            f"{_first(spec)}"
+            f"zeroes weights of {joined(spec.projections)}, "
+            f"{SCHEDULES[spec.fade_schedule].about}, {_first(spec)}"
         )
-    compensation = COMPENSATION_WORDS.get(spec.compensation)
-    if compensation and (drops or (spec.fits and parts)):
-        parts.append(compensation)
-    if spec.allocation == "sensitivity" and parts:
-        parts.append("takes less from layers that suffer more")
+    if spec.alpha != 1 or (spec.fits and parts):
+        parts.append(COMPENSATIONS[spec.compensation].about)
+    if spec.allocation != "uniform" and parts:
+        parts.append(ALLOCATIONS[spec.allocation].about)
     if spec.progressive:
         parts.append("calibrates layer by layer on the converted model")
     if spec.spared and parts:
         parts.append(spared_in_words(spec))
     return "; ".join(parts) or "cuts into branches and removes nothing"
+
+
+def in_short(spec: ConversionSpec) -> str:
+    """A spec in one short line, e.g. "B 16 · fade 0.90 · K 12, × √(B/K)" or "CMoE · 75 % active ·
+    8 experts"."""
+    parts = _routed_parts(spec) if spec.routed else _static_parts(spec)
+    if spec.spared:
+        parts.append(spared_in_words(spec))
+    return " · ".join(parts)
+
+
+def _static_parts(spec: ConversionSpec) -> list[str]:
+    fade = f"fade {spec.fade:.2f}"
+    if spec.pattern:
+        fade = f"{spec.fade_unit} zeros"
+    elif spec.fade and spec.fade_unit == "neuron":
+        fade += " by neurons"
+    parts = [f"B {spec.branches}", fade, f"K {spec.kept}"]
+    if spec.kept < spec.branches:
+        parts[-1] += f", {COMPENSATIONS[spec.compensation].short}"
+    elif spec.fades and spec.fits:
+        parts.append(COMPENSATIONS[spec.compensation].short)
+    if ORDERS[spec.order].rank is not None:
+        parts.append(ORDERS[spec.order].short)
+    return parts
+
+
+def _routed_parts(spec: ConversionSpec) -> list[str]:
+    parts = [METHODS[spec.method].short, f"{100 * spec.active:.3g} % active"]
+    if spec.experts:
+        parts.append(f"{spec.experts} experts")
+    if spec.selection != "topk":
+        parts.append(SELECTIONS[spec.selection].short)
+    if spec.compensation != "none":
+        parts.append(FILLS[spec.compensation].short)
+    return parts
 
 
 def spared_in_words(spec: ConversionSpec) -> str:
@@ -78,4 +92,4 @@ def joined(names: Sequence[str]) -> str:
 
 
 def _first(spec: ConversionSpec) -> str:
-    return f"{SCORE_WORDS[spec.fade_score]} first"
+    return f"{SCORES[spec.fade_score].about} first"

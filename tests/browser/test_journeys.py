@@ -304,8 +304,8 @@ def test_a_better_recipe_is_found_and_taken(open_page, take_picture):
     page.locator("#order input").wait_for()
     choose(page, "preset", "Keep 12 of 16, least squares *")
     wait_for_spec(page, branches=16, fade=0, keep=12)
-    wait_for_choice(page, "order", f"{ORDERS['least-squares'].about} *")
-    wait_for_choice(page, "compensation", f"{COMPENSATIONS['refit'].about} *")
+    wait_for_choice(page, "order", f"{ORDERS['least-squares'].label} *")
+    wait_for_choice(page, "compensation", f"{COMPENSATIONS['refit'].label} *")
     for card, old in untouched.items():
         wait_for_new_figure(page, card, old)
     wait_until_measured(page)

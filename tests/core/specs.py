@@ -3,12 +3,12 @@
 from hypothesis import strategies as st
 
 from mlpmoe.core.checks import MAX_PATTERN
+from mlpmoe.core.choices import ALLOCATIONS
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.order import ORDERS
 from mlpmoe.core.schedule import SCHEDULES
 from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import (
-    ALLOCATIONS,
     MAX_EXPONENT,
     MAX_FADE,
     MAX_SEED,
@@ -43,7 +43,7 @@ def static_specs(draw, max_branches=10**6):
         "fade_score": draw(st.sampled_from(sorted(SCORES))),
         "fade_unit": unit,
         "keep": draw(st.none() | st.integers(1, branches)),
-        "allocation": draw(st.sampled_from(ALLOCATIONS)),
+        "allocation": draw(st.sampled_from(list(ALLOCATIONS))),
         "order": draw(st.sampled_from(sorted(ORDERS))),
         "compensation": draw(st.sampled_from(sorted(COMPENSATIONS))),
         "seed": draw(st.integers(0, MAX_SEED)),

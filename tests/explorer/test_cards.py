@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec
-from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.explorer.cards import (
-    COMPENSATION_NAMES,
     Card,
     compute_card,
-    describe,
     mlp_share,
     nonzero_card,
     pending_perplexity_card,
@@ -105,37 +102,6 @@ def test_status_line_says_what_is_loaded(tiny, tiny_folder):
     assert f"{100 * tiny.report.mlp_total / tiny.report.total:.0f} % in MLPs" in text
     assert str(tiny_folder.parent) not in text
     assert mlp_share(tiny) == tiny.report.mlp_total / tiny.report.total
-
-
-@pytest.mark.parametrize(
-    ("spec", "text"),
-    [
-        (ConversionSpec(), "B 16 · fade 0.00 · K 16"),
-        (ConversionSpec(fade=0.9), "B 16 · fade 0.90 · K 16"),
-        (ConversionSpec(keep=12), "B 16 · fade 0.00 · K 12, × √(B/K)"),
-        (
-            ConversionSpec(branches=4, keep=1, compensation="none"),
-            "B 4 · fade 0.00 · K 1, not compensated",
-        ),
-        (ConversionSpec(fade=0.6, compensation="alpha"), "B 16 · fade 0.60 · K 16 · fitted α"),
-        (ConversionSpec(compensation="alpha"), "B 16 · fade 0.00 · K 16"),  # nothing to make up for
-        (ConversionSpec(fade_unit="2:4", compensation="none"), "B 16 · 2:4 zeros · K 16"),
-        (
-            ConversionSpec(fade=0.9, fade_unit="neuron", keep=12, compensation="mean"),
-            "B 16 · fade 0.90 by neurons · K 12, mean as a bias",
-        ),
-        (
-            ConversionSpec(order="least-squares", keep=12, compensation="refit"),
-            "B 16 · fade 0.00 · K 12, down refitted · least-squares order",
-        ),
-        (
-            ConversionSpec(branches=8, keep=2, compensation="ratio"),
-            "B 8 · fade 0.00 · K 2, × B/K",
-        ),
-    ],
-)
-def test_describe(spec, text):
-    assert describe(spec) == text
 
 
 def test_texts_have_names():
@@ -230,10 +196,6 @@ def test_compute_card():
         assert "saves no" in compute_card(DENSE, DENSE, spec).note
     neurons = ConversionSpec(fade=0.9, fade_unit="neuron")
     assert "zeros" not in compute_card(DENSE, DENSE, neurons).note
-
-
-def test_every_compensation_has_a_name():
-    assert set(COMPENSATION_NAMES) == set(COMPENSATIONS)
 
 
 def test_cards_of_a_conversion_to_come(tiny):

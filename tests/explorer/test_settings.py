@@ -20,10 +20,8 @@ from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.spec import ALLOCATIONS
 from mlpmoe.explorer import settings
 from mlpmoe.explorer.convert_panel import (
-    ALLOCATION_CHOICES,
     AWAY,
     convert_panel,
-    method_choices,
     show_method,
 )
 from mlpmoe.explorer.preview import preset_name
@@ -58,7 +56,6 @@ from tests.tiny import VOCABULARY, tiny_model
 
 def test_every_field_has_a_control_or_is_refused():
     assert len(set(CONTROLS)) == len(CONTROLS) == len(UNTOUCHED)
-    assert [choice for _, choice in ALLOCATION_CHOICES] == list(ALLOCATIONS)
     without = {"profile": "absolute", "tau": 0.5, "seed": 3}
     # what routed methods call compensation is another control than that of static ones
     assert {*CONTROLS, *without} == {f.name for f in fields(ConversionSpec)} | {"own_share", "fill"}

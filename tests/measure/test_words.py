@@ -6,13 +6,14 @@ import re
 import pytest
 from hypothesis import given
 
+from mlpmoe.core.choices import ALLOCATIONS
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.order import ORDERS
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.schedule import SCHEDULES
 from mlpmoe.core.scores import SCORES
-from mlpmoe.core.spec import ALLOCATIONS, ConversionSpec
-from mlpmoe.measure.words import in_words
+from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.measure.words import in_short, in_words
 from tests.core.specs import static_specs
 
 MATRICES = ("gate-up", "down", "gate-up-down")
@@ -129,3 +130,43 @@ def test_what_does_nothing_is_not_mentioned():
         spec = ConversionSpec(compensation=compensation, allocation="sensitivity")
         assert in_words(spec) == plain
     assert "scales" not in in_words(ConversionSpec(fade=0.5))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (ConversionSpec(), "B 16 · fade 0.00 · K 16"),
+        (ConversionSpec(fade=0.9), "B 16 · fade 0.90 · K 16"),
+        (ConversionSpec(keep=12), "B 16 · fade 0.00 · K 12, × √(B/K)"),
+        (
+            ConversionSpec(branches=4, keep=1, compensation="none"),
+            "B 4 · fade 0.00 · K 1, not compensated",
+        ),
+        (ConversionSpec(fade=0.6, compensation="alpha"), "B 16 · fade 0.60 · K 16 · fitted α"),
+        (ConversionSpec(compensation="alpha"), "B 16 · fade 0.00 · K 16"),  # nothing to make up for
+        (ConversionSpec(fade_unit="2:4", compensation="none"), "B 16 · 2:4 zeros · K 16"),
+        (
+            ConversionSpec(fade=0.9, fade_unit="neuron", keep=12, compensation="mean"),
+            "B 16 · fade 0.90 by neurons · K 12, mean as a bias",
+        ),
+        (
+            ConversionSpec(order="least-squares", keep=12, compensation="refit"),
+            "B 16 · fade 0.00 · K 12, down refitted · least-squares order",
+        ),
+        (
+            ConversionSpec(branches=8, keep=2, compensation="ratio"),
+            "B 8 · fade 0.00 · K 2, × B/K",
+        ),
+        (
+            ConversionSpec(keep=12, spared="3"),
+            "B 16 · fade 0.00 · K 12, × √(B/K) · layer 3 kept dense",
+        ),
+        (ConversionSpec(method="cmoe", active=0.5), "CMoE · 50 % active · 8 experts"),
+        (
+            ConversionSpec(method="neurons", selection="threshold", compensation="mean"),
+            "Neuron top-k · 75 % active · threshold · mean output of the others",
+        ),
+    ],
+)
+def test_a_recipe_in_a_line(spec, text):
+    assert in_short(spec) == text

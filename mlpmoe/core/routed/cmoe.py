@@ -48,6 +48,8 @@ def partition(request: Request) -> Partition:
 
 METHOD = RoutedMethod(
     label="CMoE",
+    about="Shares the neurons that are most often among the strongest, groups the others by the "
+    "tokens they are strong on; one neuron stands for each expert as its router.",
     source="arXiv 2502.04416",
     partition=partition,
     defaults={"experts": 8, "shared": 0.375, "router": "representative"},

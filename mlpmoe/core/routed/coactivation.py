@@ -29,6 +29,8 @@ def partition(request: Request) -> Partition:
 
 METHOD = RoutedMethod(
     label="Co-activation",
+    about="Groups neurons that are strong on the same tokens; the router is fitted to the experts' "
+    "output. Made in this project from the parts of the others.",
     source="this project",
     partition=partition,
     defaults={"experts": 64, "shared": 0.25, "router": "regression"},

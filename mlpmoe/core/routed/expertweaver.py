@@ -49,6 +49,8 @@ def partition(request: Request) -> Partition:
 
 METHOD = RoutedMethod(
     label="ExpertWeaver",
+    about="Groups neurons whose gates react alike over the samples of the calibration text; "
+    "layers share more or less, by how much their neurons vary.",
     source="arXiv 2602.15521",
     partition=partition,
     defaults={"experts": 64, "shared": AUTO, "router": "centroid"},

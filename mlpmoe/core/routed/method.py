@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
+from ..registry import Choice
 from .partition import Partition
 
 if TYPE_CHECKING:
@@ -33,16 +34,22 @@ class Request:
 
 
 @dataclass(frozen=True)
-class RoutedMethod:
+class Method(Choice):
+    """A method of conversion, and its settings."""
+
+    _: KW_ONLY
+    # of the spec, that it uses
+    fields: tuple[str, ...] = ("experts", "active", "shared", "router", "selection", "progressive")
+
+
+@dataclass(frozen=True)
+class RoutedMethod(Method):
     """A method by its parts: how neurons become experts, and its authors' choices."""
 
-    label: str
+    _: KW_ONLY
     source: str  # where it is described
     partition: Callable[[Request], Partition] | None  # None: chooses single neurons
     defaults: dict[str, Any]  # of the spec fields that are None until the method is known
     routers: tuple[str, ...] = ("centroid", "similarity", "regression", "oracle")
-    fields: tuple[str, ...] = field(  # of the spec that it uses
-        default=("experts", "active", "shared", "router", "selection", "progressive")
-    )
     calibrated: bool = True  # whether making the experts needs a calibration text
     layer_adaptive: bool = False  # whether it has a rule for the shared share of each layer

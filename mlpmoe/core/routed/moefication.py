@@ -23,6 +23,7 @@ def partition(request: Request) -> Partition:
 
 METHOD = RoutedMethod(
     label="MoEfication",
+    about="Groups neurons with similar weights; a token goes to the nearest groups.",
     source="arXiv 2110.01786",
     partition=partition,
     defaults={"experts": 64, "shared": 0.0, "router": "similarity"},

@@ -15,6 +15,8 @@ THRESHOLD_SCORES = 2**24  # scores that a threshold is taken from
 
 METHOD = RoutedMethod(
     label="Neuron top-k",
+    about="The gate is computed in full and picks single neurons, so there are no experts: up and "
+    "down run for the picked ones only. A third of the MLP is always computed.",
     source="AbsTopK-GLU (arXiv 2602.15521); CATS (arXiv 2404.08763) with a threshold",
     partition=None,
     defaults={"router": "gate"},

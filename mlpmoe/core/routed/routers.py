@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..activations import PRODUCT_ROWS, LayerActivations
 from ..mlps import MLPWeights
 from ..order import permute
+from ..registry import Choice
 from ..stopping import may_stop
 from .partition import Partition
 
@@ -94,11 +95,12 @@ class OracleRouter(nn.Module):
 
 
 @dataclass(frozen=True)
-class RouterChoice:
-    """A kind of router: how it is made, and whether it looks at activations."""
+class RouterChoice(Choice):
+    """A kind of router, and how it is made."""
 
-    make: Callable[[MLPWeights, Partition, LayerActivations | None], nn.Module]
-    calibrated: bool = False
+    _: KW_ONLY
+    # None: it scores single neurons, see neurons.py
+    make: Callable[[MLPWeights, Partition, LayerActivations | None], nn.Module] | None
 
 
 def centroid(
@@ -151,13 +153,33 @@ def oracle(
     return OracleRouter(permute(weights, partition.experts.flatten()), len(partition.experts))
 
 
-ROUTERS = {
-    "centroid": RouterChoice(centroid),
-    "similarity": RouterChoice(similarity),
-    "representative": RouterChoice(representative),
-    "regression": RouterChoice(regression, calibrated=True),
-    "oracle": RouterChoice(oracle),
-}
+ROUTERS: dict[str, RouterChoice] = {
+    "centroid": RouterChoice(
+        "mean gate row (ExpertWeaver)", "scores experts by the mean of their gate rows",
+        make=centroid,
+    ),
+    "similarity": RouterChoice(
+        "nearest weights (MoEfication)", "scores experts by how near their gate rows are",
+        make=similarity,
+    ),
+    "representative": RouterChoice(
+        "one neuron each (CMoE)", "scores experts by one neuron of each", make=representative
+    ),
+    "regression": RouterChoice(
+        "fitted by least squares", "scores experts by a fit to their output",
+        make=regression, calibrated=True,
+    ),
+    "oracle": RouterChoice(
+        "oracle: a bound, saves nothing", "scores experts by their output itself, a bound",
+        make=oracle,
+    ),
+    "gate": RouterChoice(
+        "neurons: |gate| (AbsTopK-GLU, CATS)", "scores neurons by their gate", make=None
+    ),
+    "gate-norm": RouterChoice(
+        "neurons: |gate| × ‖down‖", "scores neurons by gate and length of down", make=None
+    ),
+}  # fmt: skip
 
 
 def _first_rows(weights: MLPWeights) -> tuple[Tensor, Tensor | None]:

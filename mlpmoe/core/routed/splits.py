@@ -35,6 +35,8 @@ def random(request: Request) -> Partition:
 
 CONTIGUOUS = RoutedMethod(
     label="MLPMoE's branches, routed",
+    about="MLPMoE's branches as they are stored, with a router over them: what its paper leaves to "
+    "future work.",
     source="arXiv 2511.21089, future work",
     partition=contiguous,
     defaults={"experts": 16, "shared": 0.0, "router": "centroid"},
@@ -42,6 +44,7 @@ CONTIGUOUS = RoutedMethod(
 )
 RANDOM = RoutedMethod(
     label="Random split",
+    about="Neurons at random: the floor that every clustering has to beat.",
     source="arXiv 2406.16554",
     partition=random,
     defaults={"experts": 64, "shared": 0.0, "router": "centroid"},
