@@ -16,7 +16,6 @@ from mlpmoe.core.routed.splits import contiguous
 from mlpmoe.core.schedule import SCHEDULES, Schedule, branch_sparsities
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.explorer.convert_panel import convert_panel
-from mlpmoe.explorer.experts_panel import experts_panel
 from mlpmoe.explorer.run_words import recipe_of
 from mlpmoe.explorer.sweep_panel import sweep_panel
 from mlpmoe.measure.grid import grid
@@ -84,10 +83,11 @@ def test_a_new_routed_method_converts_and_is_swept_and_worded(halves):
 
 def test_the_page_offers_new_choices(steps, halves):
     with gr.Blocks():
-        panel, sweep, experts = convert_panel(), sweep_panel(), experts_panel()
+        panel, sweep = convert_panel(), sweep_panel()
     assert ("nothing, then all", "steps") in panel.fade_schedule.choices
-    assert any(("nothing, then all", "steps") in (c.choices or []) for c in sweep.values[3:])
-    assert ("Two halves", "halves") in experts.method.choices
+    assert ("Two halves", "halves") in panel.method.choices
+    swept = [choice for c in sweep.values if isinstance(c, gr.Dropdown) for choice in c.choices]
+    assert {("nothing, then all", "steps"), ("Two halves", "halves")} <= {*swept}
 
 
 @pytest.mark.parametrize("registry", [*REGISTRIES.values(), FILLS])

@@ -17,7 +17,6 @@ from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.core.spec import ALLOCATIONS
 from mlpmoe.explorer import settings
 from mlpmoe.explorer.convert_panel import (
     AWAY,
@@ -573,9 +572,9 @@ def test_the_budget_is_what_a_conversion_costs(tiny, gateless, change, gate):
 # the method
 
 
-def test_every_method_is_on_the_list_and_said_in_words():
-    names = [name for _, name in method_choices()]
-    assert names == ["mlpmoe", *ROUTED_METHODS]
+def test_every_method_is_said_in_words(panel):
+    names = [name for _, name in panel.method.choices]
+    assert {*names} == {"mlpmoe", *ROUTED_METHODS}
     said = [show_method(name)[0]["info"] for name in names]
     assert all(said) and len({*said}) == len(said)
 
