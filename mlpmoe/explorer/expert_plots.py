@@ -1,117 +1,18 @@
-"""Figures of routed experts: trade-off, load, shared share."""
+"""Figures of routed experts: shared share, and how much neurons vary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from ..measure.notation import change
-from .cost_plot import (
-    COST_TITLES,
-    LEGEND_ABOVE,
-    add_dense,
-    add_points,
-    error_bars,
-    increase_axis,
-    shown_increase,
-)
-from .plots import even_scale, finish, ticks
+from .plots import finish, ticks
 from .style import CONVERTED, GREY
 
-TRADEOFF_HEIGHT = 420  # pixels
-LOAD_HEIGHT = 320
-SPLIT_HEIGHT = 280
-MOST_COLUMNS = 64
+SPLIT_HEIGHT = 280  # pixels
 LOAD = ["#f3ece4", "#f0c394", "#e5954a", "#d9741a", "#8a4407"]  # never chosen to always chosen
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measured conversion in the trade-off plot."""
-
-    name: str
-    kind: str  # static, routed, bound or here
-    compute: float  # share of the dense MLPs' multiply-adds
-    ratio: float  # perplexity to dense
-    stderr: float
-
-
-# kind -> legend, colour, symbol. Static is what the paper's branches are; blue stays for dense.
-KINDS = {
-    "static": ("static", GREY, "square"),
-    "routed": ("routed", CONVERTED, "circle"),
-    "bound": ("oracle, a bound", CONVERTED, "circle-open"),
-    "here": ("measured here", CONVERTED, "star"),
-}
-
-
-def tradeoff(points: Sequence[Point]) -> go.Figure:
-    """Increase of perplexity against MLP compute. Logarithmic, or the best would lie on top of each
-    other; what is less than LEAST_INCREASE counts as that, dense included."""
-    figure = go.Figure()
-    for kind, (legend, colour, symbol) in KINDS.items():
-        some = [p for p in points if p.kind == kind]
-        add_points(
-            figure,
-            [100 * p.compute for p in some],
-            [shown_increase(p.ratio) for p in some],
-            errors_y=error_bars([100 * p.stderr for p in some], colour=colour),
-            texts=[
-                f"{p.name}<br>perplexity {change(p.ratio, p.stderr)}"
-                f"<br>{100 * p.compute:.1f} % of the MLP multiply-adds"
-                for p in some
-            ],
-            colour=colour, symbol=symbol, size=15 if kind == "here" else 9, name=legend,
-            marker={"line": {"color": "#ffffff" if kind == "here" else colour, "width": 1}},
-        )  # fmt: skip
-    add_dense(figure)
-    finish(figure, TRADEOFF_HEIGHT)
-    figure.update_layout(
-        xaxis={"title": COST_TITLES["compute"], "range": [15, 105]},
-        yaxis=increase_axis([point.ratio for point in points]),
-        **LEGEND_ABOVE,
-    )
-    return figure
-
-
-def expert_load(loads: Sequence[Tensor], shared: Sequence[int], single_neurons: bool) -> go.Figure:
-    """Heat map layer × expert: share of the tokens that run it; shared experts run for all.
-
-    loads: per layer, of the routed experts. Single neurons are sorted by load and averaged over
-    groups, as there are too many.
-    """
-    rows = []
-    for load, always in zip(loads, shared, strict=True):
-        values = torch.cat([torch.ones(always), load])
-        if single_neurons:
-            groups = values.sort(descending=True).values.tensor_split(MOST_COLUMNS)
-            values = torch.stack([group.mean() for group in groups if len(group)])
-        rows.append((100 * values).tolist())
-    width = max(map(len, rows))
-    what = "neurons, busiest first, in groups" if single_neurons else "expert, shared ones first"
-    figure = go.Figure(
-        go.Heatmap(
-            z=[row + [None] * (width - len(row)) for row in rows],
-            colorscale=even_scale(LOAD),
-            zmin=0,
-            zmax=100,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "tokens"}, "ticksuffix": " %", "thickness": 12},
-            hovertemplate="layer %{y}, no. %{x}<br>runs for %{z:.1f} % of tokens<extra></extra>",
-        )
-    )
-    finish(figure, LOAD_HEIGHT)
-    figure.update_layout(
-        xaxis={"title": what, **ticks(width, 8), "showgrid": False},
-        margin={"l": 76},
-        yaxis={"title": "layer", **ticks(len(rows), 8), "autorange": "reversed", "showgrid": False},
-    )
-    return figure
 
 
 def shared_split(

@@ -7,13 +7,11 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 import torch
-from torch import Tensor
 
 from ..measure.magnitudes import Magnitudes
 from .style import CONVERTED, DAMAGE, GREY, GRID
 
 RIDGES_HEIGHT = 520  # pixels; fixed, so the page does not jump
-HEAT_HEIGHT = 320
 RIDGE_REACH = 0.95  # how far the tallest ridge rises, in rows
 Point = tuple[float | None, float | None, str]
 
@@ -86,31 +84,6 @@ def branch_histograms(
         yaxis={"title": "branch", "range": [branches - 0.5, -1], **ticks(branches, 16)},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hovermode="closest",
-    )
-    return figure
-
-
-def branches_left(left: Tensor, what: str) -> go.Figure:
-    """Heat map layer x branch of the share that is lost; left: (layers, B), 0 to 1."""
-    layers, branches = left.shape
-    lost = (1 - left).clamp(0, 1)
-    figure = go.Figure(
-        go.Heatmap(
-            z=(100 * lost).tolist(),
-            colorscale=even_scale(DAMAGE),
-            zmin=0,
-            zmax=100,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "lost"}, "ticksuffix": " %", "thickness": 12},
-            hovertemplate="layer %{y}, branch %{x}<br>%{z:.1f} % of "
-            f"{what} lost<extra></extra>",
-        )
-    )
-    finish(figure, HEAT_HEIGHT)
-    figure.update_layout(
-        xaxis={"title": "branch", **ticks(branches, 8), "showgrid": False},
-        yaxis={"title": "layer", **ticks(layers, 8), "autorange": "reversed", "showgrid": False},
     )
     return figure
 

@@ -91,7 +91,7 @@ def test_no_handler_of_the_page_can_clear_what_is_shown(workbench, monkeypatch):
                 # in a thread: Playwright leaves its own loop running in this one
                 assert thread.submit(asyncio.run, leaves_all(page, fn)).result(), fn.name
     assert names >= {
-        "open_link", "load", "load_taken", "measure_live", "measure", "write", "measure_static",
+        "open_link", "load", "load_taken", "measure_live", "measure", "write", "write_by_itself",
         "suggest", "sweep", "compare", "make", "push",
     }  # fmt: skip
 

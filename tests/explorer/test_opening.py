@@ -10,12 +10,33 @@ import gradio as gr
 import pytest
 
 from mlpmoe import PRESETS, ConversionSpec, UserError
+from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
 from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.opening import LOADED
-from mlpmoe.explorer.settings import CONTROLS, MAX_BRANCHES, Share, arriving, read_spec
-from tests.explorer.controls import chosen, controls, opened_link, preview_values, settings
+from mlpmoe.explorer.links import Link
+from mlpmoe.explorer.opening import LOADED, OpeningHandlers
+from mlpmoe.explorer.settings import (
+    AS_THEY_ARE,
+    CONTROLS,
+    MAX_BRANCHES,
+    OWN,
+    STATIC,
+    Share,
+    arriving,
+    read_spec,
+    show_spec,
+)
+from tests.explorer.controls import (
+    UNTOUCHED,
+    Previewed,
+    chosen,
+    controls,
+    opened_link,
+    preview_values,
+    settings,
+)
+from tests.tiny import save_tiny_model
 
 SKIPPED = gr.skip()
 
@@ -26,22 +47,35 @@ SKIPPED = gr.skip()
 def opened(opening, visitor, **query):
     """What a link sets: the model, and the values of the controls."""
     first, *_, last = map(opened_link, opening.open_link(visitor(**query)))
-    assert first.model == first.static[-1] == SKIPPED
+    assert first.model == first.share == SKIPPED
     assert (last.taken, last.text["value"]) == ("", query.get("text", "stories"))
-    assert last.routed == (SKIPPED,) * len(last.routed) and last.tab == SKIPPED
-    branches, keep = (last.static[CONTROLS.index(name)] for name in ("branches", "keep"))
+    assert last.tab == SKIPPED
+    branches, keep = (last.controls[name] for name in ("branches", "keep"))
     assert last.model == "demo"
     assert "Demo" in last.status
     assert branches["value"] <= branches["maximum"] <= MAX_BRANCHES
     assert keep["value"] <= branches["value"] <= keep["maximum"]
-    share = Share.read(last.static[-1])
+    share = Share.read(last.share)
     assert (share.branches, share.shown) == (branches["value"], keep["value"])
-    return last.name, chosen(last.static)
+    return last.name, chosen((*last.controls.values(), last.share))
 
 
-def test_no_link_gives_the_defaults(opening, visitor, notices):
-    assert opened(opening, visitor) == ("demo", controls())
+AT_FIRST = controls(fade=0.9)  # the paper's Fractal Fade
+
+
+def test_no_link_shows_a_conversion(opening, visitor, notices):
+    assert opened(opening, visitor) == ("demo", AT_FIRST)
     assert notices == []
+
+
+def test_a_model_of_few_neurons_starts_with_as_many_branches(workbench, notices, tmp_path):
+    folder = str(save_tiny_model(tmp_path / "narrow", intermediate_size=12))
+    opening = OpeningHandlers(workbench)
+    list(workbench.load(folder))
+    shown = opening.restore_taken(f"{Link(folder).to_query()} 1", folder)
+    values = chosen(shown[3:-1])
+    assert read_spec(values) == ConversionSpec(branches=12)
+    workbench.loaded(folder).check_fits(read_spec(values))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +88,7 @@ def test_no_link_gives_the_defaults(opening, visitor, notices):
         ConversionSpec(fade=0.5, fade_projections="down", fade_score="wanda", progressive=True),
         ConversionSpec(fade_unit="3:8", fade_projections="up"),
         ConversionSpec(fade=1.2, fade_unit="neuron", order="norm", keep=9, compensation="ratio"),
-        ConversionSpec(keep=12, allocation="sensitivity"),
+        ConversionSpec(keep=12, allocation="sensitivity", spared="0"),
     ],
     ids=ConversionSpec.to_query,
 )
@@ -63,13 +97,13 @@ def test_a_link_restores_its_spec(opening, visitor, notices, spec):
     query = {name: unquote_plus(text) for name, text in query.items()}
     model, values = opened(opening, visitor, **query, utm_source="mail", theme="dark")
     assert model == "demo"
-    assert dict(zip(CONTROLS, values, strict=True)) == {
-        **{name: getattr(spec, name) for name in CONTROLS},
+    assert dict(zip(CONTROLS, values, strict=True)) == UNTOUCHED | {
+        **{name: getattr(spec, name) for name in (*STATIC, "progressive", "spared")},
         "keep": spec.kept,
         "fade_exponent": spec.fade_exponent or 2,
         "fade_projections": list(spec.projections),
     }
-    assert read_spec(values) == spec
+    assert read_spec(values) == spec.canonical()
     assert notices == []
 
 
@@ -91,7 +125,11 @@ def test_a_link_restores_its_spec(opening, visitor, notices, spec):
         ({"branches": "8", "keep": "0"}, "must lie between 1 and"),
         ({"compensation": "double"}, "must be one of"),
         ({"method": "other"}, "must be one of"),
-        ({"method": "neurons", "progressive": "true"}, "no control for a part of this"),
+        ({"method": "neurons", "progressive": "often"}, "true or false"),
+        ({"method": "neurons", "active": "0.01"}, "at least 0.05"),
+        ({"method": "expertweaver", "tau": "0.5"}, "no control for tau"),
+        ({"spared": "first"}, "layers by their numbers"),
+        ({"spared": "0,2", "fade": "0.9"}, "layers 0 to 1"),
         ({"method": "cmoe", "experts": "300"}, "at most 128 experts"),
         ({"order": "alphabetical"}, "must be one of"),
         ({"fade_unit": "4:2"}, "n must be at least 1 and less than m"),
@@ -102,7 +140,7 @@ def test_a_link_restores_its_spec(opening, visitor, notices, spec):
         ({"fade_schedule": "steep"}, "must be one of"),
         ({"fade_exponent": "2"}, "belongs to the schedule power"),
         ({"fade": "0.5", "fade_schedule": "power", "fade_exponent": "50"}, "from 0.25 to 8"),
-        ({"order": "random", "seed": "5"}, "no other seed than 0"),
+        ({"order": "random", "seed": "5"}, "no control for seed"),
         ({"fade_score": "zodiac"}, "must be one of"),
         ({"allocation": "fair"}, "must be one of"),
         ({"progressive": "perhaps"}, "true or false"),
@@ -113,7 +151,7 @@ def test_a_link_restores_its_spec(opening, visitor, notices, spec):
     ],
 )
 def test_a_broken_link_is_said_to_be_broken(opening, visitor, notices, query, reason):
-    assert opened(opening, visitor, **query) == ("demo", controls())
+    assert opened(opening, visitor, **query) == ("demo", AT_FIRST)
     ((kind, message),) = notices
     assert kind == "Warning"
     assert re.search(reason, message, re.IGNORECASE)
@@ -124,7 +162,7 @@ def test_a_broken_link_is_said_to_be_broken(opening, visitor, notices, query, re
 def test_more_branches_than_the_page_offers(opening, visitor, notices, monkeypatch):
     """d_ff would allow them, the slider does not."""
     monkeypatch.setattr("mlpmoe.explorer.settings.MAX_BRANCHES", 20)
-    assert opened(opening, visitor, branches="24")[1] == controls()
+    assert opened(opening, visitor, branches="24")[1] == AT_FIRST
     assert "at most 20" in notices[0][1]
     assert opened(opening, visitor, branches="20")[1] == controls(branches=20, keep=20)
 
@@ -133,7 +171,7 @@ def test_more_branches_than_the_page_offers(opening, visitor, notices, monkeypat
     "name",
     [
         "model", "branches", "fade", "compensation", "method", "order", "fade_unit",
-        "fade_projections", "fade_schedule", "fade_score", "allocation", "progressive",
+        "fade_projections", "fade_schedule", "fade_score", "allocation", "progressive", "spared",
     ],
 )  # fmt: skip
 def test_a_link_cannot_put_html_on_the_page(opening, visitor, notices, name):
@@ -184,12 +222,47 @@ def test_a_preset_that_is_shown_is_not_taken_again(opening, name):
 
 
 def test_a_preset_with_more_branches_than_neurons_is_refused(opening, tmp_path):
-    from tests.tiny import save_tiny_model
-
     folder = str(save_tiny_model(tmp_path / "narrow", intermediate_size=12))
     list(opening.workbench.load(folder))
     with pytest.raises(UserError, match="12 neurons"):
         opening.choose_preset(folder, "Fractal Fade (paper)", *settings(branches=3))
+
+
+# the method
+
+
+def after_choosing(opening, share=AS_THEY_ARE, budget=100, **change) -> tuple[dict, tuple]:
+    """The values that are set as another method is chosen, and K and the active share."""
+    *shown, keep, active = opening.choose_method("demo", *settings(**change), share, budget)
+    names = ("experts", "shared", "own_share", "router")
+    updates = zip(names, shown[-4:], strict=True)
+    return {name: u["value"] for name, u in updates if "value" in u}, (keep, active)
+
+
+@pytest.mark.parametrize("method", ROUTED_METHODS)
+def test_a_method_that_is_chosen_comes_as_its_authors_have_it(opening, method):
+    """At the budget there is, and whatever was set for another one."""
+    change = {"method": method, "experts": 5, "own_share": False, "router": "regression"}
+    moved, (keep, active) = after_choosing(opening, budget=50, **change)
+    assert keep == SKIPPED
+    # where the gate is computed in full, a quarter of the neurons makes half of the compute
+    assert active == (0.25 if method == "neurons" else 0.5)
+    spec = read_spec(controls(**change | moved | {"active": active}))
+    assert spec == ConversionSpec(method=method, active=active)
+    assert moved["router"] == OWN
+
+
+def test_without_a_budget_the_active_share_stays(opening):
+    assert after_choosing(opening, method="random")[1] == (SKIPPED, SKIPPED)
+    assert after_choosing(opening, budget=50, keep=16) == ({}, (8, SKIPPED))  # back to branches
+
+
+def test_a_method_that_a_link_has_set_keeps_its_settings(opening, demo):
+    spec = ConversionSpec(method="cmoe", experts=16, active=0.5, shared=0.25, router="oracle")
+    *values, share = show_spec(spec, demo)
+    change = dict(zip(CONTROLS, chosen((*values, share)), strict=True))
+    moved, budgeted = after_choosing(opening, share, budget=75, **change)
+    assert (moved, budgeted) == ({}, (SKIPPED, SKIPPED))
 
 
 # loading
@@ -199,16 +272,13 @@ def test_load_reports_and_sets_the_limits(opening, gateless_folder):
     *steps, last = opening.load(str(gateless_folder), "demo", 64, 64, "stories", "stories")
     assert all(update[1:] == (SKIPPED,) * (LOADED - 1) for update in steps)
     assert "checking" in steps[0][0]
-    status, key, note, layer, projection, branches, _, _, text, calibration = last
+    status, key, note, branches, _, _, text, calibration = last
     assert note["visible"] is False
     assert text["value"] == calibration["value"] == "prose"  # of this model's kind
     assert "gateless" in status
     assert "GPT2" in status
     assert key == str(gateless_folder)
     assert (branches["maximum"], branches["value"]) == (48, 48)
-    assert (layer["maximum"], layer["value"]) == (1, 0)
-    assert projection["choices"] == ["up", "down"]
-    assert projection["value"] == "up"
 
 
 def test_a_text_of_the_visitor_s_choice_stays(opening, gateless_folder):
@@ -226,27 +296,19 @@ def test_the_demo_model_is_called_a_toy(opening, visitor):
     assert note["visible"] is True and "toy" in note["value"]
 
 
-def test_a_model_of_one_layer_has_a_slider_with_two_ends(opening, one_layer_folder, visitor):
+def test_where_there_is_room_the_sliders_stay(opening, one_layer_folder):
     loads = opening.load(str(one_layer_folder), "demo", 16, 16, "stories", "stories")
-    *_, (_, key, _, layer, _, branches, keep, share, _, _) = loads
-    assert keep == share == SKIPPED  # there is room for 16 branches
-    assert (branches["maximum"], layer["maximum"]) == (40, 1)
-    Handlers(opening.workbench).preview(visitor(), *preview_values(model=key, layer=1))
+    *_, (_, _, _, branches, keep, share, _, _) = loads
+    assert keep == share == SKIPPED
+    assert branches == gr.update(maximum=40)
 
 
 def test_in_a_smaller_model_k_is_the_same_share(opening, gateless_folder):
     *_, last = opening.load(str(gateless_folder), "demo", 64, 16, "stories", "stories")
-    branches, keep, share = last[5:8]
+    branches, keep, share = last[3:6]
     assert (branches["value"], keep["value"], keep["maximum"]) == (48, 12, 48)
     assert arriving(controls(branches=64, keep=16), share)
     assert not arriving(controls(branches=48, keep=12), share)
-
-
-def test_a_link_to_experts_leaves_the_other_controls_and_fills_in_the_page(opening, visitor):
-    *_, last = opening.open_link(visitor(method="cmoe"))
-    *values, share = opened_link(last).static
-    assert set(map(str, values)) == {str(SKIPPED)}
-    assert not arriving(controls(), share)
 
 
 def test_a_failed_load_leaves_the_model_that_is_there(
@@ -264,8 +326,8 @@ def test_a_failed_load_leaves_the_model_that_is_there(
     assert name == "demo"  # what the picker shows again
     assert "Demo" in status
     values = preview_values(share=share, keep=9)
-    link = Handlers(opening.workbench).preview(visitor(), *values)[5]
-    assert "keep=9" in link  # the page is filled in with what stands there
+    shown = Previewed(*Handlers(opening.workbench).preview(visitor(), *values))
+    assert "keep=9" in shown.query  # the page is filled in with what stands there
 
 
 def test_progress_of_a_hostile_name_is_escaped(opening):

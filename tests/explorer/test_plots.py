@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mlpmoe import ConversionSpec
 from mlpmoe.explorer import style
-from mlpmoe.explorer.plots import HEAT_HEIGHT, RIDGES_HEIGHT, branch_histograms, branches_left
-from mlpmoe.explorer.preview import histograms
+from mlpmoe.explorer.plots import RIDGES_HEIGHT, branch_histograms
+from mlpmoe.explorer.weights import histograms
 from mlpmoe.measure.magnitudes import Magnitudes, magnitudes
 
 BINS = 10
@@ -224,51 +224,34 @@ def test_ridges_of_a_real_model(tiny, spec):
     assert len(polygons(figure, "removed by fade")) == (spec.kept - 1 if spec.fade else 0)
 
 
-@few
-@given(st.integers(1, 6), st.integers(1, 64))
-def test_heat_map_shows_what_is_lost(layers, branches):
-    left = torch.rand(layers, branches, dtype=torch.float64)
-    figure = branches_left(left, "non-zero weights")
-    (heat,) = figure.data
-    assert torch.allclose(torch.tensor(heat.z, dtype=torch.float64), 100 * (1 - left))
-    assert (heat.zmin, heat.zmax) == (0, 100)
-    assert figure.layout.height == HEAT_HEIGHT
-    assert figure.layout.yaxis.autorange == "reversed"  # layer 0 on top
-    json.loads(figure.to_json())
-
-
 @pytest.mark.parametrize("branches", [1, 2, 15, 16, 17, 63, 64])
 def test_ticks_are_whole_branches_and_few(branches):
     counts = [[1] * BINS] * branches
     histograms = histogram(counts, [0.0] * branches)
-    ridge_ticks = branch_histograms(histograms, histograms, 0, "gate").layout.yaxis.tickvals
-    heat = branches_left(torch.ones(3, branches), "").layout
-    for ticks, most in ((ridge_ticks, 16), (heat.xaxis.tickvals, 8), (heat.yaxis.tickvals, 8)):
-        assert ticks[0] == 0
-        assert 1 <= len(ticks) <= most
-        assert max(ticks) < max(branches, 3)
+    ticks = branch_histograms(histograms, histograms, 0, "gate").layout.yaxis.tickvals
+    assert ticks[0] == 0
+    assert 1 <= len(ticks) <= 16
+    assert max(ticks) < branches
 
 
 def test_only_colours_of_the_page():
     counts = [[3] * BINS] * 3
-    figures = [
-        branch_histograms(histogram(counts, [0.0] * 3), histogram(counts[:2], [0, 1.0]), 0, "up"),
-        branches_left(torch.ones(2, 3), "squared weights"),
-    ]
+    figure = branch_histograms(
+        histogram(counts, [0.0] * 3), histogram(counts[:2], [0, 1.0]), 0, "up"
+    )
     named = [style.DENSE, style.CONVERTED, style.GREY, *style.DAMAGE]
     allowed = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in named}
     transparent = (0, 0, 0, 0)
-    for figure in figures:
-        text = json.dumps(figure.to_plotly_json()["layout"]) + json.dumps(
-            [trace.to_plotly_json() for trace in figure.data]
-        )
-        hexes = re.findall(r"#[0-9a-fA-F]{6}\b", text)
-        assert hexes
-        assert {tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in hexes} <= allowed
-        for numbers in re.findall(r"rgba?\(([^)]*)\)", text):
-            parts = tuple(float(part) for part in numbers.split(","))
-            assert parts[:3] in allowed or parts == transparent or f"rgba({numbers})" == style.GRID
-        assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
+    text = json.dumps(figure.to_plotly_json()["layout"]) + json.dumps(
+        [trace.to_plotly_json() for trace in figure.data]
+    )
+    hexes = re.findall(r"#[0-9a-fA-F]{6}\b", text)
+    assert hexes
+    assert {tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in hexes} <= allowed
+    for numbers in re.findall(r"rgba?\(([^)]*)\)", text):
+        parts = tuple(float(part) for part in numbers.split(","))
+        assert parts[:3] in allowed or parts == transparent or f"rgba({numbers})" == style.GRID
+    assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
 
 
 def test_nothing_is_shown_as_faded_where_nothing_fades(tiny):

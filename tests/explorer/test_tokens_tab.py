@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from html import unescape
-from math import inf, nan, sqrt
+from math import nan, sqrt
 
 import gradio as gr
 import pytest
@@ -13,10 +13,8 @@ import torch
 from mlpmoe import ConversionSpec, UserError
 from mlpmoe.explorer import tokens as module
 from mlpmoe.explorer.settings import read_spec
-from mlpmoe.explorer.style import DAMAGE
+from mlpmoe.explorer.tint import LEAST, Tint
 from mlpmoe.explorer.tokens import (
-    DEEPEST,
-    LEAST,
     NOT_OPEN,
     TokenHandlers,
     branches_html,
@@ -40,80 +38,38 @@ def token(text="word", change=0.5, dense=1.0, document=0, position=1) -> TokenCh
     return TokenChange(text, change, dense, document, position)
 
 
-def shade(html: str) -> str:
-    return re.search(r'class="worse" style="--shade:(#\w+)', html)[1]
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance as WCAG 2 has it."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-# colours
+# what is written
 
 
 def test_what_a_token_says_is_escaped():
-    for change in (0.0, -1.0, 1.0, nan):
-        changes = [token(HOSTILE, change), token("\n"), token(" more", change), token("", 1.0)]
-        for html in (text_html(changes), worst_html([Sentence(tuple(changes))], 4)):
-            tags = set(re.findall(r"<(\w+)", html))
-            assert not {"img", "script"} & tags
-    shown = re.sub(r"<[^>]*>", "", text_html([token(HOSTILE, 1.0)]).split('<p class="loss">')[1])
+    changes = [token(HOSTILE, 1.0), token("\n"), token(" more", 0.0), token("", 1.0)]
+    tint = Tint.of(changes)
+    for html in (text_html(changes, tint), worst_html([Sentence(tuple(changes))], 4, tint)):
+        assert not {"img", "script"} & {*re.findall(r"<(\w+)", html)}
+    shown = re.sub(r"<[^>]*>", "", text_html(changes[:1], tint).split('<p class="loss">')[1])
     assert unescape(shown) == HOSTILE
-
-
-def test_more_damage_is_darker():
-    changes = [LEAST + i * (DEEPEST - LEAST) / 40 for i in range(60)]
-    shades = [shade(text_html([token(change=change)])) for change in changes]
-    assert set(shades) == set(DAMAGE)
-    depth = [luminance(colour) for colour in shades]
-    assert depth == sorted(depth, reverse=True)
-    assert shades[-1] == shade(text_html([token(change=inf)])) == DAMAGE[-1]
-    assert shade(text_html([token(change=nan)])) == DAMAGE[-1]
-
-
-def test_every_shade_can_be_read():
-    found = set()
-    for change in [LEAST + i * 0.05 for i in range(50)]:
-        html = text_html([token(change=change)])
-        pair = re.search(r'"worse" style="--shade:(#\w+);--ink:(#\w+)"', html).groups()
-        light, dark = sorted(map(luminance, pair), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
-        found.add(pair)
-    scale = re.findall(r"--shade:(#\w+);--ink:(#\w+)", module._scale())
-    assert set(scale) == found
-
-
-def test_little_damage_is_not_coloured_and_gain_is_another_colour():
-    for change in (0.0, LEAST / 2, -LEAST / 2):
-        assert "<i class" not in text_html([token(change=change)])
-    gained = text_html([token(change=-1.0)])
-    assert 'class="better"' in gained and 'class="worse"' not in gained
-    assert "−1.00 nats, dense 1.00" in gained
-    assert "+0.50 nats, dense 1.00" in text_html([token()])
-    assert "undefined" in text_html([token(change=nan)])
 
 
 def test_documents_stay_apart_and_a_long_text_ends(monkeypatch):
     monkeypatch.setattr(module, "SHOWN_TOKENS", 5)
     changes = [token(f"t{i}", 0.0, document=i // 3) for i in range(9)]
-    html = text_html(changes)
+    html = text_html(changes, Tint.of(changes))
     paragraphs = re.findall(r'<p class="loss">(.*?)</p>', html)
     assert paragraphs == ["t0t1t2", "t3t4"]
     assert "4 more tokens are not shown" in html
-    assert "more tokens" not in text_html(changes[:5])
+    assert "more tokens" not in text_html(changes[:5], Tint.of(changes))
 
 
 def test_nothing_harder_is_said():
+    tint = Tint.of([])
     for found in ([], [Sentence((token(change=-1.0),))], [Sentence((token(change=0.0),))]):
-        assert "No sentence became harder: over 1,234 tokens" in worst_html(found, 1234)
+        said = worst_html(found, 1234, tint)
+        assert "<li>" not in said and "1,234 tokens" in said
     some = [Sentence((token("bad", 2.0),)), Sentence((token("good", -2.0),))]
-    html = worst_html(some, 5)
+    html = worst_html(some, 5, tint)
     assert html.count("<li>") == 1
     assert "bad" in html and "good" not in html
-    assert "undefined" in worst_html([Sentence((token("broken", nan),)), *some], 5)
+    assert "undefined" in worst_html([Sentence((token("broken", nan),)), *some], 5, tint)
 
 
 # what is shown of a conversion
@@ -135,11 +91,11 @@ def test_nothing_is_computed_while_another_tab_is_open(tab, monkeypatch):
     for name in ("token_changes", "drift", "branch_statistics"):
         monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was computed"))
     monkeypatch.setattr(tab.workbench, "loaded", lambda key: pytest.fail("a model was asked for"))
-    for other in ("branches", "", None, "how"):
+    for other in ("weights", "", None, "lesson"):
         assert tab.show(other, *values(keep=8)) == (SKIPPED,) * NOT_OPEN
     monkeypatch.undo()
     monkeypatch.setattr(module, "branch_statistics", lambda *_: pytest.fail("was computed"))
-    assert tab.branches("branches", *values(keep=8)) == (SKIPPED,) * 3
+    assert tab.branches("weights", *values(keep=8)) == (SKIPPED,) * 4
 
 
 def test_what_is_not_measured_is_not_shown(tab):
@@ -149,11 +105,18 @@ def test_what_is_not_measured_is_not_shown(tab):
 
 
 @pytest.mark.parametrize(
-    "change", [{"keep": 8}, {"fade": 1.5}, {"keep": 12, "order": "activation"}], ids=str
+    "change",
+    [
+        {"keep": 8},
+        {"fade": 1.5},
+        {"keep": 12, "order": "activation"},
+        {"method": "cmoe", "experts": 8, "active": 0.5},
+    ],
+    ids=str,
 )
 def test_tokens_and_sentences_are_those_that_were_measured(tab, change):
-    loaded, _, found = measured(tab, **change)
-    worst_list, text, drift, branches, norms, correlations = tab.show("tokens", *values(**change))
+    loaded, spec, found = measured(tab, **change)
+    worst_list, text, drift, view, *branch_figures = tab.show("tokens", *values(**change))
     encoded = loaded.text("proxy")
     parts = loaded.windows("proxy")
     changes = token_changes(found.dense, found.converted, encoded, parts, loaded.tokenizer)
@@ -167,7 +130,13 @@ def test_tokens_and_sentences_are_those_that_were_measured(tab, change):
     assert first.startswith(f"+{hardest.mean:.2f} nats")
     assert "".join(t.text for t in hardest.tokens).strip("\n") in first
     assert len(drift.data[0].x) == len(loaded.mlps)
-    for figure in (drift, norms, correlations):
+    drift.to_json()
+    assert view["visible"] == (not spec.routed)
+    if spec.routed:  # there are no branches to look at
+        assert branch_figures == [SKIPPED] * 3
+        return
+    branches, norms, correlations = branch_figures
+    for figure in (norms, correlations):
         figure.to_json()
     assert "α of least error" in branches
 
@@ -219,7 +188,9 @@ def test_of_a_part_of_the_text_only_that_part_is_coloured(tab):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_figures_of_the_branches_are_recomputed(tab, layer):
     loaded, _, _ = measured(tab, branches=6, keep=4)
-    html, norms, correlations = tab.branches("tokens", *values(layer=layer, branches=6, keep=4))
+    shown = tab.branches("tokens", *values(layer=layer, branches=6, keep=4))
+    view, html, norms, correlations = shown
+    assert view["visible"] is True
     outputs = branch_outputs(loaded, layer, 6)
     whole, some = outputs.sum(0), outputs[:4].sum(0)
     sizes = outputs.flatten(1).norm(dim=1) / whole.norm()
