@@ -7,6 +7,9 @@ WORDS = """
 **gate** and **up** compute the neurons, **down** adds up what they say.
 * **d_model, d_ff**: numbers a token is made of between layers; neurons of one MLP.
 * **Branch**: a group of neurons. Each branch has a factor **α**, 1 at first.
+* **Expert, router**: a group of neurons that runs only for tokens that the router picks it for. \
+**Shared** neurons run for all.
+* **MLP compute**: multiply-adds in the weight matrices of the MLPs, of the dense model's.
 * **Compensation**: what makes up for the dropped branches; as published the factor √(B/K) on \
 those that are kept.
 * **Calibration text**: text that a recipe may look at before it cuts. It is never the text that \
