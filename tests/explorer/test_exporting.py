@@ -22,20 +22,22 @@ from mlpmoe import ConversionSpec, UserError, convert
 from mlpmoe.checkpoints.export import SAVED
 from mlpmoe.commands.arguments import read_spec as read_flags
 from mlpmoe.commands.convert import add_arguments
+from mlpmoe.core.conversion import spec_of
 from mlpmoe.explorer import export_plan, exporting, handed_out, pushing
 from mlpmoe.explorer.asked import Calibrated
 from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.export_panel import BRANCHES, EXPERTS
 from mlpmoe.explorer.export_plan import MEASURED, Wanted, check_room, command, folder_name, plan
 from mlpmoe.explorer.exporting import ExportHandlers
+from mlpmoe.explorer.links import Link, read_link
 from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.pushing import PushHandlers, can_push
-from mlpmoe.models import named_calibration
+from mlpmoe.explorer.settings import read_asked
+from mlpmoe.models import CALIBRATIONS, named_calibration
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import settings
 from tests.tiny import D_FF
 
-ROUTED = ("moefication", 0.5, 8, 0.25, True, "own", "topk", "none", "stories", "")
+ROUTED = {"method": "moefication", "active": 0.5, "experts": 8}
 
 
 def request(session: str = "a") -> SimpleNamespace:
@@ -43,12 +45,10 @@ def request(session: str = "a") -> SimpleNamespace:
 
 
 def asked_for(
-    source: str = BRANCHES, form: str = "auto", dtype: str = MEASURED, text: str = "proxy",
-    **change: object,
-) -> tuple:  # fmt: skip
+    form: str = "auto", dtype: str = MEASURED, text: str = "proxy", **change: object
+) -> tuple:
     """What the page sends to make a checkpoint."""
-    static = settings(**{"branches": 4, "keep": 3} | change)
-    return "demo", source, form, dtype, text, *static, *ROUTED
+    return "demo", form, dtype, text, *settings(**{"branches": 4, "keep": 3} | change)
 
 
 def wanted(loaded: LoadedModel, form: str = "auto", dtype: str = SAVED, **fields) -> Wanted:
@@ -215,10 +215,34 @@ def test_what_is_downloaded_is_the_conversion(exporter, demo, served, unserved, 
     assert record["spec"]["keep"] == 3
     assert record["evaluation_text"].startswith("own text")
 
-    taken, source, said = exporter.open_record(str(folder / "conversion.json"), "demo", "stories")
+    taken, said = exporter.open_record(str(folder / "conversion.json"), "demo", "stories")
     assert "branches=4&keep=3&text=stories&tab=export" in taken
-    assert source == BRANCHES
     assert "B 4 · K 3" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [ROUTED, {"method": "cmoe", "experts": 8, "calibration": "prose"}, {"spared": "1"}],
+    ids=str,
+)
+def test_a_checkpoint_is_made_of_what_the_controls_say(exporter, demo, monkeypatch, change):
+    """Whichever the method; and the calibration text is named in its record."""
+    made = []
+
+    def export(model, folder, *, calibration_name, **_: object) -> SimpleNamespace:
+        made.append((spec_of(model), calibration_name))
+        folder.mkdir()
+        return SimpleNamespace(folder=folder, bytes=0, record=SimpleNamespace(opening=str))
+
+    monkeypatch.setattr(exporting, "export", export)
+    monkeypatch.setattr(exporting, "result", lambda made: made.name)
+    shown = make(exporter, *asked_for(**change))
+    (found,) = made
+    controls = settings(**{"branches": 4, "keep": 3} | change)
+    spec = read_asked(demo, controls)
+    spec, key = (spec.spec, spec.key) if isinstance(spec, Calibrated) else (spec, None)
+    assert found == (spec, f"{CALIBRATIONS[key].label} of mlpmoe" if key else None)
+    assert shown[2] == folder_name(wanted(demo, **spec.to_dict()))
 
 
 @pytest.mark.usefixtures("instant")
@@ -335,14 +359,14 @@ def test_a_result_of_other_settings_says_so(exporter):
     make(exporter, *asked_for())
     assert stale(*asked_for()) == ""
     assert stale(*asked_for(keep=2), session="b") == ""  # another visitor
-    for other in ({"keep": 2}, {"form": "dense"}, {"dtype": SAVED}, {"source": EXPERTS}):
+    for other in ({"keep": 2}, {"form": "dense"}, {"dtype": SAVED}, ROUTED):
         shown = stale(*asked_for(**other))
         assert "changed since" in shown
         assert "K 3" in shown
 
 
 def test_describing_while_another_tab_is_open_costs_nothing(exporter):
-    assert set(map(str, exporter.describe(request(), "branches", "demo"))) == {str(gr.skip())}
+    assert set(map(str, exporter.describe(request(), "weights", "demo"))) == {str(gr.skip())}
 
 
 def test_what_cannot_be_converted_is_said_in_place(exporter):
@@ -378,7 +402,7 @@ def opened(exporter: ExportHandlers, tmp_path: Path, content: object) -> tuple:
         ({"spec": None, "mlpmoe": "1"}, "names no spec"),
         ({"spec": {"branches": D_FF + 1}}, "choose B between"),
         ({"spec": {"branches": 65}}, "at most 64"),
-        ({"spec": {"seed": 5, "order": "random"}}, "no other seed"),
+        ({"spec": {"seed": 5, "order": "random"}}, "no control for seed"),
         ({"spec": {"method": "cmoe", "experts": 512}}, "at most 128"),
     ],
     ids=str,
@@ -389,23 +413,22 @@ def test_a_wrong_file_is_refused_in_words(exporter, tmp_path, content, reason):
 
 
 def test_a_file_of_experts_sets_the_experts(exporter, tmp_path):
-    taken, source, _ = opened(exporter, tmp_path, {"spec": {"method": "cmoe", "active": 0.5}})
-    assert "method=cmoe" in taken
-    assert taken.startswith("model=demo&")
-    assert source == EXPERTS
+    taken, said = opened(exporter, tmp_path, {"spec": {"method": "cmoe", "active": 0.5}})
+    link, notices = read_link(taken.partition(" ")[0])
+    assert link == Link("demo", ConversionSpec(method="cmoe", active=0.5), "proxy", "export")
+    assert notices == []
+    assert "CMoE" in said
 
 
 def test_a_file_of_another_model(exporter, tmp_path):
     """A model of the list is loaded with it; of any other only the settings are taken."""
     spec = {"branches": 8, "keep": 4}
-    taken, _, _ = opened(
-        exporter, tmp_path, {"base_model": {"name": "Qwen/Qwen3-0.6B"}, "spec": spec}
-    )
+    taken, _ = opened(exporter, tmp_path, {"base_model": {"name": "Qwen/Qwen3-0.6B"}, "spec": spec})
     assert taken.startswith("model=qwen3-0.6b&")
-    taken, _, said = opened(exporter, tmp_path, {"base_model": {"name": "a/<b>"}, "spec": spec})
+    taken, said = opened(exporter, tmp_path, {"base_model": {"name": "a/<b>"}, "spec": spec})
     assert taken.startswith("model=demo&")
     assert "made from a/&lt;b&gt;, which is not loaded" in said
-    assert "made from" not in opened(exporter, tmp_path, spec)[2]
+    assert "made from" not in opened(exporter, tmp_path, spec)[1]
 
 
 class FakeHub:

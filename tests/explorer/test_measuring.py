@@ -13,13 +13,15 @@ from mlpmoe import ConversionSpec, UserError, convert, named_text, perplexity
 from mlpmoe.explorer import loaded as module
 from mlpmoe.explorer import structure
 from mlpmoe.explorer.asked import Calibrated
-from mlpmoe.explorer.preview import preview
+from mlpmoe.explorer.front import front
+from mlpmoe.explorer.weights import histograms
 from mlpmoe.measure import estimate
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.asking import SOON, AskedTurns, started
 
 SPEC = ConversionSpec(branches=6, fade=0.9, keep=4)
+PROXY = "proxy", "compute", (), 0, ""  # how a setting is looked at
 OTHER = ConversionSpec(keep=12)
 OWN = "The ferry left at nine, and nobody had told the gulls. Grüße – “ok”!\n"
 
@@ -193,7 +195,7 @@ def test_nobody_waits_for_a_text_that_another_reads(demo, monkeypatch):
         assert not demo.has_text("c4")
         *_, found = demo.evaluate(SPEC, "proxy")
         assert found.complete
-        preview(demo, SPEC, 0, "gate", "nonzero")
+        assert front(demo, SPEC, *PROXY).network
         *_, own = demo.evaluate(SPEC, demo.texts.add(OWN))
         assert own.complete
         assert demo.known_evaluation(SPEC, "c4") is None
@@ -271,14 +273,16 @@ def test_what_others_convert_does_not_make_it_forgotten(workbench, monkeypatch, 
     """Few conversions are held; what was found out of them must not make them anew."""
     monkeypatch.setattr(module, "SMALL_CONVERSIONS_HELD", 1)
     demo = workbench.loaded("demo")
-    preview(demo, SPEC, 0, "gate", "nonzero")
+    shown = front(demo, SPEC, *PROXY).network, histograms(demo, SPEC, 0, "gate")
     list(demo.speed(SPEC))
     list(demo.evaluate(SPEC, "proxy"))
     demo.converted(OTHER)
     monkeypatch.setattr(module, "convert_all", lambda *_: pytest.fail("it was made anew"))
     assert demo.known_speed(SPEC) is not None
     assert demo.known_evaluation(SPEC, "proxy").complete
-    preview(demo, SPEC, 0, "gate", "nonzero")
+    again = front(demo, SPEC, *PROXY)
+    assert (again.network, histograms(demo, SPEC, 0, "gate")) == shown
+    assert "…" not in again.perplexity + again.speed
 
 
 def test_histograms_are_binned_once_per_layer_and_branches(demo, monkeypatch):
@@ -290,9 +294,9 @@ def test_histograms_are_binned_once_per_layer_and_branches(demo, monkeypatch):
 
     monkeypatch.setattr(structure, "magnitudes", magnitudes)
     for fade in (0.5, 0.6, 0.5):
-        preview(demo, ConversionSpec(fade=fade), 0, "gate", "nonzero")
+        histograms(demo, ConversionSpec(fade=fade), 0, "gate")
     assert binned == [0, 0, 0]  # the whole branches, and two settings
-    preview(demo, ConversionSpec(fade=0.5), 1, "gate", "energy")
+    histograms(demo, ConversionSpec(fade=0.5), 1, "gate")
     assert binned[3:] == [1, 1]
 
 

@@ -18,7 +18,7 @@ from mlpmoe.explorer.texts import MOST_OWN, OWN_PREFIX, SHIPPED, Texts, text_cho
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import MAX_OWN_TEXT, TEXTS, text_digest
 from tests.explorer.calibrated import direct
-from tests.explorer.controls import Previewed, preview_values, shown_values
+from tests.explorer.controls import Measured, Previewed, preview_values, shown_values
 
 OWN = "The ferry left at nine, and nobody had told the gulls. Grüße – “ok”!\n" * 9
 
@@ -145,7 +145,7 @@ def test_the_page_says_so_and_measures_on_an_own_text(workbench, opening, visito
     shown = Previewed(*handlers.preview(visitor(), *preview_values(**values)))
     assert text_name(key) in shown.perplexity
     *_, last = handlers.measure(visitor(), *shown_values(**values))
-    assert key in last[6]
+    assert f'"{key}"' in Measured(*last).new
     copied = opening.use_text(named_calibration("stories")[:3000])["value"]
     steps = readable(handlers.measure)(
         visitor(), *shown_values(text=copied, keep=12, order="activation")

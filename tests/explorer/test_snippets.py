@@ -18,7 +18,6 @@ from mlpmoe import ConversionSpec, convert, load, named_text
 from mlpmoe.__main__ import main
 from mlpmoe.commands.arguments import add_spec, read_spec
 from mlpmoe.explorer.asked import Calibrated, Conversion, spec_of
-from mlpmoe.explorer.experts import ExpertHandlers
 from mlpmoe.explorer.handlers import Handlers
 from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.preview import snippet
@@ -113,41 +112,35 @@ def compare_with_the_page(loaded: LoadedModel, code: str, asked: Conversion, tex
 
 
 @pytest.mark.slow
-def test_the_code_of_a_static_conversion_gives_the_page_s_figures(real, visitor):
-    shown = Previewed(*Handlers(real).preview(visitor(), *preview_values(share="8 8 8", **SHOWN)))
-    code = shown.code
-    compare_with_the_page(real.loaded("demo"), code, ConversionSpec(**SHOWN), "proxy")
-
-
-def expert_settings(*, calibration: str, own_text: str, method: str) -> tuple:
-    return method, 0.5, 8, 0.25, True, "own", "topk", "none", calibration, own_text
-
-
-@pytest.mark.slow
-def test_the_code_of_a_routed_conversion_gives_the_page_s_figures(real):
-    settings = expert_settings(calibration="stories", own_text="", method="contiguous")
-    _, code, _, _ = ExpertHandlers(real).describe("demo", *settings)
-    spec = ConversionSpec(method="contiguous", experts=8, active=0.5)
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [(SHOWN, "proxy"), ({"method": "contiguous", "experts": 8, "active": 0.5}, "stories")],
+    ids=str,
+)
+def test_the_code_of_a_conversion_gives_the_page_s_figures(real, visitor, change, text):
+    values = preview_values(share="8 8 8 0 -", text=text, **change)
+    shown = Previewed(*Handlers(real).preview(visitor(), *values))
     loaded = real.loaded("demo")
-    compare_with_the_page(loaded, code, loaded.asked(spec), "stories")
+    compare_with_the_page(loaded, shown.code, loaded.asked(ConversionSpec(**change)), text)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mlpmoe", "cmoe"])
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (ConversionSpec(keep=12, order="activation"), "proxy"),
+        (ConversionSpec(method="cmoe", experts=8, active=0.5), "stories"),
+    ],
+    ids=str,
+)
 def test_the_code_of_a_calibrated_conversion_gives_the_page_s_figures(
-    real, tmp_path, monkeypatch, method
+    real, tmp_path, monkeypatch, spec, text
 ):
     """On a text of the visitor's own, since ours is long."""
     seen = named_calibration("stories")[:6000]
     (tmp_path / "own-calibration.txt").write_text(seen, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    if method == "cmoe":
-        settings = expert_settings(calibration="own", own_text=seen, method=method)
-        _, code, _, _ = ExpertHandlers(real).describe("demo", *settings)
-        text, spec = "stories", ConversionSpec(method=method, experts=8, active=0.5)
-    else:
-        text, spec = "proxy", ConversionSpec(keep=12, order="activation")
-        code = snippet("demo", spec, text, "own-calibration.txt")
+    code = snippet("demo", spec, text, "own-calibration.txt")
     compare_with_the_page(real.loaded("demo"), code, Calibrated(spec, seen), text)
 
 

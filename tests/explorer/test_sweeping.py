@@ -18,8 +18,15 @@ from mlpmoe.core import conversion
 from mlpmoe.core.stopping import may_stop
 from mlpmoe.explorer import loaded, sweeping
 from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.settings import read_spec, settled
-from mlpmoe.explorer.sweep_panel import CHOSEN, FIELDS, WRITTEN
+from mlpmoe.explorer.settings import read_spec
+from mlpmoe.explorer.sweep_panel import (
+    CHOSEN,
+    ROUTED,
+    ROUTED_CHOSEN,
+    ROUTED_WRITTEN,
+    STATIC,
+    WRITTEN,
+)
 from mlpmoe.explorer.sweeping import SENT_AGAIN, SweepHandlers
 from mlpmoe.measure.grid import grid, read_values
 from tests.explorer.asking import SOON
@@ -28,9 +35,15 @@ from tests.explorer.controls import controls
 from tests.explorer.made import made_record
 
 SKIPPED = gr.skip()
-FIRST = {name: entry[1] for name, entry in WRITTEN.items()} | {
-    name: entry[2] for name, entry in CHOSEN.items()
-}
+FIRST = {"method": ["mlpmoe"]} | {
+    f"{prefix}{name}": entry[at]
+    for prefix, entries, at in (
+        ("", WRITTEN, 1), ("", CHOSEN, 2), ("routed_", ROUTED_WRITTEN, 1),
+        ("routed_", ROUTED_CHOSEN, 2),
+    )
+    for name, entry in entries.items()
+}  # fmt: skip
+KEYS = ("method", *STATIC, *(f"routed_{name}" for name in ROUTED))
 
 
 @pytest.fixture
@@ -39,14 +52,15 @@ def tab(workbench):
 
 
 def fields(**change) -> tuple:
-    """The values of the controls."""
-    assert set(change) <= set(FIELDS)
-    return tuple((FIRST | change)[name] for name in FIELDS)
+    """The values of the controls; what routed methods have of their own begins with "routed"."""
+    assert set(change) <= set(KEYS) == set(FIRST)
+    return tuple((FIRST | change)[name] for name in KEYS)
 
 
 def one(**change) -> tuple:
     """A sweep of a single spec, but for the changes."""
-    return fields(**{"branches": "8", "fade": "0", "keep": "all"} | change)
+    single = {"branches": "8", "fade": "0", "keep": "all", "routed_active": "0.5"}
+    return fields(**single | change)
 
 
 def stored(*records: Record) -> str:
@@ -86,6 +100,15 @@ def records_of(steps) -> list[Record]:
         ({"allocation": ["uniform", "sensitivity"]}, 1),
         ({"fade": "0.5", "fade_schedule": ["linear", "uniform"], "fade_score": ["magnitude"]}, 2),
         ({"progressive": ["false", "true"]}, 1),  # nothing looks at activations
+        ({"method": ["random"]}, 1),
+        ({"method": ["random"], "keep": "", "order": []}, 1),  # which are of no use to it
+        ({"method": ["random", "cmoe", "neurons"], "routed_active": "0.75, 0.5"}, 6),
+        ({"method": ["random", "mlpmoe"], "branches": "4, 8", "routed_experts": "8, 16"}, 4),
+        ({"method": ["random", "neurons"], "routed_experts": "8, 16"}, 3),
+        ({"method": ["random"], "routed_shared": "0, 0.25"}, 2),
+        ({"method": ["neurons"], "routed_router": ["gate", "gate-norm"],
+          "routed_selection": ["topk", "threshold"]}, 4),
+        ({"method": ["neurons"], "routed_active": "1", "routed_compensation": ["none", "mean"]}, 1),
     ],
     ids=str,
 )  # fmt: skip
@@ -144,6 +167,16 @@ def test_the_plan_says_what_calibrates_and_what_reads_a_text(tab):
         ({"fade": "<img src=x>"}, "fade must be"),
         ({"keep": "101%"}, "percentage"),
         ({"keep": "9"}, "above its branches"),
+        ({"method": []}, "choose a method"),
+        ({"method": None}, "choose a method"),
+        ({"method": ["magic"]}, "must be one of"),
+        ({"method": ["random"], "routed_active": "0"}, "active"),
+        ({"method": ["random"], "routed_active": "0.01"}, "at least 0.05"),
+        ({"method": ["random"], "routed_experts": "1"}, "at least 2"),
+        ({"method": ["random"], "routed_experts": "129"}, "at most 128"),
+        ({"method": ["random"], "routed_shared": "0.9"}, "at most"),
+        ({"method": ["neurons"], "routed_experts": "8"}, "does not belong"),
+        ({"method": ["random"], "routed_router": ["gate"]}, "must be one of"),
         ({"order": []}, "rder has no value"),
         ({"order": None}, "rder has no value"),
         ({"order": ["<b>"]}, "must be one of"),
@@ -162,6 +195,24 @@ def test_bad_values_are_said_in_a_sentence(tab, visitor, change, reason):
     assert len(said) < 300
     with pytest.raises(UserError):
         next(tab.sweep_of(one(**change)))
+
+
+def test_routed_methods_come_as_their_authors_have_them(tab, demo):
+    """What is left empty is the method's own choice; and they are measured like others."""
+    values = one(method=["contiguous", "mlpmoe", "cmoe"], routed_active="0.5")
+    specs = [
+        ConversionSpec(branches=8),
+        ConversionSpec(method="contiguous", active=0.5),
+        ConversionSpec(method="cmoe", active=0.5),
+    ]
+    records = records_of(tab.sweep_of(values))
+    assert [record.run.spec for record in records] == specs
+    for record in records:
+        expected = measure_perplexity(
+            direct(demo, record.run.spec), demo.tokenizer, named_text("proxy")
+        )
+        assert record.run.perplexity == pytest.approx(expected.value, rel=1e-4)
+    assert "3 runs, 3 of them measured before" in plan(tab, values, keeps=stored(*records))
 
 
 def test_an_unknown_text_is_said_and_not_swept(tab):
@@ -226,11 +277,22 @@ def test_what_the_sliders_measured_counts_as_measured(tab):
         {"fade": 0.5, "fade_unit": "neuron"}, {"fade_unit": "2:4", "fade_score": "wanda"},
         {"keep": 8, "allocation": "sensitivity", "progressive": True, "order": "activation"},
         {"allocation": "sensitivity"}, {"fade_score": "wanda"},
+        {"method": "cmoe", "active": 0.5},
+        {"method": "random", "active": 0.5, "experts": 8, "own_share": False, "shared": 0.25},
+        {"method": "neurons", "active": 0.5, "router": "gate-norm", "fill": "mean"},
     ):  # fmt: skip
         swept = {}
         for name, value in change.items():
             value = "-".join(value) if isinstance(value, list) else str(value).lower()
-            swept[name] = [value] if name in CHOSEN else value
+            name = {"fill": "compensation"}.get(name, name)
+            if name == "method":
+                swept |= {"method": [value], "routed_experts": "8" if value == "cmoe" else ""}
+            elif "method" not in change:
+                swept[name] = [value] if name in CHOSEN else value
+            elif name != "own_share":
+                swept[f"routed_{name}"] = [value] if name in ROUTED_CHOSEN else value
+        if change.get("method") == "cmoe":
+            change = change | {"experts": 8}
         known = made_record(read_spec(controls(**change)), text="proxy")
         said = plan(tab, fields(**{"branches": "16", "keep": "all"} | swept), keeps=stored(known))
         assert said.startswith("1 run, 1 of them measured before"), (change, said)
@@ -330,17 +392,32 @@ def test_an_unloaded_model_is_said(tab, visitor):
 # the shell
 
 
-def test_the_shell_sweeps_the_same_specs(tab):
-    values = fields(fade="0:0.9:0.3", keep="all, 75%", compensation=["sqrt", "refit"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fade": "0:0.9:0.3", "keep": "all, 75%", "compensation": ["sqrt", "refit"]},
+        {"method": ["random", "neurons", "cmoe"], "routed_experts": "8, 16"},
+        {"method": ["mlpmoe", "moefication"], "keep": "50%", "compensation": ["none"],
+         "routed_active": "0.5:0.9:0.1", "routed_compensation": ["none", "mean"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_shell_sweeps_the_same_specs(tab, change):
+    """In a command for static methods, and one for routed ones."""
+    values, found = fields(**change), set()
     _, code = tab.plan("demo", "proxy", "", *values)
-    words = shlex.split(code.replace("\\\n", " "))
-    assert words[:5] == ["python", "-m", "mlpmoe", "sweep", "demo"]
-    flags = dict(zip(words[5::2], words[6::2], strict=True))
-    assert (flags.pop("--text"), flags.pop("--out")) == ("proxy", "runs.jsonl")
-    names = {flag.removeprefix("--").replace("-", "_"): text for flag, text in flags.items()}
-    written = grid({name: read_values(name, text) for name, text in names.items()})
+    commands = [shlex.split(c) for c in code.replace("\\\n", " ").splitlines()]
+    methods = change.get("method", ["mlpmoe"])
+    assert len(commands) == len({method == "mlpmoe" for method in methods})
+    for words in commands:
+        assert words[:5] == ["python", "-m", "mlpmoe", "sweep", "demo"]
+        flags = dict(zip(words[5::2], words[6::2], strict=True))
+        assert (flags.pop("--text"), flags.pop("--out")) == ("proxy", "runs.jsonl")
+        names = {flag.removeprefix("--").replace("-", "_"): text for flag, text in flags.items()}
+        written = grid({name: read_values(name, text) for name, text in names.items()})
+        found |= {spec.canonical() for spec in written.specs}
     planned = tab._plan(tab.workbench.loaded("demo"), "proxy", "", values)
-    assert {settled(spec) for spec in written.specs} == set(planned.missing)
+    assert found == set(planned.missing)
 
 
 def test_the_shell_line_of_an_own_text_names_a_file(tab):

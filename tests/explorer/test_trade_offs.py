@@ -14,12 +14,13 @@ import pytest
 from mlpmoe import ConversionSpec, UserError, convert, write_side_by_side
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.explorer.links import read_link
-from mlpmoe.explorer.preview import histograms
 from mlpmoe.explorer.records import Record
 from mlpmoe.explorer.run_words import short_recipe
 from mlpmoe.explorer.runs_table import EMPTY, NOTHING_PINNED
-from mlpmoe.explorer.trade_offs import COMPARED_TOKENS, TradeOffHandlers, shipped
+from mlpmoe.explorer.shipped import shipped
+from mlpmoe.explorer.trade_offs import COMPARED_TOKENS, TradeOffHandlers
 from mlpmoe.explorer.tradeoff_plot import LAYERS
+from mlpmoe.explorer.weights import histograms
 from mlpmoe.measure.speed import Ratio
 from mlpmoe.models import assets_folder, named_calibration
 from tests.explorer.calibrated import at_the_end
@@ -175,7 +176,8 @@ def test_the_shipped_comparison_is_that_of_the_file():
     assert [record.run.ratio for record in shipped("demo")] == pytest.approx(list(table["ratio"]))
     shares = [record.run.mlp_macs_share for record in shipped("demo")]
     assert shares == pytest.approx(list(table["mlp_macs_share"]))
-    assert [record.run.spec.to_dict() for record in shipped("demo")] == list(table["spec"])
+    specs = list(map(ConversionSpec.from_dict, table["spec"]))
+    assert [record.run.spec for record in shipped("demo")] == specs
     assert {record.tokens for record in shipped("demo")} == set(table["tokens"])
     assert {(record.model, record.text) for record in shipped("demo")} == {("demo", "stories")}
     dense = [record.dense for record in shipped("demo")]

@@ -13,8 +13,9 @@ import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, named_text, parameter_report, perplexity
 from mlpmoe.explorer import workbench as module
+from mlpmoe.explorer.front import front
 from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD
-from mlpmoe.explorer.preview import preview
+from mlpmoe.explorer.weights import histograms
 from mlpmoe.explorer.workbench import Workbench, model_key
 from mlpmoe.models import CATALOGUE
 
@@ -91,7 +92,8 @@ def test_the_dense_model_is_never_changed(demo, weights_hash):
     before = weights_hash(demo.model)
     modules = [type(module) for module in demo.model.modules()]
     for spec in (SPEC, ConversionSpec(fade=2.0), ConversionSpec(keep=1)):
-        preview(demo, spec, 0, "gate", "energy")
+        front(demo, spec, "proxy", "compute", (), 0, "")
+        histograms(demo, spec, 0, "gate")
         list(demo.evaluate(spec, "proxy"))
         list(demo.speed(spec))
     unfinished = demo.evaluate(ConversionSpec(branches=3, fade=1.0), "stories")
