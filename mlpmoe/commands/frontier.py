@@ -1,4 +1,4 @@
-"""The command `frontier`: search for the best static recipe at a budget."""
+"""The command `frontier`: search for the best recipe at a budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .arguments import MODEL_HELP, add_setting, at_least
 from .terminal import print_json, print_table, progress
 from .texts import calibration_text_for, evaluation_text, in_windows
 
-NAME, HELP = "frontier", "search for the best static recipe at a budget"
+NAME, HELP = "frontier", "search for the best recipe at a budget"
 EXAMPLES = """examples:
   python -m mlpmoe frontier demo --budget 0.9,0.75,0.5
   python -m mlpmoe frontier demo --cost compute --budget 0.75 --no-calibration

@@ -1,33 +1,30 @@
-"""Search the static recipes for the best ones at a budget, by multi-objective optimisation."""
+"""Search the recipes for the best ones at a budget, by multi-objective optimisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import islice
 from math import isfinite, log
 from typing import TYPE_CHECKING
 
 from ..core.errors import SpecError, UserError
 from ..core.presets import PRESETS
-from ..core.schedule import branch_sparsities
-from ..core.spec import MAX_FADE, MAX_SEED, ConversionSpec
+from ..core.spec import MAX_SEED, ConversionSpec
 from .deadline import Deadline, TimeUp
+from .search_space import LEAST_SHARE, MOST_SHARE, Space
 from .sweep import Run
 from .trials import Report, TooSlow, Trials
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    pass
 
 COSTS = {
     "nonzero": "MLP parameters that are not zero",
     "compute": "MLP multiply-adds per token",
 }
-BRANCHES = (16, 32, 64)  # what the search cuts into
-LEAST_SHARE, MOST_SHARE = 0.2, 0.98  # of the dense cost; the search looks no further
 ALLOWANCE = 0.0025  # of the dense cost above the budget: α and biases, in narrow MLPs
-AROUND = 0.15  # of the dense cost, below and above the budget
 RANDOM_TRIALS = 8  # before the optimiser learns from what it has seen
 MOST_PASSED_OVER = 64  # proposals in a row for which there is no time: none will come
 RIVAL = 3.0  # standard errors within which another text could turn two runs round
@@ -129,7 +126,7 @@ def search(
     seed: int = 0,
     report: Report = lambda *told: None,
 ) -> Iterator[Run]:
-    """Try static specs around the budget until the time is up, yielding each as it is measured.
+    """Try specs around the budget until the time is up, yielding each as it is measured.
 
     trials: on a text to go by; to know how good the finds are, measure them on another. Only with
     a calibration are specs tried that need one. deadline: nothing is begun that will not fit into
@@ -145,7 +142,7 @@ def search(
     except ImportError:
         raise UserError("the search needs optuna: pip install optuna.") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = _Space(
+    space = Space(
         budget=budget,
         calibrated=trials.calibration is not None,
         d_ff=min(mlp.weights.d_ff for mlp in trials.mlps),
@@ -196,123 +193,3 @@ def search(
         yield from found(islice(proposals, len(starts)))
         yield from found(map(run_for, space.presets()))
         yield from found(proposals)
-
-
-@dataclass(frozen=True)
-class _Space:
-    """The specs that are searched, as choices that fit the budget by construction."""
-
-    budget: Budget
-    calibrated: bool
-    d_ff: int
-    gated: bool
-
-    def presets(self) -> Iterator[ConversionSpec]:
-        """Those that may be within the budget and remove something."""
-        for spec in PRESETS.values():
-            allowed = self.calibrated or not spec.needs_calibration
-            allowed &= spec.branches <= self.d_ff
-            allowed &= not (spec.fades and self.budget.cost == "compute")  # zeros save nothing
-            left = self._left(spec)
-            if allowed and left < 1 and (self.budget.ratio or left <= self.budget.share + 0.01):
-                yield spec
-
-    def _left(self, spec: ConversionSpec) -> float:
-        """About what share of the dense cost a preset has."""
-        left = spec.kept / spec.branches
-        if self.budget.cost == "nonzero" and spec.fade:
-            matrices = 3 if self.gated else 2
-            faded = sum(name != "gate" or self.gated for name in spec.projections)
-            shares = branch_sparsities(spec.branches, spec.fade, spec.fade_schedule)[: spec.kept]
-            left *= 1 - faded / matrices * sum(shares) / len(shares)
-        return left
-
-    def starts(self) -> Iterator[dict[str, object]]:
-        """Good recipes at the budget itself; a trial takes of them what it asks for."""
-        shares = [self.budget.share] if self.budget.share else [0.9, 0.75, 0.6]
-        if self.calibrated:  # the best of those that take little time, and the best
-            recipes = [("fluctuation", "mean", "wanda"), ("least-squares", "refit", "sparsegpt")]
-        else:
-            recipes = [("norm", "none", "magnitude")]
-        usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
-        usual |= {"branches": max(self._branches()), "allocation": "uniform"}
-        for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
-            recipe = {"order": order, "compensation": compensation, "score": score}
-            yield usual | recipe | {"by": by, "share": share}
-
-    def spec(self, trial: Trial) -> ConversionSpec:
-        """The spec of a trial's choices."""
-        low, high = LEAST_SHARE, MOST_SHARE
-        if self.budget.share:
-            low = max(low, self.budget.share - AROUND)
-            high = min(high, self.budget.share + AROUND)
-        by = trial.suggest_categorical("by", self._by())
-        share = trial.suggest_float("share", low, high)
-        fields: dict[str, object] = {"branches": min(BRANCHES[0], self.d_ff)}
-        if by == "keep and weights":
-            kept = share ** trial.suggest_float("part", 0.1, 0.9)
-        else:
-            kept = share if by == "keep" else 1.0
-        if by in ("keep", "keep and weights"):
-            branches = trial.suggest_categorical("branches", self._branches())
-            keep = max(1, min(int(branches * kept + 1e-9), branches - 1))
-            order = trial.suggest_categorical("order", self._orders())
-            fields |= {"branches": branches, "keep": keep, "order": order}
-            kept = keep / branches
-        if by in ("keep", "keep and weights") or self.calibrated:
-            fields["compensation"] = trial.suggest_categorical("compensation", self._fills())
-        if by != "keep":
-            keep = fields.get("keep", fields["branches"])
-            fields |= self._fade(trial, by, min(1.0, share / kept), fields["branches"], keep)
-        if self.calibrated:
-            fields["allocation"] = trial.suggest_categorical(
-                "allocation", ["uniform", "sensitivity"]
-            )
-        return ConversionSpec(**fields).canonical()
-
-    def _fade(
-        self, trial: Trial, by: str, left: float, branches: int, keep: int
-    ) -> dict[str, object]:
-        """The fields of a fade that leaves this share of the kept weights or neurons."""
-        schedule = trial.suggest_categorical("schedule", ["uniform", "linear"])
-        fields = {"fade_schedule": schedule}
-        fields["fade_score"] = trial.suggest_categorical("score", self._scores())
-        zeros = 1 - left
-        if by == "neurons":
-            fields["fade_unit"] = "neuron"
-        elif trial.suggest_categorical("projections", ["all", "gate and up"]) == "all":
-            fields["fade_projections"] = "gate-up-down"
-        else:
-            zeros *= 1.5 if self.gated else 2.0
-        return fields | {"fade": _strength(zeros, branches, keep, schedule)}
-
-    def _by(self) -> list[str]:
-        everything = ["weights", "keep", "keep and weights", "neurons"]
-        return ["keep", "neurons"] if self.budget.cost == "compute" else everything
-
-    def _branches(self) -> list[int]:
-        return [b for b in BRANCHES if b <= self.d_ff] or [self.d_ff]
-
-    def _orders(self) -> list[str]:
-        more = ["activation", "fluctuation", "least-squares"] if self.calibrated else []
-        return ["contiguous", "norm", *more]
-
-    def _fills(self) -> list[str]:
-        return ["sqrt", "none", *(["mean", "refit", "alpha"] if self.calibrated else [])]
-
-    def _scores(self) -> list[str]:
-        return ["magnitude", *(["wanda", "sparsegpt"] if self.calibrated else [])]
-
-
-def _strength(zeros: float, branches: int, keep: int, schedule: str) -> float:
-    """The fade that zeroes this share in the mean over the kept branches, as far as there is one;
-    three digits are enough for a person to read."""
-    low, high = 0.0, MAX_FADE
-    for _ in range(30):
-        middle = (low + high) / 2
-        shares = branch_sparsities(branches, middle, schedule)[:keep]
-        if sum(shares) / keep < zeros:
-            low = middle
-        else:
-            high = middle
-    return min(MAX_FADE, round(high + 5e-4, 3))

@@ -13,7 +13,10 @@ from ..core.spec import ConversionSpec
 
 
 def in_words(spec: ConversionSpec) -> str:
-    """What a static spec does, as the rest of a sentence: "keeps 12 of 16 branches; …"."""
+    """What a spec does, as the rest of a sentence: "keeps 12 of 16 branches; …"; of a routed one,
+    its recipe in a line."""
+    if spec.routed:
+        return in_short(spec)
     parts = []
     drops = spec.kept < spec.branches
     if drops:

@@ -26,7 +26,6 @@ from mlpmoe.measure.parameters import parameter_report
 from mlpmoe.measure.perplexity import compare, measure
 from mlpmoe.measure.search import (
     ALLOWANCE,
-    AROUND,
     COSTS,
     FINALISTS,
     Budget,
@@ -35,6 +34,7 @@ from mlpmoe.measure.search import (
     front,
     search,
 )
+from mlpmoe.measure.search_space import AROUND, Space
 from mlpmoe.measure.sweep import Run
 from mlpmoe.measure.trials import TooSlow, Trials
 from tests import families
@@ -179,6 +179,23 @@ def test_with_calibration_specs_use_it(model, text, observed):
     assert [run.spec for run in again] == [run.spec for run in runs]
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_compute_is_saved_by_routing_too(text, observed, calibrated):
+    """Good routed recipes are among the first, and what they cost counts their routers."""
+    model = tiny_model(intermediate_size=WIDE)
+    seen = some_text() if calibrated else None
+    budget = Budget("compute", 0.6)
+    runs = tried(model, text, budget, seen, most=8)
+    routed = [run for run in runs if run.spec.routed]
+    assert {run.spec.method == "neurons" for run in routed} == {True, False}
+    for run in routed:
+        assert run.mlp_macs_share < budget.share + AROUND + 0.05
+    nearest = min(routed, key=lambda run: abs(run.mlp_macs_share - 0.6))
+    assert nearest.mlp_macs_share == pytest.approx(0.6, abs=0.05)
+    check_run(nearest, model, text, seen)
+    assert not any(run.spec.routed for run in tried(model, text, Budget("nonzero", 0.6), most=8))
+
+
 def zeroes_single_weights(spec):
     return spec.fades and spec.fade_unit != "neuron"
 
@@ -241,7 +258,8 @@ def test_costs_lie_around_the_budget(text, cost):
         costs = [budget.cost_of(run) for run in proposed]
         assert len(costs) > 15
         # what stays of branches that fade more in later ones holds fewer zeros than planned
-        assert all(share - AROUND - 0.03 < cost < share + AROUND + 0.1 for cost in costs)
+        # a K below is at most one of 16 branches less
+        assert all(share - AROUND - 0.07 < cost < share + AROUND + 0.1 for cost in costs)
         assert any(budget.allows(run) and budget.cost_of(run) > share - 0.05 for run in proposed)
 
 
@@ -444,8 +462,8 @@ def choices(**more):
 )
 def test_every_choice_gives_a_spec_that_converts(text, d_ff, budget, chosen, monkeypatch):
     """The search starts with one choice in place of its own."""
-    monkeypatch.setattr(search_module._Space, "presets", lambda space: iter(()))
-    monkeypatch.setattr(search_module._Space, "starts", lambda space: iter([chosen]))
+    monkeypatch.setattr(Space, "presets", lambda space: iter(()))
+    monkeypatch.setattr(Space, "starts", lambda space: iter([chosen]))
     model = tiny_model(intermediate_size=d_ff)
     (run,) = tried(model, text, budget, some_text(), most=1)
     assert 0 < budget.cost_of(run) < 1.05
@@ -455,11 +473,12 @@ def test_every_choice_gives_a_spec_that_converts(text, d_ff, budget, chosen, mon
 def test_a_spec_that_cannot_be_is_passed_over(text, monkeypatch):
     """With one neuron in a branch, evenly zeroing more than half leaves none."""
     emptied = choices(by="neurons", share=0.4)
-    monkeypatch.setattr(search_module._Space, "presets", lambda space: iter(()))
-    monkeypatch.setattr(search_module._Space, "starts", lambda space: iter([emptied]))
+    monkeypatch.setattr(Space, "presets", lambda space: iter(()))
+    monkeypatch.setattr(Space, "starts", lambda space: iter([emptied]))
     runs = tried(tiny_model(intermediate_size=16), text, Budget("compute", 0.4), most=4)
     assert len(runs) <= 3
-    assert all(run.spec.fade < 1 or run.spec.fade_unit == "weight" for run in runs)
+    evenly = [run.spec for run in runs if run.spec.fade_schedule == "uniform"]
+    assert all(spec.fade < 1 or spec.fade_unit == "weight" for spec in evenly)
 
 
 # Choosing from what was tried --------------------------------------------------------------
