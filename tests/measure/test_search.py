@@ -18,7 +18,6 @@ from mlpmoe.core.conversion import convert, convert_all, observe
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import search as search_module
 from mlpmoe.measure import trials as trials_module
 from mlpmoe.measure.deadline import Deadline
 from mlpmoe.measure.encoding import EncodedText, encode_text
