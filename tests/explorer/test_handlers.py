@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -16,15 +17,17 @@ import torch
 from mlpmoe import ConversionSpec, convert, named_text, parameter_report
 from mlpmoe import perplexity as measure_perplexity
 from mlpmoe.core.calibration import MAX_TOKENS, Calibration
+from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.explorer import handlers as module
 from mlpmoe.explorer.convert_panel import CUSTOM
 from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.generations import GenerationHandlers
+from mlpmoe.explorer.front import FRONT
 from mlpmoe.explorer.loaded import LoadedModel
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.settings import read_spec, within_reach
+from mlpmoe.explorer.settings import USED, read_spec, within_reach
 from mlpmoe.measure.notation import count, number
+from mlpmoe.measure.routing import routing
 from mlpmoe.models import ModelError, named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.calibrated import CALIBRATED, at_the_end, direct
@@ -60,11 +63,11 @@ def tokens_of(card: str) -> int | None:
 
 def test_preview_settles_keep_and_names_the_preset(handlers, visitor):
     shown = previewed(handlers, visitor())
-    assert shown[:4] == (SKIPPED,) * 4  # the controls stand as they are
+    assert shown[:USED] == (SKIPPED,) * USED  # the controls stand as they are
     assert shown.preset == "All 16 branches"
     shown = previewed(handlers, visitor(), branches=8)
     assert (shown.keep["value"], shown.keep["maximum"]) == (8, 8)
-    assert shown.share == "16 16 8"
+    assert shown.share == "16 16 8 0 -"
     assert shown.preset == CUSTOM
     shown = previewed(handlers, visitor(), branches=1)
     assert (shown.keep["value"], shown.keep["maximum"]) == (1, 2)  # a slider needs two ends
@@ -79,14 +82,14 @@ def test_preview_leaves_keep_alone_while_it_is_moved(handlers, visitor):
 def test_what_is_out_of_range_is_shown_as_it_is_used(handlers, visitor, notices):
     """And the structure and the measurement are of what is shown."""
     change = {"branches": 2.5, "fade": 5, "keep": 0}
-    shown = previewed(handlers, visitor(), **change, share="2 2 3")
+    shown = previewed(handlers, visitor(), **change, share="2 2 3 0 -")
     assert (shown.branches, shown.fade, shown.keep["value"]) == (3, 2.0, 1)
     # the first branch of a ramp loses nothing, however strong it is
     assert "branches=3&keep=1" in shown.query
     assert [kind for kind, _ in notices] == ["Info"] * 3
     *_, last = live(handlers, visitor(), **change)
     assert json.loads(last.new)[0]["run"]["spec"] == "branches=3&keep=1"
-    assert last[2:4] == shown[-4:-2]
+    assert (last.nonzero, last.compute) == (shown.nonzero, shown.compute)
 
 
 def test_preview_shows_what_was_measured_before(handlers, visitor):
@@ -118,13 +121,15 @@ def test_a_page_is_not_flooded_with_estimates(handlers, demo, visitor, monkeypat
 
 
 def test_a_measurement_sharpens_by_itself_and_ends_with_a_run(handlers, demo, visitor):
-    structure = previewed(handlers, visitor(), fade=0.9)[-4:-2]
+    shown = previewed(handlers, visitor(), fade=0.9)
     *steps, last = live(handlers, visitor(), fade=0.9)
-    assert all(step[2:6] == (SKIPPED,) * 4 for step in steps)  # shown by the preview
+    for step in steps:  # shown by the preview
+        assert step.nonzero == step.compute == step.network == SKIPPED
     (early_run,) = (step.new for step in steps if step.new != SKIPPED)
     assert json.loads(early_run)[0]["run"] == json.loads(last.new)[0]["run"]  # before speed ends
-    assert last[2:4] == structure  # once more, for a page that was busy
-    assert last[4:6] == (SKIPPED,) * 2
+    # once more, for a page that was busy
+    structure = last.nonzero, last.compute, last.network
+    assert structure == (shown.nonzero, shown.compute, shown.network)
     assert "first look" in steps[0].perplexity
     tokens = [tokens_of(step.perplexity) for step in steps]
     tokens = [number for number in tokens if number]
@@ -248,21 +253,18 @@ def test_stop(handlers, visitor):
 
 def test_keep_above_branches_is_all_of_them(handlers, visitor):
     """Between two previews the sliders may stand so; no event may fail then."""
-    previewed(handlers, visitor(), branches=4, keep=4, share="4 4 4")
+    previewed(handlers, visitor(), branches=4, keep=4, share="4 4 4 0 -")
     values = shown_values(branches=4, keep=8)
     assert "…" not in list(handlers.measure(visitor(), *values))[-1][0]
     list(live(handlers, visitor(), branches=4, keep=8))
     handlers.stop_measuring(visitor(), *values)
-    writer = GenerationHandlers(handlers.workbench)
-    *_, (_, _, report) = writer.write("demo", *settings(branches=4, keep=8), "Hello", 2, 0.0)
-    assert "K 4" in report
 
 
 def test_few_visitors_are_remembered(handlers, visitor, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.handlers.VISITORS_REMEMBERED", 3)
+    monkeypatch.setattr("mlpmoe.explorer.looks.VISITORS_REMEMBERED", 3)
     for session in "abcdea":
         previewed(handlers, visitor(session))
-    assert list(handlers._latest) == ["d", "e", "a"]
+    assert list(handlers.looks._latest) == ["d", "e", "a"]
 
 
 def test_a_public_text_is_read_while_the_page_says_so(handlers, demo, visitor, monkeypatch):
@@ -306,10 +308,10 @@ def test_an_unknown_text_is_said(handlers, visitor, text):
 
 def test_a_text_that_the_server_has_forgotten_leaves_the_cards_in_order(handlers, visitor):
     values = shown_values(text="own-0123456789ab")
-    perplexity, _, *structure, _ = handlers.measuring_failed(*values)
-    assert "not measured" in perplexity
-    assert "own text 012345" in perplexity
-    assert "…" not in "".join(structure[:2])
+    shown = Measured(*handlers.measuring_failed(*values))
+    assert "not measured" in shown.perplexity
+    assert "own text 012345" in shown.perplexity
+    assert "…" not in shown.nonzero + shown.compute
 
 
 # conversions that look at a calibration text
@@ -331,8 +333,9 @@ def test_a_calibrated_conversion_is_pending_and_then_measured(handlers, demo, vi
         assert "measuring …" in card
     assert count(demo.report.nonzero) in shown.nonzero
     assert count(demo.report.macs_per_token) in shown.compute
-    assert shown.histograms == shown.heat == SKIPPED  # those of before stay meanwhile
+    assert shown.network == SKIPPED  # that of before stays meanwhile
 
+    change = change | ({} if shown.axis == SKIPPED else {"axis": shown.axis})
     steps = list(live(handlers, visitor(), **change))
     expected = direct(demo, spec)
     assert any("calibrating" in step.nonzero for step in steps)
@@ -354,18 +357,22 @@ def test_a_calibrated_conversion_is_pending_and_then_measured(handlers, demo, vi
     weights, made = expected.state_dict(), demo.converted(demo.asked(spec)).state_dict()
     assert weights.keys() == made.keys()
     assert all(torch.allclose(made[name], weights[name], atol=1e-5) for name in weights)
-    assert len(last.heat.data[0].z[0]) == 16
-    assert sum(trace.name == "stays" for trace in last.histograms.data) == 1
+    columns = json.loads(last.network["columns"])
+    assert [len(column["left"]) for column in columns] == [16, 16]
 
     again = previewed(handlers, visitor(), **change)
-    assert again[-6:] == last[:-1]
+    assert again[-FRONT:] == last[:-1]
     assert list(live(handlers, visitor(), **change)) == [SKIPPED]  # nothing is left to measure
 
 
-def test_a_conversion_is_calibrated_on_the_text_that_was_chosen(handlers, demo, visitor, opening):
+@pytest.mark.parametrize(
+    "change", [CALIBRATED["refitted"], {"method": "cmoe", "experts": 8, "active": 0.5}], ids=str
+)
+def test_a_conversion_is_calibrated_on_the_text_that_was_chosen(
+    handlers, demo, visitor, opening, change
+):
     """Link, code, figures and run are of it."""
     key = opening.use_calibration("A lamp stood there and a moth flew round it. " * 90)["value"]
-    change = CALIBRATED["refitted"]
     spec = read_spec(controls(**change))
     found = {}
     for name in ("prose", key):
@@ -423,7 +430,7 @@ def test_a_calibration_is_stopped(handlers, visitor):
     shown = handlers.stop_measuring(visitor(), *shown_values(**change))
     for card in shown[:4]:
         assert "stopped; Measure goes on" in card
-    assert shown[4:] == (SKIPPED, SKIPPED, SKIPPED)
+    assert shown[-2:] == (SKIPPED, SKIPPED)  # network and run
     assert list(running) == []
     shown = at_the_end(handlers.measure(visitor(), *shown_values(**change)))
     assert "…" not in "".join(shown[:4])
@@ -438,6 +445,143 @@ def test_a_guest_model_is_measured_by_itself_too(handlers, tiny_folder, visitor)
     last = Measured(*at_the_end(live(handlers, visitor(), **change)))
     assert "…" not in "".join(last[:4])
     assert json.loads(last.new)[0]["calibration"] == "prose"
+
+
+# routed methods
+
+
+@pytest.mark.parametrize("method", ROUTED_METHODS)
+def test_every_routed_method_is_shown_and_measured(handlers, demo, visitor, method):
+    change = {"method": method, "experts": 8, "active": 0.5, "layer": 1}
+    spec = read_spec(controls(method=method, experts=8, active=0.5))
+    shown = previewed(handlers, visitor(), **change)
+    assert (shown.preset, shown.query) == (CUSTOM, f"model=demo&{spec.to_query()}&text=proxy")
+    assert f"method={method!r}" in shown.code
+    assert shown.network == SKIPPED  # it is not known yet which experts run
+    last = Measured(*at_the_end(live(handlers, visitor(), **change)))
+    expected = direct(demo, spec)
+    report = parameter_report(expected)
+    assert f">{count(report.nonzero)}<" in last.nonzero
+    assert f">{count(report.macs_per_token)}<" in last.compute
+    assert "…" not in last.perplexity + last.speed + last.nonzero + last.compute
+    perplexity = measure_perplexity(expected, demo.tokenizer, named_text("proxy"))
+    assert f">{number(perplexity.value)}<" in last.perplexity
+    (record,) = map(Record.from_dict, json.loads(last.new))
+    assert (record.run.spec, record.query) == (spec, shown.query)
+    assert record.run.perplexity == pytest.approx(perplexity.value, rel=1e-4)
+    shares = report.mlp_macs_per_token / parameter_report(demo.model).mlp_macs_per_token
+    assert record.run.mlp_macs_share == pytest.approx(shares)
+    # the picture: how many tokens run each expert
+    assert last.network["kind"] == "experts"  # also of few single neurons
+    assert last.network["looked"] == 1
+    found = routing(expected, demo.routing_ids)
+    for column, layer in zip(json.loads(last.network["columns"]), found, strict=True):
+        assert column["always"] == layer.shared and not column["spared"]
+        assert column["left"][: layer.shared] == [1] * layer.shared
+        load = layer.chosen.float().mean(0).tolist()
+        assert column["left"][layer.shared :] == pytest.approx(load, abs=1e-3)
+    again = previewed(handlers, visitor(), **change)
+    assert again[-FRONT:] == last[:-1]
+
+
+def test_a_routed_conversion_is_kept_off_the_text_that_it_looks_at(handlers, demo, visitor):
+    key = demo.texts.add("Something else first. " * 90 + named_text("proxy")[:3000])
+    change = {"method": "cmoe", "calibration": key}
+    previewed(handlers, visitor(), **change)
+    with pytest.raises(gr.Error, match="share a passage"):
+        list(live(handlers, visitor(), **change))
+    uncalibrated = {"method": "neurons", "calibration": key}
+    previewed(handlers, visitor(), **uncalibrated)
+    *_, last = live(handlers, visitor(), **uncalibrated)  # which looks at no text
+    assert json.loads(last.new)
+
+
+# the pictures
+
+
+def test_another_look_at_what_is_known(handlers, demo):
+    """Another axis, another layer: no model runs."""
+    values = shown_values(branches=8, keep=6, axis="nonzero", layer=1)
+    curve, network = handlers.look(*values)
+    assert "non-zero" in curve.layout.xaxis.title.text
+    assert network["looked"] == 1
+    columns = json.loads(network["columns"])
+    assert [column["left"] for column in columns] == [[1] * 6 + [0] * 2] * 2
+    assert demo.known_evaluation(ConversionSpec(branches=8, keep=6), "proxy") is None
+
+
+def test_a_model_is_shown_dense_at_first(handlers, one_layer_folder):
+    *_, guest = handlers.workbench.load(str(one_layer_folder))
+    for key, layers in (("demo", 2), (guest.key, 1)):
+        columns = json.loads(handlers.another_model(key)["columns"])
+        assert columns == [{"left": [], "always": 0, "spared": False}] * layers
+
+
+def test_spared_layers_are_left_as_they_are(handlers, demo):
+    values = shown_values(branches=4, keep=3, spared="1")
+    thinned, whole = json.loads(handlers.look(*values)[1]["columns"])
+    assert (thinned["left"], thinned["spared"]) == ([1, 1, 1, 0], False)
+    assert (whole["left"], whole["spared"]) == ([1] * 4, True)
+
+
+def click(**data) -> gr.EventData:
+    return gr.EventData(None, data)
+
+
+def test_a_click_in_the_network_looks_at_a_layer(handlers):
+    layer, spared, tab = handlers.picked("0", click(action="look", layer=11, cell=3))
+    assert (layer, spared) == (11, SKIPPED)
+    assert tab == gr.update(selected="weights")
+
+
+@pytest.mark.parametrize(
+    ("typed", "layer", "after"),
+    [
+        ("", 3, {3}), ("3", 3, set()), ("0, 11", 3, {0, 3, 11}), ("0, 11", 11, {0}),
+        ("11 0", 11, {0}), ("none", 0, {0}), ("0+11", 3, {0, 3, 11}),
+    ],
+)  # fmt: skip
+def test_a_click_spares_a_layer_or_does_no_more(handlers, typed, layer, after):
+    """Whichever way those of before were typed; and twice is as if never."""
+    looked, spared, tab = handlers.picked(typed, click(action="spare", layer=layer))
+    assert (looked, tab) == (SKIPPED, SKIPPED)
+    assert {*ConversionSpec(keep=12, spared=spared).spared_layers} == after
+    again = handlers.picked(spared, click(action="spare", layer=layer))[1]
+    before = ConversionSpec(keep=12, spared=typed).spared_layers
+    assert ConversionSpec(keep=12, spared=again).spared_layers == before
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, [], "spare", {}, {"action": "spare"}, {"action": "spare", "layer": "1"},
+     {"action": "spare", "layer": True}, {"layer": -1}, {"layer": 1.0}, {"layer": 10**9},
+     {"action": "look", "layer": None}],
+    ids=str,
+)  # fmt: skip
+def test_an_odd_click_does_nothing(handlers, data):
+    assert handlers.picked("0", SimpleNamespace(_data=data)) == (SKIPPED,) * 3
+
+
+# the budget
+
+
+def test_a_budget_moves_what_the_method_has(handlers):
+    assert handlers.budget("demo", *settings(), "75 1764100000000") == (12, SKIPPED)
+    keep, active = handlers.budget("demo", *settings(method="random"), "50.4 1764100000000")
+    assert (keep, active) == (SKIPPED, 0.5)
+    assert handlers.budget("demo", *settings(keep=12), "75 1") == (SKIPPED, SKIPPED)
+
+
+@pytest.mark.parametrize("asked", ["", " ", "much", "nan 1", "inf", "1e999 2", None, 5])
+def test_an_odd_budget_is_said(handlers, asked):
+    with pytest.raises(gr.Error, match="number of per cent"):
+        readable(handlers.budget)("demo", *settings(), asked)
+
+
+@pytest.mark.parametrize(("asked", "keep"), [("0", 1), ("-70", 1), ("1e300", 16), ("100", 16)])
+def test_a_budget_out_of_range_is_the_nearest(handlers, asked, keep):
+    found, _ = handlers.budget("demo", *settings(keep=8), asked)
+    assert found == keep
 
 
 def test_a_text_too_short_to_calibrate_on_is_said(handlers, demo, visitor):
@@ -477,9 +621,14 @@ def test_controls_that_count_no_more_are_out_of_reach(unit, schedule, strength, 
         ({"fade_unit": "1:5"}, "need a multiple of 5 inputs"),
         ({"fade_unit": None}, "weight, neuron, or n:m"),
         ({"keep": 4, "allocation": "fair"}, "must be one of"),
-        ({"projection": "sideways"}, "not one of gate, up, down"),
-        ({"quantity": ""}, "not one of"),
-        ({"layer": -1}, "ayer must lie between"),
+        ({"method": "magic"}, "not a method; choose one of the list"),
+        ({"method": None}, "not a method"),
+        ({"method": "cmoe", "experts": 1}, "xperts must be at least 2"),
+        ({"method": "random", "active": 0}, "ctive must be more than 0"),
+        ({"method": "random", "selection": "all"}, "must be one of"),
+        ({"method": "random", "fill": "refit"}, "must be one of"),
+        ({"method": "cmoe", "calibration": "nothing"}, "o calibration text is called"),
+        ({"fade": 0.9, "spared": "2"}, "layers 0 to 1"),
     ],
 )
 def test_odd_values_raise_what_can_be_read(handlers, visitor, change, reason):
