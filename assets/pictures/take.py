@@ -2,7 +2,7 @@
 
 Starts the app on a free port, opens it in headless Chromium (MLPMOE_CHROMIUM, by default
 /usr/bin/chromium; needs the package playwright) and writes PNGs with a palette beside this file.
-NAME: page, branches, generations and so on; by default all.
+NAME: page, weights, runs and so on; by default all.
 """
 
 from __future__ import annotations
@@ -72,10 +72,14 @@ def contains(page: Page, selector: str, text: str) -> None:
     )
 
 
-def generations(page: Page) -> None:
-    page.fill("#prompt textarea", "Why is the sky blue? Answer in one sentence.")
-    page.click("#write")
-    contains(page, "#writing-report", "part at token")
+def answered(page: Page) -> None:
+    contains(page, "#writing-report", "token")
+
+
+def routed(page: Page) -> None:
+    """With the experts of one word shown."""
+    answered(page)
+    page.locator("#converted-text [data-token]").nth(5).hover()
 
 
 def tokens(page: Page) -> None:
@@ -102,14 +106,8 @@ def suggest(page: Page) -> None:
     page.locator("#front-table [role=gridcell][data-row='0']").nth(3).wait_for()
 
 
-def experts(page: Page) -> None:
-    page.click("#measure-experts")
-    page.wait_for_selector("#expert-load .hm")
-    contains(page, "#experts-result", "multiply-adds")
-
-
 def lesson(page: Page) -> None:
-    page.wait_for_selector("#lesson .katex")
+    page.wait_for_selector("#lesson svg")
 
 
 def export(page: Page) -> None:
@@ -119,36 +117,44 @@ def export(page: Page) -> None:
 
 # picture -> query, key of the tab, what is done there; on the real model where no other is named
 PICTURES = {
-    "page": ("fade=0.9", "branches", None),
-    "branches": ("fade=0.9&keep=12", "branches", None),
-    "generations": ("fade=0.9", "generations", generations),
-    "tokens": ("fade=0.9", "tokens", tokens),
-    "trade-offs": (
-        "model=demo&keep=12&order=least-squares&compensation=refit",
-        "trade-offs",
-        trade_offs,
+    "page": ("fade=0.9", "weights", answered),
+    "page-dark": ("fade=0.9", "weights", answered),
+    "page-phone": ("fade=0.9", "weights", answered),
+    "page-projector": ("fade=0.9", "weights", answered),
+    "routed": (
+        "method=coactivation&active=0.75&selection=threshold&compensation=mean", "weights", routed
     ),
+    "weights": ("fade=0.9&keep=12", "weights", None),
+    "tokens": ("fade=0.9", "tokens", tokens),
+    "runs": ("model=demo&keep=12&order=least-squares&compensation=refit", "runs", trade_offs),
     "suggest": ("model=demo&keep=12", "suggest", suggest),
-    "experts": ("model=demo&keep=12", "experts", experts),
-    "lesson": ("keep=12", "how", lesson),
+    "lesson": ("fade=0.9", "lesson", lesson),
     "export": ("model=demo&keep=12&fade=0.5", "export", export),
-}
+}  # fmt: skip
+# of the first screen; the others show a tab
+SCREENS = {
+    "page": (WIDTH, HEIGHT), "page-dark": (WIDTH, HEIGHT), "page-phone": (360, 1500),
+    "page-projector": (1280, 720), "routed": (WIDTH, HEIGHT),
+}  # fmt: skip
 
 
 def take(page: Page, name: str, url: str) -> None:
     """The first screen of the page, or the tab without what stands around it."""
     query, tab, act = PICTURES[name]
-    page.goto(f"{url}/?{query}&tab={tab}")
+    width, height = SCREENS.get(name, (WIDTH, HEIGHT))
+    page.set_viewport_size({"width": width, "height": height})
+    theme = "dark" if name.endswith("dark") else "light"
+    page.goto(f"{url}/?{query}&tab={tab}&__theme={theme}")
     page.wait_for_selector("#measure")
     if "refit" in query:
         page.click("#measure")
     page.wait_for_function(MEASURED)
+    page.mouse.move(0, 0)
     if act:
         act(page)
-    page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     page.evaluate("() => new Promise(done => requestIdleCallback(done, {timeout: 5000}))")
-    if name == "page":
+    if name in SCREENS:
         shot = page.screenshot()
     else:
         box = page.locator("#tabs").bounding_box()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from ..core.spec import ConversionSpec
 from ..measure.words import in_short, in_words
 from ..models.catalogue import find_entry
@@ -22,5 +24,9 @@ def recipe_of(spec: ConversionSpec) -> str:
 
 
 def model_name(key: str) -> str:
+    """Of the list as it is there, of the hub by its id, of this machine by its folder or file."""
     entry = find_entry(key)
-    return entry.label if entry else key
+    if entry:
+        return entry.label
+    path = PurePath(key)
+    return path.name if path.is_absolute() or key.startswith((".", "~")) else key

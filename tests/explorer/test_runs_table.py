@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
 from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.run_words import recipe_of, short_recipe
+from mlpmoe.explorer.run_words import model_name, recipe_of, short_recipe
 from mlpmoe.explorer.runs_table import EMPTY, NOTHING_PINNED, comparison_table, runs_table
 from mlpmoe.explorer.texts import text_name
 from mlpmoe.measure.speed import Ratio
@@ -249,3 +249,16 @@ def test_a_routed_recipe_can_be_typed():
 def test_texts_of_visitors_are_named_by_their_digest():
     assert text_name("own-0123456789ab") == "own text 012345"
     assert text_name("stories") == "evaluation stories"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("owner/name", "owner/name"),
+        ("/models/some/mine", "mine"),
+        ("./mine", "mine"),
+        ("~/models/mine.gguf", "mine.gguf"),
+    ],
+)
+def test_a_model_of_this_machine_is_called_by_its_folder_or_file(key, name):
+    assert model_name(key) == name
