@@ -126,7 +126,9 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     workbench = workbench or Workbench()
     first = FirstModel(workbench)
     first.start()
-    with gr.Blocks(title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+    with gr.Blocks(
+        title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as demo:
         state, fields = _page_state(), run_fields()
         picker = model_panel(host_allows_any_model())
         sentence = gr.HTML("", elem_id="sentence")

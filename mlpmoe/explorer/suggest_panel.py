@@ -78,7 +78,9 @@ def suggest_panel() -> SuggestPanel:
         with gr.Column(scale=5, min_width=320):
             status = gr.HTML("", elem_id="suggest-status")
             sentence = gr.HTML(EMPTY, elem_id="suggestion")
-            plot = gr.Plot(front_plot([], [], Budget(share=0.7)), show_label=False, elem_id="front")
+            plot = gr.Plot(
+                front_plot([], [], Budget(share=0.7)), show_label=False, elem_id="suggested-front"
+            )
     table = gr.Dataframe(
         headers=COLUMNS, value=[], interactive=False, wrap=True, elem_id="front-table",
         label="Measured on our evaluation text; non-zero and compute of the MLPs",
