@@ -8,7 +8,9 @@
     const over = event.target.closest?.("[data-token], #words-by-expert [data-cells]") ?? null;
     if (over === word) return;
     word = over;
-    if (!word) return tell("token", null);
+    tell("cells", null);
+    if (!word || word.dataset.token === undefined) tell("token", null);
+    if (!word) return;
     if (word.dataset.token !== undefined) return tell("token", Number(word.dataset.token));
     const layer = Number(word.closest("[data-layer]").dataset.layer);
     tell("cells", { layer, cells: word.dataset.cells.split(" ").map(Number) });

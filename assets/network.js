@@ -17,6 +17,8 @@ let cursor = { layer: 0, cell: 0 };
 let over = null; // the cell under the mouse
 let token = null; // the token under the cursor, elsewhere on the page
 let masks = null; // per token and layer the cells that it uses; read once needed
+let held = null; // the last value with such use: it holds as long as the cells are the same
+let word = null; // the layer and the cells that a word of a text runs, elsewhere on the page
 
 const isDense = (column) => column.spared || !column.left.length; // dense: one block, no cells
 
@@ -26,7 +28,12 @@ const read = (value) => {
   if (!value || !value.columns) return null;
   const columns = JSON.parse(value.columns);
   if (!columns.length) return null;
-  return { ...value, columns, cells: Math.max(1, ...columns.map((column) => column.left.length)) };
+  if (value.used) held = value;
+  const same = held?.columns === value.columns && held.kind === value.kind;
+  return {
+    ...value, columns, used: same ? held.used : "",
+    cells: Math.max(1, ...columns.map((column) => column.left.length)),
+  };
 };
 
 const percent = (share) => {
@@ -155,7 +162,8 @@ const drawColumn = (brush, column, layer, gone) => {
     brush.fillRect(...place.box(layer));
     return;
   }
-  const lit = token !== null && masks?.[token];
+  const ran = (cell) => (word ? cell < column.always || word.cells.includes(cell) : uses(layer, cell));
+  const lit = word ? word.layer === layer : token !== null && masks?.[token];
   if (column.always && net.kind === "experts") {
     const [x, y, w] = place.box(layer, 0);
     const [, end, , h] = place.box(layer, column.always - 1);
@@ -164,13 +172,13 @@ const drawColumn = (brush, column, layer, gone) => {
   }
   for (let cell = column.always; cell < column.left.length; cell++) {
     const share = column.left[cell];
-    const idle = lit && !uses(layer, cell);
+    const idle = lit && !ran(cell);
     if (net.kind === "branches") {
       brush.fillStyle = share === 0 ? gone : colours.damage[Math.round(SHADES * (1 - share))];
       brush.globalAlpha = idle ? 0.25 : 1;
     } else {
-      const ran = lit ? Number(!idle) : share; // of one token it is nothing or all
-      brush.fillStyle = colours.load[Math.round(SHADES * ran)];
+      const part = lit ? Number(!idle) : share; // of one token it is nothing or all
+      brush.fillStyle = colours.load[Math.round(SHADES * part)];
     }
     brush.fillRect(...place.box(layer, cell));
   }
@@ -337,15 +345,21 @@ const lookAt = () => {
 
 const spareIt = () => trigger("click", { action: "spare", layer: cursor.layer });
 
+// Texts on the page mark the words that run the cell that is pointed at.
+const point = (cell) => document.dispatchEvent(new CustomEvent("mlpmoe:cell", { detail: cell }));
+
 grid.addEventListener("pointermove", (event) => {
   if (!net || event.pointerType === "touch") return;
   over = at(event);
+  point(over);
   tell();
 });
 grid.addEventListener("pointerleave", () => {
   over = null;
+  point(null);
   if (net) tell();
 });
+cell.addEventListener("blur", () => point(null));
 grid.addEventListener("click", (event) => {
   if (!net) return;
   cursor = at(event);
@@ -363,6 +377,7 @@ grid.addEventListener("keydown", (event) => {
   else if (event.key === "s") spareIt();
   else return;
   event.preventDefault();
+  point(cursor);
   tell();
 });
 spare.addEventListener("click", spareIt);
@@ -371,6 +386,12 @@ document.addEventListener("mlpmoe:token", (event) => {
   if (!element.isConnected) return;
   token = event.detail ?? null;
   if (net && token !== null) readMasks();
+  draw();
+});
+
+document.addEventListener("mlpmoe:cells", (event) => {
+  if (!element.isConnected) return;
+  word = event.detail ?? null;
   draw();
 });
 

@@ -68,7 +68,7 @@ def tokens_by_expert(
     for position, token in enumerate(ids):
         ran = chosen.chosen[position].nonzero()[:, 0] + chosen.shared
         cells = " ".join(map(str, [*range(chosen.shared), *ran.tolist()]))
-        text = escape(loaded.tokenizer.decode([token]))
+        text = escape(loaded.tokenizer.decode([token], skip_special_tokens=True))
         spans.append(f'<span data-cells="{cells}">{text}</span>')
     most = torch.bincount(chosen.favourite, minlength=experts)
     return (

@@ -12,7 +12,7 @@ from .plots import finish, ticks
 from .style import CONVERTED, GREY
 
 SPLIT_HEIGHT = 280  # pixels
-LOAD = ["#f3ece4", "#f0c394", "#e5954a", "#d9741a", "#8a4407"]  # never chosen to always chosen
+ROUTED = "#f0c394"  # what runs for some tokens; what always runs has the full colour
 
 
 def shared_split(
@@ -22,8 +22,8 @@ def shared_split(
     layers = list(range(len(shared)))
     figure = go.Figure()
     for name, values, colour in (
-        ("always", shared, LOAD[4]),
-        ("by routing", routed, LOAD[2]),
+        ("always", shared, CONVERTED),
+        ("by routing", routed, ROUTED),
         ("not at all", idle, "rgba(128,128,128,0.25)"),
     ):
         figure.add_bar(
