@@ -82,8 +82,11 @@ def _starts(edges: Sequence[float], below: Sequence[float], width: float) -> lis
     return [edge + width * share for edge, share in zip(edges[:-1], below, strict=True)]
 
 
-def keep_curves(found: Kept, keep: int) -> go.Figure:
-    """Above, size and direction of what is kept; below, the factors; both against K."""
+def keep_curves(found: Kept, keep: int, factors: bool = True) -> go.Figure:
+    """Above, size and direction of what is kept; below, the factors; both against K.
+
+    factors: whether the measured ones are shown, or only what is published.
+    """
     branches = len(found.size)
     ks = list(range(1, branches + 1))
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.2)
@@ -100,9 +103,10 @@ def keep_curves(found: Kept, keep: int) -> go.Figure:
     curve(1, "size, measured", found.size.tolist(), CONVERTED, "solid")
     curve(1, "√(K/B)", [sqrt(k / branches) for k in ks], GREY, "dash")
     curve(1, "cosine", found.cosine.tolist(), DENSE, "dot")
-    curve(2, "least error", found.best.tolist(), CONVERTED, "solid")
     curve(2, "√(B/K)", [sqrt(branches / k) for k in ks], GREY, "dash")
-    curve(2, "restores size", found.restoring.tolist(), CONVERTED, "dot")
+    if factors:
+        curve(2, "least error", found.best.tolist(), CONVERTED, "solid")
+        curve(2, "restores size", found.restoring.tolist(), CONVERTED, "dot")
     finish(figure, KEEP_HEIGHT)
     figure.add_vline(x=keep, line={"color": GREY, "width": 1})
     figure.update_layout(
