@@ -1,7 +1,7 @@
 // The address bar follows the settings: a change replaces it, another tab or a restored run is a
 // step that Back undoes. And the settings themselves can be undone and done again.
 (() => {
-  const SETTLED = 1000; // milliseconds: changes that follow faster are one step
+  const SETTLED = 2000; // milliseconds: changes that follow faster are one step
   const steps = []; // queries
   let at = -1;
   let changed = 0; // when the last step was changed

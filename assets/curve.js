@@ -60,8 +60,9 @@
     held.x = event.clientX;
     if (!held.moves) {
       const [across, down] = [Math.abs(held.x - held.startX), Math.abs(event.clientY - held.startY)];
-      if (Math.max(across, down) < MOVED) return;
-      if (down > across) return void (held = null); // somebody scrolls
+      const finger = event.pointerType === "touch";
+      if (finger && down >= MOVED && down > across) return void (held = null); // it scrolls
+      if (across < MOVED) return;
       held.moves = true;
       held.block.classList.add("dragging");
     }

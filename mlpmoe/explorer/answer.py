@@ -3,7 +3,7 @@ likelier or unlikelier the conversion made it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from .answer_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, QUESTIONS, STO
 from .asked import Conversion, spec_of
 from .front import network_of
 from .loaded import LoadedModel
-from .looks import Look, Looks
+from .looks import Looks
 from .network import cells_used
 from .settings import parted, read_asked
 from .tint import Tint
@@ -71,7 +71,7 @@ class AnswerHandlers:
 
     def write(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple]:
         """Dense text, converted text, report, and the network with what each token ran."""
-        yield from self._write(model, values, None)
+        yield from self._write(model, values, _never)
 
     def write_by_itself(
         self, request: gr.Request, follow: bool, model: str, *values: Any
@@ -83,26 +83,24 @@ class AnswerHandlers:
         loaded = self.workbench.loaded(model)
         at = loaded.key, read_asked(loaded, settings), text
         look = self.looks.of(request)
-        if not follow or look is None or look.at != at or look.written:
+        if not follow or look is None or look.at != at or look.stay.written:
             return
-        look.written = True
-        check, since = self.looks.check(request, look), monotonic()
+        look.stay.written = True
+        check, since = self.looks.check_stay(request, look.stay), monotonic()
         with suppress(CancelledError):
             while monotonic() - since < SETTLED or loaded.known_evaluation(*at[1:]) is None:
                 check()
-                if look.failed:
+                if self.looks.of(request).failed:
                     return
                 sleep(TICK)
-            yield from self._write(model, values, (request, look))
+            yield from self._write(model, values, check)
 
-    def _write(
-        self, model: str, values: tuple, visitor: tuple[gr.Request, Look] | None
-    ) -> Iterator[tuple]:
+    def _write(self, model: str, values: tuple, check: Callable[[], None]) -> Iterator[tuple]:
+        """check: raises once nobody waits for it any more."""
         settings, (_, prompt, tokens, temperature, layer) = parted(values)
         check_writing(prompt, tokens, temperature)
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
-        check = self.looks.check(*visitor) if visitor else _never
         if not loaded.is_converted(asked):
             for message in loaded.convert(asked):
                 yield gr.skip(), gr.skip(), f"<p>{escape(message)} …</p>", gr.skip()
@@ -119,7 +117,10 @@ def _never() -> None:
 
 
 def _answered(
-    loaded: LoadedModel, asked: Conversion, wish: tuple[str, int, float], check: Any
+    loaded: LoadedModel,
+    asked: Conversion,
+    wish: tuple[str, int, float],
+    check: Callable[[], None],
 ) -> Iterator[tuple[str, str] | Answer]:
     """Both texts as they grow, then the answer. What the dense model wrote once is not written
     again."""
@@ -132,23 +133,24 @@ def _answered(
     models = (model,) if dense else (loaded.model, model)
     started, writings, ended = monotonic(), (), False
     steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
-    with stoppable(check):
-        while not ended:
-            with loaded.turns.turn():  # nothing is yielded in it: a slow page would hold others up
-                until = monotonic() + TURN
-                while not ended and monotonic() < until:
-                    check()
-                    step = next(steps, None)
-                    ended = step is None
-                    writings = writings if ended else (dense, *step) if dense else step
-            yield tuple(writing.text for writing in writings)
-            if monotonic() - started > WRITING_SECONDS:
-                gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
-                break
-        with loaded.turns.turn():
-            answer = _scored(loaded, asked, prompt, writings)
-    loaded.answers.put(wish, writings[0])
-    loaded.answers.put((asked, wish), answer)
+    while not ended:
+        # nothing is yielded in it: a slow page would hold others up
+        with stoppable(check), loaded.turns.turn():
+            until = monotonic() + TURN
+            while not ended and monotonic() < until:
+                check()
+                step = next(steps, None)
+                ended = step is None
+                writings = writings if ended else (dense, *step) if dense else step
+        yield tuple(writing.text for writing in writings)
+        if monotonic() - started > WRITING_SECONDS:
+            gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
+            break
+    with stoppable(check), loaded.turns.turn():
+        answer = _scored(loaded, asked, prompt, writings)
+    if ended:  # else it may be written to its end another time
+        loaded.answers.put(wish, writings[0])
+        loaded.answers.put((asked, wish), answer)
     yield answer
 
 

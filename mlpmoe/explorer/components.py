@@ -14,6 +14,7 @@ from .network import network_component
 
 @dataclass(frozen=True)
 class ModelPanel:
+    title: gr.HTML
     name: gr.Dropdown
     load: gr.Button
     status: gr.HTML
@@ -44,7 +45,7 @@ def model_panel(any_model: bool) -> ModelPanel:
     ]
     any_label = "Model: list, hub owner/name, folder, .gguf"
     with gr.Row(elem_id="model-row"):
-        gr.HTML("<h1>mlpmoe</h1>", elem_id="title", min_width=90)
+        title = gr.HTML("<h1>mlpmoe</h1>", elem_id="title", min_width=90)
         name = gr.Dropdown(
             choices,
             value=DEMO_KEY,
@@ -61,7 +62,7 @@ def model_panel(any_model: bool) -> ModelPanel:
             note = gr.HTML("", visible=False, elem_id="model-note")
         undo = gr.Button("↶", scale=0, min_width=40, size="sm", elem_id="undo")
         redo = gr.Button("↷", scale=0, min_width=40, size="sm", elem_id="redo")
-    return ModelPanel(name, load, status, note, undo, redo)
+    return ModelPanel(title, name, load, status, note, undo, redo)
 
 
 def pictures_panel() -> PicturesPanel:

@@ -157,9 +157,9 @@ def method_choices() -> list[tuple[str, str]]:
     return [("MLPMoE: static branches", "mlpmoe"), *routed]
 
 
-def show_method(method: str) -> tuple:
+def show_method(method: str, anew: bool = False) -> tuple:
     """What is said of the method; whether the columns of static and of routed methods are seen;
-    which sliders and routers it has."""
+    which sliders and routers it has. anew: with its authors' settings."""
     routed = ROUTED_METHODS.get(method)
     seen = {True: True, False: "hidden"}
     columns = [
@@ -169,12 +169,15 @@ def show_method(method: str) -> tuple:
     ]
     if routed is None:
         return gr.update(info=METHOD_ABOUT.get(method, "")), *columns, *(gr.skip(),) * 4
-    fields = [gr.update(visible=seen["experts" in routed.fields])] * 3
-    allowed = (OWN, *routed.routers)
+    visible, allowed = seen["experts" in routed.fields], (OWN, *routed.routers)
     routers = [(label, name) for label, name in ROUTER_CHOICES if name in allowed]
+    experts = routed.defaults.get("experts", USUAL_EXPERTS)
     return (
-        gr.update(info=METHOD_ABOUT.get(method, "")), *columns, *fields,
-        gr.update(choices=routers),
+        gr.update(info=METHOD_ABOUT.get(method, "")), *columns,
+        gr.update(visible=visible, **({"value": experts} if anew else {})),
+        gr.update(visible=visible),
+        gr.update(visible=visible, **({"value": True} if anew else {})),
+        gr.update(choices=routers, **({"value": OWN} if anew else {})),
     )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def add_dense(figure: go.Figure, x: float = 100, y: float = LEAST_INCREASE, **tr
 # of a plot that stands by itself
 LEGEND_ABOVE = {
     "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    "margin": {"l": 76},
+    "margin": {"l": 84},
     "hovermode": "closest",
 }
 

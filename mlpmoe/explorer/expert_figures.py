@@ -66,9 +66,10 @@ def tokens_by_expert(
     ids = loaded.routing_ids[:SHOWN_TOKENS].tolist()
     spans = []
     for position, token in enumerate(ids):
-        ran = (chosen.shared + chosen.chosen[position].nonzero()[:, 0]).tolist()
+        ran = chosen.chosen[position].nonzero()[:, 0] + chosen.shared
+        cells = " ".join(map(str, [*range(chosen.shared), *ran.tolist()]))
         text = escape(loaded.tokenizer.decode([token]))
-        spans.append(f'<span data-cells="{" ".join(map(str, ran))}">{text}</span>')
+        spans.append(f'<span data-cells="{cells}">{text}</span>')
     most = torch.bincount(chosen.favourite, minlength=experts)
     return (
         f'<div class="tokens" data-layer="{layer}">{"".join(spans)}</div>',

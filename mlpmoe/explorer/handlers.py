@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from time import monotonic
 from typing import Any
 
 import gradio as gr
 
+from ..core.checks import layer_numbers
 from ..core.errors import UserError
 from ..core.stopping import stoppable
 from .asked import Calibrated, Conversion, spec_of
@@ -97,7 +98,9 @@ class Handlers:
         return dense_network(self.workbench.loaded(model))
 
     def look(self, model: str, *values: Any) -> tuple:
-        """Curve and network, looked at otherwise."""
+        """Curve and network, looked at otherwise; nothing before there is a model."""
+        if not model:
+            return gr.skip(), gr.skip()
         shown = self._chosen(model, values).front("")
         return shown.curve, shown.network
 
@@ -106,11 +109,11 @@ class Handlers:
         network."""
         done = event._data if isinstance(event._data, dict) else {}
         layer = done.get("layer")
-        if not isinstance(layer, int) or not 0 <= layer < MOST_LAYERS:
+        if type(layer) is not int or not 0 <= layer < MOST_LAYERS:
             return (gr.skip(),) * 3
         if done.get("action") != "spare":
             return layer, gr.skip(), gr.update(selected=FIRST_TAB)
-        numbers = {int(name) for name in spared.split(",") if name.strip().isdecimal()} ^ {layer}
+        numbers = {*layer_numbers(spared)} ^ {layer}
         return gr.skip(), ", ".join(map(str, sorted(numbers))), gr.skip()
 
     def budget(self, model: str, *values: Any) -> tuple:
@@ -119,7 +122,9 @@ class Handlers:
         try:
             budget = float(asked.split()[0])
         except (ValueError, IndexError, AttributeError):
-            raise UserError("a budget is a number of per cent.") from None
+            budget = nan
+        if not -inf < budget < inf:
+            raise UserError("a budget is a number of per cent.")
         return set_budget(self.workbench.loaded(model), settings, budget)
 
     def measure_live(

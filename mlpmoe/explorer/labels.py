@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import ceil
 
 SIZE = 12  # pixels of the letters
@@ -29,6 +29,17 @@ class Box:
         across = min(self.right, other.right) - max(self.left, other.left)
         down = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(0.0, across) * max(0.0, down)
+
+    def stacks(self, other: Box) -> bool:
+        """Whether one is above or below the other, or on it."""
+        return min(self.right, other.right) > max(self.left, other.left)
+
+    def shifted(self, down: float) -> Box:
+        return Box(self.left, self.right, self.top + down, self.bottom + down)
+
+    @property
+    def middle(self) -> float:
+        return (self.top + self.bottom) / 2
 
     @property
     def area(self) -> float:
@@ -69,17 +80,23 @@ def columns(names: Sequence[tuple[str, Pixels]], height: float) -> list[Place]:
         if not groups or names[i][1][0] - names[groups[-1][0]][1][0] > COLUMN:
             groups.append([])
         groups[-1].append(i)
+    ends = {i: min(names[j][1][0] for j in group) - GAP for group in groups for i in group}
+    rooms = []  # with the lines to the points
+    for i, (text, (_, y)) in enumerate(names):
+        wide, high = _size(text)
+        rooms.append(Box(ends[i] - LEADER - wide, ends[i], y - high / 2, y + high / 2))
+    rooms = _apart(rooms, height)
+    far = {
+        i for i, (_, (x, y)) in enumerate(names)
+        if abs(rooms[i].middle - y) > 1 or x - GAP - ends[i] > 4
+    }  # fmt: skip
     found: dict[int, Place] = {}
     for group in groups:
-        first = min(names[i][1][0] for i in group)
-        downs = _apart([(names[i][1][1], _size(names[i][0])[1]) for i in group], height)
-        moved = any(abs(down - names[i][1][1]) > 1 for i, down in zip(group, downs, strict=True))
-        for i, down in zip(group, downs, strict=True):
-            text, (x, y) = names[i]
-            wide, high = _size(text)
-            right = first - GAP - (LEADER if moved else 0)
-            box = Box(right - wide, right, down - high / 2, down + high / 2)
-            leader = (right - x, down - y) if moved else None
+        for i in group:
+            (text, (x, y)), room = names[i], rooms[i]
+            right = ends[i] - (LEADER if far & set(group) else 0)
+            leader = (right - x, room.middle - y) if far & set(group) else None
+            box = Box(right - _size(text)[0], right, room.top, room.bottom)
             found[i] = Place((x, y), box, "right", "middle", leader)
     return [found[i] for i in range(len(names))]
 
@@ -121,20 +138,20 @@ def _size(text: str) -> tuple[float, float]:
     return LETTER * max(map(len, rows)), ROW * len(rows)
 
 
-def _apart(wanted: Sequence[tuple[float, float]], height: float) -> list[float]:
-    """How far down the middle of each name stands. wanted: where it would like to, and how high it
-    is. Those that lie on each other are pushed apart, both as far, and none out of the plot."""
-    downs = [down for down, _ in wanted]
-    order = sorted(range(len(wanted)), key=lambda i: downs[i])
-    for _ in range(100):
-        for upper, lower in pairwise(order):
-            lack = (wanted[upper][1] + wanted[lower][1]) / 2 - (downs[lower] - downs[upper])
-            if lack > 0:
-                downs[upper] -= lack / 2
-                downs[lower] += lack / 2
-        for i, (_, high) in enumerate(wanted):
-            downs[i] = min(max(downs[i], high / 2), height - high / 2)
-    return downs
+def _apart(boxes: Sequence[Box], height: float) -> list[Box]:
+    """The same boxes further up or down, so that none lies on another: those that do are pushed
+    apart, both as far, as long as none leaves the plot."""
+    boxes = list(boxes)
+    order = sorted(range(len(boxes)), key=lambda i: boxes[i].middle)
+    for _ in range(200):
+        for upper, lower in combinations(order, 2):
+            lack = boxes[upper].bottom - boxes[lower].top
+            if lack > 0 and boxes[upper].stacks(boxes[lower]):
+                boxes[upper] = boxes[upper].shifted(-lack / 2)
+                boxes[lower] = boxes[lower].shifted(lack / 2)
+        for i, box in enumerate(boxes):
+            boxes[i] = box.shifted(max(0.0, -box.top) - max(0.0, box.bottom - height))
+    return boxes
 
 
 def _cost(box: Box, taken: Sequence[Box], frame: Box) -> float:

@@ -15,6 +15,7 @@ from ..core.spec import ConversionSpec
 from ..models import default_calibration, default_text
 from ..models.catalogue import DEMO_KEY, find_entry
 from .cards import status_line
+from .convert_panel import show_method
 from .events import sentence
 from .first_model import FirstModel
 from .links import START, Link, read_link
@@ -25,7 +26,10 @@ from .settings import (
     CONTROLS,
     Share,
     most_branches,
+    parted,
     read_spec,
+    set_budget,
+    set_just_now,
     show_branches,
     show_spec,
 )
@@ -144,6 +148,19 @@ class OpeningHandlers:
             return (gr.skip(),) * (len(CONTROLS) + 1)
         loaded.check_fits(PRESETS[name])
         return show_spec(PRESETS[name], loaded)
+
+    def choose_method(self, model: str, *values: Any) -> tuple:
+        """What `show_method` gives, K and the active share. A method that a visitor chooses comes
+        with its authors' settings, at the budget there is; one that was set from here has its own.
+        """
+        settings, (share, budget) = parted(values)
+        method = dict(zip(CONTROLS, settings, strict=False))["method"]
+        if not model or set_just_now(share):
+            return *show_method(method), gr.skip(), gr.skip()
+        moved = (gr.skip(), gr.skip())
+        if budget < 100:
+            moved = set_budget(self.workbench.loaded(model), settings, budget)
+        return *show_method(method, anew=True), *moved
 
     def load(
         self, name: str, model: str, branches: int, keep: int, text: str, calibration: str

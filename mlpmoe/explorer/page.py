@@ -21,7 +21,7 @@ from .components import (
     model_panel,
     pictures_panel,
 )
-from .convert_panel import ConvertPanel, convert_panel, show_method
+from .convert_panel import ConvertPanel, convert_panel
 from .endpoints import add_endpoints
 from .events import IN_TURNS, PRIVATE, QUIET, readable
 from .export_panel import export_panel, wire_export
@@ -94,6 +94,7 @@ def launch_kwargs() -> dict[str, Any]:
         "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
         "footer_links": ["api", "settings"],
         "enable_monitoring": False,
+        "run_history": False,  # it would keep all that events give, in the place of the runs
         "max_file_size": "1mb",
         "strict_cors": True,
     }
@@ -201,11 +202,11 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             ExportHandlers(workbench), export, model, convert.text, convert.settings, state.tab,
             state.taken, demo,
         )  # fmt: skip
-    _report_progress_on(demo, sentence)
+    _report_progress_on(demo, picker.title)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
 
-def _report_progress_on(demo: gr.Blocks, component: gr.Markdown) -> None:
+def _report_progress_on(demo: gr.Blocks, component: gr.HTML) -> None:
     """Let hidden progress be reported to one component instead of to every output.
 
     At each message of any event, Gradio's page tells all components that ever had some progress of
@@ -241,6 +242,15 @@ def _wire_opening(
         controls,
         **QUIET,
     )
+    convert.method.change(
+        readable(handlers.choose_method),
+        [state.model, *convert.settings, state.share, convert.budget],
+        [
+            convert.method, *convert.static, *convert.routed, convert.experts, convert.shared,
+            convert.own_share, convert.router, convert.keep, convert.active,
+        ],
+        **QUIET,
+    )  # fmt: skip
     by_name = picker.load.click(
         readable(handlers.load), [picker.name, *asked], loads, trigger_mode="once",
         **loading,
@@ -292,14 +302,6 @@ def _wire_preview(
     gr.on(
         [choice.change for choice in choices], within_reach, choices,
         [convert.fade, convert.fade_exponent], **QUIET,
-    )  # fmt: skip
-    convert.method.change(
-        readable(show_method), convert.method,
-        [
-            convert.method, *convert.static, *convert.routed, convert.experts, convert.shared,
-            convert.own_share, convert.router,
-        ],
-        **QUIET,
     )  # fmt: skip
     state.budget.change(
         readable(handlers.budget), [*spec, state.budget], [convert.keep, convert.active],

@@ -13,7 +13,7 @@ from ..measure.estimate import Evaluation
 from ..measure.families import LEVEL, Estimate, Shares, best_at, family_of, removed_by
 from ..measure.notation import NBSP, NO_CHANGE, number
 from ..measure.sweep import Run
-from ..measure.words import joined
+from ..measure.words import joined, spared_in_words
 
 TOO_MUCH = 1e5  # a ratio of perplexity beyond which a model says nothing any more
 SURE = 2.0  # standard errors
@@ -65,24 +65,27 @@ def _html(text: str) -> str:
 def _what(spec: ConversionSpec, shares: Shares | None) -> str:
     """What the conversion does, as the beginning of a sentence."""
     if spec.routed:
-        who = {"oracle": "An oracle (a bound, no real router)", "neurons": "The gate"}
+        who = {"oracle": "An oracle (a bound)", "neurons": "The gate"}
         who = who.get(family_of(spec), "A router")
         return f"{who} picks {_percent(spec.active)} of the neurons for each token"
     dropped, neurons = spec.branches - spec.kept, spec.fade_unit == "neuron"
-    gone = f"{_percent(1 - shares.nonzero)} of the MLP weights" if shares else "MLP weights"
+    gone = f"{_percent(1 - shares.nonzero)} of the MLP weights" if shares else ""
+    comma = f", {gone}" if gone else ""
     if dropped and spec.fades:
         verb = "fade drops neurons" if neurons else "fade zeroes weights"
-        return f"K drops {dropped} of {spec.branches} branches and {verb} of the others, {gone}"
+        return f"K drops {dropped} of {spec.branches} branches and {verb} of the others{comma}"
     if dropped:
-        return f"K drops {dropped} of {spec.branches} branches, {gone}"
+        return f"K drops {dropped} of {spec.branches} branches{comma}"
     if spec.pattern:
-        return f"{spec.fade_unit} zeros take {gone}"
-    return f"Fade drops neurons, {gone}" if neurons else f"Fade zeroes {gone}"
+        return f"{spec.fade_unit} zeros take {gone or 'MLP weights'}"
+    return f"Fade drops neurons{comma}" if neurons else f"Fade zeroes {gone or 'MLP weights'}"
 
 
 def _spared(spec: ConversionSpec) -> str:
-    spared = getattr(spec, "spared", "")
-    return f" (layers {spared} spared)" if spared else ""
+    layers = spec.spared_layers
+    if len(layers) > 3:
+        return f" ({len(layers)} layers kept dense)"
+    return f" ({spared_in_words(spec)})" if layers else ""
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.checks import layer_numbers
 from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.schedule import DEFAULT_EXPONENT
@@ -186,9 +187,9 @@ def arriving(values: Sequence[Any], share: str) -> bool:
     Before anything was set there is no share."""
     if not share:
         return True
-    before = Share.read(share)
-    if not 0 <= time() - before.set_at <= ARRIVING:
+    if not set_just_now(share):
         return False
+    before = Share.read(share)
     if before.spec:
         try:
             return _digest(read_spec(values)) != before.spec
@@ -196,6 +197,11 @@ def arriving(values: Sequence[Any], share: str) -> bool:
             return True
     sent = dict(zip(CONTROLS, values, strict=False))
     return (sent["branches"], sent["keep"]) != (before.branches, before.shown)
+
+
+def set_just_now(share: str) -> bool:
+    """Whether the controls were set from here and not by the visitor."""
+    return 0 <= time() - Share.read(share).set_at <= ARRIVING
 
 
 def _digest(spec: ConversionSpec) -> str:
@@ -271,7 +277,7 @@ def _at_budget(loaded: LoadedModel, used: dict[str, Any], budget: float) -> floa
     if ROUTED_METHODS[used["method"]].partition is None:  # the gate is computed in full
         matrices = len(loaded.projections)
         share = (matrices * share - 1) / (matrices - 1)
-    return max(LEAST_ACTIVE, min(1.0, round(share / ACTIVE_STEP) * ACTIVE_STEP))
+    return max(LEAST_ACTIVE, min(1.0, round(round(share / ACTIVE_STEP) * ACTIVE_STEP, 4)))
 
 
 def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
@@ -287,8 +293,7 @@ def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
 
 
 def _spared_share(loaded: LoadedModel, used: dict[str, Any]) -> float:
-    count = len([name for name in str(used["spared"]).split(",") if name.strip()])
-    return min(1.0, count / len(loaded.mlps))
+    return min(1.0, len(layer_numbers(used["spared"])) / len(loaded.mlps))
 
 
 def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:

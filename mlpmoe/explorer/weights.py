@@ -29,7 +29,7 @@ class WeightsHandlers:
         """The view of static conversions with its histograms, or that of routed ones with split,
         variation and words; all left alone while another tab is open or nothing is made yet."""
         settings, (layer, projection) = parted(values)
-        if tab not in ("", TAB):
+        if tab not in ("", TAB) or not model:
             return (gr.skip(),) * SHOWN
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)

@@ -14,9 +14,11 @@ from .sweep import Run
 LEVEL = 0.015  # of the dense cost: runs that lie nearer than that cost the same
 AMONG = ("all", "static", "uncalibrated")
 # How log(perplexity ratio) grows with what is removed: as a power, whose exponent two runs give.
-# From the cheapest-to-lose end on, between it and dense, it is not known: TO_DENSE is typical and
-# the others span what was found, leaving out one shipped run after the other (see `estimate`).
-LEAST_EXPONENT, TO_DENSE, MOST_EXPONENT = 0.9, 1.5, 4.0
+# Between the first run and dense it is not known, and a typical one is taken: larger where weights
+# or neurons go one by one, the least of them first, than where whole groups go. LEAST_EXPONENT and
+# MOST_EXPONENT span what was found, leaving out one shipped run after the other; see `estimate`.
+GROUPS, ONE_BY_ONE = 1.5, 3.0
+LEAST_EXPONENT, MOST_EXPONENT = 0.9, 4.2
 BETWEEN = 2.0  # the factor that log(ratio) is uncertain by, midway between two runs
 NOTHING, MOST = 1e-4, 690.0  # log(ratio) that counts as none, and as broken
 ERRORS = 2.0  # standard errors of the runs an estimate comes from
@@ -162,18 +164,19 @@ def along(line: Sequence[Run], cost: str, shares: Iterable[float]) -> list[float
     """The ratio of perplexity on a line of `lines`, at shares of the dense cost from that of its
     cheapest run to 1, by the rule of `estimate`."""
     points = [(1 - cost_of(run, cost), _log(run, 0)) for run in reversed(line)]
-    return [_exp(_between(points, 1 - share)) for share in shares]
+    exponent = _exponent(line[-1].spec)
+    return [_exp(_between(points, 1 - share, exponent)) for share in shares]
 
 
-def _between(points: Sequence[tuple[float, float]], removed: float) -> float:
+def _between(points: Sequence[tuple[float, float]], removed: float, exponent: float) -> float:
     """log(ratio) where so much is removed; points: removed and log(ratio), removed rising. Beyond
-    the last it stays as it is."""
+    the last it stays as it is. exponent: towards dense."""
     low = max((p for p in points if p[0] <= removed), default=None)
     high = min((p for p in points if p[0] > removed), default=None)
     if high is None:
         return points[-1][1]
     if low is None:
-        return high[1] * (max(0.0, removed) / high[0]) ** TO_DENSE
+        return high[1] * (max(0.0, removed) / high[0]) ** exponent
     t = log(removed / low[0]) / log(high[0] / low[0])
     return low[1] ** (1 - t) * high[1] ** t
 
@@ -186,11 +189,11 @@ def estimate(runs: Iterable[Run], spec: ConversionSpec) -> Estimate | None:
     how much it removes. None without a run on the far side: nothing is extrapolated.
 
     Between two runs log(ratio) is a power of what is removed; from the last one towards dense one
-    with a typical exponent. Leaving out one shipped run after the other, log(ratio) was found,
-    in the median and at the 90th percentile, within a factor of 1.3 and 1.8 between two runs
-    (14 of the demo model), of 1.3 and 1.5 towards dense with two runs left (14, demo model), and
-    of 1.4 and 4.6 with a single run at twice as much removed (23, SmolLM2-135M). low and high
-    span that and twice the errors of the runs.
+    with a typical exponent. Leaving out one shipped run after the other, log(ratio) came out
+    within a factor of (median, 90th percentile): 1.3 and 1.8 between two runs (17 of the demo
+    model); towards dense 1.3 and 2.2 (14 of the demo model, by half of what is removed) and 1.4
+    and 2.3 (23 of SmolLM2-135M). low and high span that and twice the errors of the runs; all but
+    one of these 54 lay between them.
     """
     recipe, removed = recipe_of(spec), removed_by(spec)
     if removed == 0:
@@ -210,7 +213,7 @@ def estimate(runs: Iterable[Run], spec: ConversionSpec) -> Estimate | None:
         ratio, low, high = (
             _exp(_log(far, errors) * share**exponent)
             for errors, exponent in (
-                (0, TO_DENSE), (-ERRORS, MOST_EXPONENT), (ERRORS, LEAST_EXPONENT)
+                (0, _exponent(spec)), (-ERRORS, MOST_EXPONENT), (ERRORS, LEAST_EXPONENT)
             )
         )  # fmt: skip
         return Estimate(ratio, low, high, (far,))
@@ -243,12 +246,20 @@ def recipe_of(spec: ConversionSpec) -> tuple:
     if spec.routed:
         if spec.shared == ConversionSpec(method=spec.method, active=spec.active).shared:
             silent.add("shared")  # the method's own, which may depend on the active share
-    elif not spec.fades:
-        silent |= {name for name in values if name.startswith("fade_")}
-    elif spec.kept == spec.branches and not spec.fits:
-        silent.add("compensation")  # there is nothing to make up for
+    else:
+        if not spec.fades:
+            silent |= {name for name in values if name.startswith("fade_")}
+        if spec.kept == spec.branches and not spec.fits:
+            silent.add("compensation")  # there is nothing to make up for
     dropped = 1 - spec.kept / spec.branches if spec.fades else 0.0
     return (dropped, *((name, value) for name, value in values.items() if name not in silent))
+
+
+def _exponent(spec: ConversionSpec) -> float:
+    """Of log(ratio), between dense and the first run."""
+    if spec.method == "neurons" or (spec.fades and spec.fade_unit != "neuron"):
+        return ONE_BY_ONE
+    return GROUPS
 
 
 def _sparsity(spec: ConversionSpec) -> float:

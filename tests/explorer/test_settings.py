@@ -4,7 +4,7 @@ do the same make the same spec."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from time import time
 
 import gradio as gr
@@ -13,34 +13,47 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe import PRESETS, ConversionSpec, UserError, convert
+from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.order import ORDERS
+from mlpmoe.core.routed import ROUTED_METHODS
+from mlpmoe.core.routed.routers import ROUTERS
 from mlpmoe.core.schedule import SCHEDULES
 from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import ALLOCATIONS, MAX_FADE, PROJECTIONS
 from mlpmoe.explorer import settings
-from mlpmoe.explorer.convert_panel import ALLOCATION_CHOICES, UNIT_CHOICES, convert_panel
+from mlpmoe.explorer.convert_panel import (
+    ALLOCATION_CHOICES,
+    AWAY,
+    UNIT_CHOICES,
+    convert_panel,
+    method_choices,
+    show_method,
+)
 from mlpmoe.explorer.preview import preset_name
 from mlpmoe.explorer.settings import (
+    ACTIVE_STEP,
     ARRIVING,
     AS_THEY_ARE,
     CONTROLS,
-    FADE_FIELDS,
+    LEAST_ACTIVE,
     MAX_BRANCHES,
+    MAX_EXPERTS,
+    OWN,
     Share,
     arriving,
     check_shown,
     most_branches,
     read_asked,
     read_spec,
+    set_budget,
     settle,
-    settled,
     show_spec,
 )
-from tests.core.specs import static_specs
-from tests.explorer.controls import UNTOUCHED, chosen, controls, preview_values
+from mlpmoe.measure.families import expected_shares
+from tests.explorer.calibrated import direct
+from tests.explorer.controls import UNTOUCHED, Previewed, chosen, controls, preview_values
 from tests.tiny import VOCABULARY, tiny_model
 
 branch_counts = st.integers(1, 48)  # of the tiny model's 48 neurons
@@ -64,17 +77,40 @@ def settings_of_the_page(draw):
         "fade_unit": draw(st.sampled_from([*UNITS, "3:7"])),
         "allocation": draw(st.sampled_from(ALLOCATIONS)),
         "progressive": draw(st.booleans()),
+        "spared": draw(st.sampled_from(["", "0"])),
     }
 
 
-specs = settings_of_the_page().map(lambda values: read_spec(controls(**values)))
+@st.composite
+def routed_settings_of_the_page(draw):
+    """The same for routed methods; a router may be left over from another method."""
+    return {
+        "method": draw(st.sampled_from(sorted(ROUTED_METHODS))),
+        "active": draw(st.floats(LEAST_ACTIVE, 1)),
+        "experts": draw(st.integers(2, MAX_EXPERTS)),
+        "shared": draw(st.floats(0, 0.95)),
+        "own_share": draw(st.booleans()),
+        "router": draw(st.sampled_from([OWN, *sorted(ROUTERS), "gate", "gate-norm"])),
+        "selection": draw(st.sampled_from(["topk", "threshold"])),
+        "fill": draw(st.sampled_from(["none", "mean"])),
+        "progressive": draw(st.booleans()),
+        "spared": draw(st.sampled_from(["", "1", "0, 1"])),
+    }
 
 
-def test_every_control_is_a_field_once():
+all_settings = settings_of_the_page() | routed_settings_of_the_page()
+specs = all_settings.map(lambda values: read_spec(controls(**values)))
+
+
+def test_every_field_has_a_control_or_is_refused():
     assert len(set(CONTROLS)) == len(CONTROLS) == len(UNTOUCHED)
-    assert set(CONTROLS) <= set(ConversionSpec().to_dict())
-    assert set(FADE_FIELDS) <= set(CONTROLS)
     assert [choice for _, choice in ALLOCATION_CHOICES] == list(ALLOCATIONS)
+    without = {"profile": "absolute", "tau": 0.5, "seed": 3}
+    # what routed methods call compensation is another control than that of static ones
+    assert {*CONTROLS, *without} == {f.name for f in fields(ConversionSpec)} | {"own_share", "fill"}
+    for name, value in without.items():
+        with pytest.raises(UserError, match=f"no control for {name}"):
+            check_shown(ConversionSpec(method="expertweaver", **{name: value}))
 
 
 def test_untouched_controls_are_the_defaults(tiny):
@@ -86,22 +122,51 @@ def test_untouched_controls_are_the_defaults(tiny):
 def test_what_is_shown_of_a_spec_makes_it_again(tiny, spec):
     shown = show_spec(spec, tiny)
     assert read_spec(chosen(shown)) == spec
-    assert Share.read(shown[-1]).shown == spec.kept
-    branches, keep = shown[CONTROLS.index("branches")], shown[CONTROLS.index("keep")]
-    assert 1 <= keep["value"] <= branches["value"] <= branches["maximum"] == 48
-    assert keep["maximum"] == max(2, branches["value"])
+    if not spec.routed:
+        assert Share.read(shown[-1]).shown == spec.kept
+        branches, keep = shown[CONTROLS.index("branches")], shown[CONTROLS.index("keep")]
+        assert 1 <= keep["value"] <= branches["value"] <= branches["maximum"] == 48
+        assert keep["maximum"] == max(2, branches["value"])
 
 
-@given(specs)
-def test_what_the_controls_make_is_settled(spec):
-    assert settled(spec) == spec
+@given(routed_settings_of_the_page())
+def test_a_routed_spec_is_what_was_chosen_where_it_counts(values):
+    spec = read_spec(controls(**values))
+    method = ROUTED_METHODS[values["method"]]
+    usual = ConversionSpec(method=spec.method, active=spec.active)
+    assert (spec.method, spec.active) == (values["method"], values["active"])
+    fits = values["router"] in method.routers
+    assert spec.router == (values["router"] if fits else usual.router)
+    if "experts" in method.fields:
+        assert spec.experts == values["experts"]
+        own = values["own_share"]
+        # of what runs, no more can be shared
+        assert spec.shared == (usual.shared if own else min(values["shared"], values["active"]))
+    if spec.active < 1:
+        assert (spec.selection, spec.compensation) == (values["selection"], values["fill"])
+    if spec.looks_at_activations:
+        assert spec.progressive == values["progressive"]
+    assert spec.spared == values["spared"].replace(" ", "")
 
 
-@given(static_specs(48))
-def test_a_settled_spec_says_once_what_it_does(spec):
-    """For a sweep, which names what has no effect too."""
-    spec = replace(spec, seed=0)
-    assert settled(spec) == spec.canonical()
+@pytest.mark.parametrize("typed", ["0,1", "1, 0", " 0  1 ", "1+0", "0,,1", "01, 0", "1 0, 1"])
+def test_spared_layers_are_typed_in_several_ways(tiny, typed):
+    for change in ({"fade": 0.9}, {"method": "random", "experts": 8}):
+        asked = read_asked(tiny, (*controls(**change, spared=typed), "stories"))
+        assert asked == read_spec(controls(**change, spared="0,1"))
+    assert read_spec(controls(fade=0.9, spared="none")) == read_spec(controls(fade=0.9))
+
+
+@pytest.mark.parametrize("typed", ["first", "-1", "1.5", "0;1", "9" * 50, None, 3, "<b>"])
+def test_what_names_no_layers_is_said(typed):
+    with pytest.raises(UserError, match="name layers by their numbers") as caught:
+        read_spec(controls(fade=0.9, spared=typed))
+    assert len(str(caught.value)) < 200
+
+
+def test_layers_that_the_model_has_not_cannot_be_spared(tiny):
+    with pytest.raises(UserError, match="layers 0 to 1"):
+        read_asked(tiny, (*controls(fade=0.9, spared="0, 2"), "stories"))
 
 
 @given(settings_of_the_page())
@@ -125,6 +190,8 @@ def test_the_spec_is_what_was_chosen_where_it_counts(values):
         assert spec.allocation == values["allocation"]
     if spec.looks_at_activations and (spec.keep is not None or spec.fades):
         assert spec.progressive == values["progressive"]
+    if spec.keep is not None or spec.fades or spec.order != "contiguous":
+        assert spec.spared == values["spared"]
 
 
 @given(settings_of_the_page())
@@ -267,9 +334,8 @@ def test_a_star_marks_the_presets_that_calibrate():
         assert name.endswith(" *") == spec.needs_calibration
 
 
-@given(settings_of_the_page())
-def test_the_spec_of_any_settings_has_a_link_that_opens(values):
-    spec = read_spec(controls(**values))
+@given(specs)
+def test_the_spec_of_any_settings_has_a_link_that_opens(spec):
     check_shown(spec)
     assert ConversionSpec.from_query(spec.to_query()) == spec
 
@@ -277,11 +343,19 @@ def test_the_spec_of_any_settings_has_a_link_that_opens(values):
 # what is sent is settled
 
 
-def settle_at(loaded, share="16 16 16", **change):
+def kept_of(kept: int, of: int) -> str:
+    """The share that K stands for, as it was shown for that many branches."""
+    return str(Share(kept, of, of))
+
+
+ALL_16 = kept_of(16, 16)
+
+
+def settle_at(loaded, share=ALL_16, **change):
     """What is used, what is shown instead (B, fade, K and share), and what is said."""
-    used, shown, said = settle(loaded, (*controls(**change), "stories"), share)
+    used, shown, said = settle(loaded, (*controls(**change), "stories"), share, 100)
     assert used[-1] == "stories"
-    return dict(zip(CONTROLS, used, strict=False)), shown, said
+    return dict(zip(CONTROLS, used, strict=False)), shown[:4], said
 
 
 @pytest.mark.parametrize(
@@ -314,7 +388,8 @@ def test_what_is_out_of_range_counts_as_the_nearest_and_that_is_shown(tiny, chan
             assert value in ("as sent", used.get(name))
     assert len(said) == len(change)  # a K that only follows B is no mistake
     assert all(sentence.endswith("is used.") for sentence in said)
-    assert Share.read(share if share != gr.skip() else "16 16 16").shown == found["keep"]
+    share = ALL_16 if share == gr.skip() else share
+    assert Share.read(share).shown == found["keep"]
     # whatever else asks for the conversion meanwhile gets the same one; K follows B in a moment
     asked = read_asked(tiny, (*controls(**change), "stories"))
     fade = found["fade"] if found["branches"] > 1 else 0.0  # one branch loses nothing
@@ -328,12 +403,12 @@ def test_what_is_in_range_is_left_alone(tiny):
     assert found == UNTOUCHED | {"fade": 0.35, "keep": 9}
     assert (branches, keep, said) == (gr.skip(), gr.skip(), [])
     assert "value" not in fade
-    assert share == "9 16 16"
+    assert share == kept_of(9, 16)
 
 
 def test_keep_stays_the_same_share_while_branches_are_dragged(tiny):
     """Step by step, over numbers of which it is no whole share, and back."""
-    share, keep = "8 16 16", 8
+    share, keep = kept_of(8, 16), 8
     seen = {}
     for branches in [*range(17, 33), *range(31, 0, -1), *range(2, 17)]:
         used, shown, said = settle_at(tiny, share, branches=branches, keep=keep)
@@ -346,7 +421,7 @@ def test_keep_stays_the_same_share_while_branches_are_dragged(tiny):
 
 
 def test_all_stay_all(tiny):
-    share, keep = "16 16 16", 16
+    share, keep = ALL_16, 16
     for branches in (17, 32, 5, 48, 1, 16):
         used, shown, _ = settle_at(tiny, share, branches=branches, keep=keep)
         keep, share = used["keep"], shown[3]
@@ -354,32 +429,72 @@ def test_all_stay_all(tiny):
 
 
 def test_a_chosen_keep_is_the_share_from_then_on(tiny):
-    used, shown, _ = settle_at(tiny, "16 16 16", keep=4)
-    assert (used["keep"], shown[3]) == (4, "4 16 16")
+    used, shown, _ = settle_at(tiny, ALL_16, keep=4)
+    assert (used["keep"], shown[3]) == (4, kept_of(4, 16))
     used, *_ = settle_at(tiny, shown[3], branches=32, keep=4)
     assert used["keep"] == 8
 
 
-@pytest.mark.parametrize("share", ["", "x", "1 2", "0 4 4", "5 4 4", "1 1 -3", None, "9" * 5000])
+@pytest.mark.parametrize(
+    "share", ["", "x", "1 2", "0 4 4 0 -", "5 4 4 0 -", "1 1 -3 0 -", None, "9" * 5000]
+)
 @pytest.mark.parametrize("keep", [1, 9, 16])
 def test_without_a_share_that_can_be_read_keep_is_what_was_sent(tiny, share, keep):
     used, *_ = settle_at(tiny, share, keep=keep)
     assert used["keep"] == keep
 
 
-@pytest.mark.parametrize("sent", [(16, 16), (8, 16), (16, 4), (12, 12)])
-def test_values_of_before_a_link_do_not_undo_it(tiny, handlers, demo, visitor, sent):
-    """A link sets B = 8 and K = 4; the page says so of the share first, of the sliders later."""
+def test_more_cannot_be_shared_than_runs(tiny):
+    values = controls(method="cmoe", active=0.3, own_share=False, shared=0.5)
+    used, shown, said = settle(tiny, (*values, "stories"), AS_THEY_ARE, 30)
+    assert dict(zip(CONTROLS, used, strict=False))["shared"] == shown[4] == 0.3
+    assert said == []
+    values = controls(method="cmoe", active=0.3, own_share=False, shared=0.25)
+    assert settle(tiny, (*values, "stories"), AS_THEY_ARE, 30)[1][4] == gr.skip()
+
+
+# what was sent before a link arrived
+
+
+@pytest.mark.parametrize(
+    ("sent", "link"),
+    [
+        ({}, {"branches": 8, "keep": 4}),
+        ({"branches": 8}, {"branches": 8, "keep": 4}),
+        ({"keep": 4}, {"branches": 8, "keep": 4}),
+        ({"branches": 8, "keep": 4, "order": "norm"}, {"branches": 8, "keep": 4}),
+        ({}, {"method": "random", "experts": 8}),
+        ({"method": "random"}, {"method": "random", "experts": 8}),
+        ({"method": "neurons", "router": "oracle"}, {"method": "neurons", "router": "gate-norm"}),
+        ({"method": "random", "experts": 8}, {"branches": 8, "keep": 4}),
+        ({"fade_projections": [], "fade": 0.9}, {"fade": 0.9}),  # no spec at all, on its way
+    ],
+    ids=str,
+)
+def test_values_of_before_a_link_do_not_undo_it(demo, handlers, visitor, sent, link):
+    """What was set says so of the share first, of sliders and lists later."""
+    *_, share = show_spec(read_spec(controls(**link)), demo)
+    stale = handlers.preview(visitor(), *preview_values(share=share, **sent))
+    assert set(map(str, stale)) == {str(gr.skip())}
+    found = Previewed(*handlers.preview(visitor(), *preview_values(share=share, **link)))
+    assert read_spec(controls(**link)).to_query() in found.query
+    if "method" not in link:
+        assert found.branches == found.keep == gr.skip()  # as they were set
+
+
+def test_after_a_link_has_arrived_k_follows_as_ever(demo, handlers, visitor):
     *_, share = show_spec(ConversionSpec(branches=8, keep=4), demo)
-    branches, keep = sent
-    stale = preview_values(share=share, branches=branches, keep=keep)
-    assert set(map(str, handlers.preview(visitor(), *stale))) == {str(gr.skip())}
-    found = handlers.preview(visitor(), *preview_values(share=share, branches=8, keep=4))
-    assert "branches=8&keep=4" in found[5]
-    *_, share = shown = found[:4]
-    assert shown[2] == gr.skip()  # K stays
-    moved = handlers.preview(visitor(), *preview_values(share=share, branches=16, keep=4))
-    assert moved[2]["value"] == 8  # from now on as ever
+    values = preview_values(share=share, branches=8, keep=4)
+    share = Previewed(*handlers.preview(visitor(), *values)).share
+    values = preview_values(share=share, branches=16, keep=4)
+    assert Previewed(*handlers.preview(visitor(), *values)).keep["value"] == 8
+
+
+@given(before=all_settings, spec=specs)
+def test_only_what_makes_the_spec_of_a_link_has_arrived(tiny, before, spec):
+    shown = show_spec(spec, tiny)
+    assert not arriving(chosen(shown), shown[-1])
+    assert arriving(controls(**before), shown[-1]) == (read_spec(controls(**before)) != spec)
 
 
 def test_a_link_that_never_arrives_holds_up_nobody(demo, monkeypatch):
@@ -397,13 +512,139 @@ def test_a_link_that_never_arrives_holds_up_nobody(demo, monkeypatch):
 )  # fmt: skip
 def test_what_is_settled_stays(tiny, branches, moved, kept, sent):
     """Shown once, it is sent again and nothing is shown anew."""
-    share = str(Share(min(kept, branches), branches, branches))
+    share = kept_of(min(kept, branches), branches)
     used, shown, _ = settle_at(tiny, share, branches=moved, keep=sent)
     assert 1 <= used["keep"] <= moved
     share = share if shown[3] == gr.skip() else shown[3]
     again, shown, said = settle_at(tiny, share, branches=moved, keep=used["keep"])
     assert again["keep"] == used["keep"]
     assert shown[0] == shown[2] == shown[3] == gr.skip() and said == []
+
+
+# the budget
+
+
+@st.composite
+def budgeted_settings(draw):
+    static = st.fixed_dictionaries({"branches": branch_counts, "keep": st.integers(1, 48)})
+    routed = st.fixed_dictionaries(
+        {
+            "method": st.sampled_from(sorted(ROUTED_METHODS)),
+            "active": st.integers(4, 80).map(lambda steps: steps * ACTIVE_STEP),
+        }
+    )
+    return draw(static | routed) | {"spared": draw(st.sampled_from(["", "1", "0, 1"]))}
+
+
+budgets = st.integers(5, 100)
+
+
+def shown_budget(loaded, budget, **change):
+    """What the budget shows after these values, None where it is left alone."""
+    values = (*controls(**change), "stories")
+    update = settle(loaded, values, AS_THEY_ARE, budget)[1][-1]
+    return None if update == gr.skip() else update
+
+
+def at_budget(loaded, budget, **change) -> dict:
+    """The values after a budget was set."""
+    keep, active = set_budget(loaded, (*controls(**change), "stories"), budget)
+    moved = {} if keep == gr.skip() else {"keep": keep}
+    return change | moved | ({} if active == gr.skip() else {"active": active})
+
+
+def compute_of(loaded, change) -> float:
+    """Of the dense MLPs', in per cent; routers aside."""
+    shares = expected_shares(
+        read_spec(controls(**change | {"spared": ""})), len(loaded.projections) == 3
+    )
+    spared = len(change.get("spared", "").replace(",", "").split()) / len(loaded.mlps)
+    return 100 * (spared + (1 - spared) * shares.compute)
+
+
+@given(values=budgeted_settings(), budget=budgets, gate=st.booleans())
+def test_a_budget_is_met_as_nearly_as_it_can_be(tiny, gateless, values, budget, gate):
+    loaded = tiny if gate else gateless
+    found = at_budget(loaded, budget, **values)
+    name = "active" if "method" in values else "keep"
+    assert {k for k in found if found[k] != values.get(k)} <= {name}
+    if name == "keep":
+        every = [values | {"keep": k} for k in range(1, values["branches"] + 1)]
+    else:
+        every = [values | {"active": n * ACTIVE_STEP} for n in range(4, 81)]
+    best = min(abs(compute_of(loaded, other) - budget) for other in every)
+    assert abs(compute_of(loaded, found) - budget) == pytest.approx(best, abs=1e-6)
+
+
+@given(values=budgeted_settings(), budget=budgets, gate=st.booleans())
+def test_a_budget_that_was_set_stays(tiny, gateless, values, budget, gate):
+    """The sliders that it moved do not move it, and it moves them once."""
+    loaded = tiny if gate else gateless
+    found = at_budget(loaded, budget, **values)
+    assert shown_budget(loaded, budget, **found) is None
+    assert at_budget(loaded, budget, **found) == found
+
+
+@given(values=budgeted_settings(), before=budgets, gate=st.booleans())
+def test_the_budget_follows_the_sliders_and_then_stays(tiny, gateless, values, before, gate):
+    loaded = tiny if gate else gateless
+    budget = shown_budget(loaded, before, **values)
+    if budget is None:  # they stand for it, as near as they come
+        assert at_budget(loaded, before, **values) == values
+    else:
+        values |= {"keep": min(values.get("keep", 16), values.get("branches", 16))}
+        assert budget == pytest.approx(compute_of(loaded, values), abs=0.5 + 1e-9)
+        assert shown_budget(loaded, budget, **values) in (None, budget)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"branches": 8, "keep": 6},
+        {"branches": 8, "keep": 4, "spared": "1"},
+        {"branches": 8, "keep": 4, "spared": "0 1"},
+        {"method": "neurons", "active": 0.5},
+        {"method": "neurons", "active": 0.25, "spared": "0"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
+def test_the_budget_is_what_a_conversion_costs(tiny, gateless, change, gate):
+    loaded = tiny if gate else gateless
+    dense, converted = (
+        parameter_report(model).mlp_macs_per_token
+        for model in (loaded.model, direct(loaded, read_spec(controls(**change))))
+    )
+    shown = shown_budget(loaded, 7, **change)
+    assert shown == pytest.approx(100 * converted / dense, abs=0.5 + 1e-9)
+
+
+# the method
+
+
+def test_every_method_is_on_the_list_and_said_in_words():
+    names = [name for _, name in method_choices()]
+    assert names == ["mlpmoe", *ROUTED_METHODS]
+    said = [show_method(name)[0]["info"] for name in names]
+    assert all(said) and len({*said}) == len(said)
+
+
+@pytest.mark.parametrize("name", ["mlpmoe", *ROUTED_METHODS])
+def test_only_the_controls_of_the_method_are_seen(name):
+    _, *columns, experts, shared, own_share, router = show_method(name)
+    away = [AWAY in column["elem_classes"] for column in columns]
+    assert away == [name != "mlpmoe"] * 2 + [name == "mlpmoe"] * 2
+    if name == "mlpmoe":
+        return
+    fields = ROUTED_METHODS[name].fields
+    # hidden, and still in the page with its value
+    expected = True if "experts" in fields else "hidden"
+    assert {experts["visible"], shared["visible"], own_share["visible"]} == {expected}
+    listed = [value for _, value in router["choices"]]
+    usual = ConversionSpec(method=name).router
+    made = [read_spec(controls(method=name, router=value)).router for value in listed]
+    assert made == [usual if value == OWN else value for value in listed]
+    assert {*made} == {*ROUTED_METHODS[name].routers}
 
 
 @pytest.fixture(scope="module")
