@@ -35,7 +35,6 @@
 
   // The tab was opened: what is set now is the visitor's, unless the lesson itself has set it.
   const begin = () => {
-    console.warn("begin", field("query"), JSON.stringify(kept));
     began = presenting();
     keep(settings(field("query")) === kept.last ? {} : { mine: "", last: "" });
     resize();

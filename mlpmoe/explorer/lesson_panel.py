@@ -152,20 +152,14 @@ def _turn_panel(number: int) -> TurnPanel:
             words = gr.Markdown("", elem_id=name("words"), elem_classes=["lesson-words"])
             with gr.Row(elem_id=name("starts")):
                 published = gr.Button(
-                    "As published: K = 12 of 16", scale=0, min_width=300,
-                    elem_id=name("published"),
-                )  # fmt: skip
-                best = gr.Button(
-                    "The best known at 75 %", scale=0, min_width=300, elem_id=name("best")
+                    "Published: K = 12", min_width=120, elem_id=name("published")
                 )
+                best = gr.Button("Best known at 75 %", min_width=120, elem_id=name("best"))
             with gr.Row(elem_id=name("ends")):
                 check = gr.Button(
-                    "Check my setting", variant="primary", scale=0, min_width=300,
-                    elem_id=name("check"),
-                )  # fmt: skip
-                back = gr.Button(
-                    "Back to my settings", scale=0, min_width=300, elem_id=name("back")
+                    "Check my setting", variant="primary", min_width=120, elem_id=name("check")
                 )
+                back = gr.Button("Back to my settings", min_width=120, elem_id=name("back"))
             verdict = gr.HTML("", elem_id=name("verdict"), elem_classes=["lesson-feedback"])
         with gr.Row(elem_classes=["lesson-moves"]):
             moves = _move_buttons("turn", number)

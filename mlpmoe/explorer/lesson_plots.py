@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FADE_HEIGHT = 340  # pixels
 KEEP_HEIGHT = 460
 WORDS_HEIGHT = 460
-ENLARGED = 1.5  # for a projector; heights less, so that a figure fits on the screen
-ENLARGED_HEIGHT = 1.25
+ENLARGED = 1.5  # for a projector
+SLIDE_HEIGHT = 564  # pixels that a slide has for a figure
 LARGEST_MARKER = 15  # pixels
 MOST_ALPHA = 4.0  # √(B/K) at K = 1 of 16; larger factors run out of the figure
 LEGEND = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
@@ -162,10 +162,10 @@ def routed_words(words: Sequence[str], size: Tensor, chosen: Tensor) -> go.Figur
 
 
 def enlarged(figure: go.Figure) -> go.Figure:
-    """The same figure to be read from the back of a room; the given one is changed."""
+    """The same figure for a slide, to be read from the back of a room; the given one is changed."""
     layout = figure.layout
     figure.update_layout(
-        height=round(ENLARGED_HEIGHT * layout.height),
+        height=SLIDE_HEIGHT,
         font={"size": round(ENLARGED * layout.font.size)},
         margin={side: round(ENLARGED * layout.margin[side]) for side in ("l", "r", "t", "b")},
     )

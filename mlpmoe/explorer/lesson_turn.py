@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil
+from math import ceil, isfinite
 
 from ..core.presets import PRESETS
 from ..core.spec import ConversionSpec
@@ -76,9 +76,10 @@ def verdict(
     if measured is None:
         return _said("", f"Not measured yet. {cost}. Wait a moment, or press Measure.")
     ratio, error = measured.change.ratio, measured.change.stderr
-    found = f"{cost}, perplexity × {number(ratio)} ±{NBSP}{number(error, 1)}"
-    near = abs(ratio - asked.ratio) < SURE * error or not error < ratio  # an error that is known
-    if near and not measured.complete:
+    sure = isfinite(error) and abs(ratio - asked.ratio) >= SURE * error
+    found = f"{cost}, perplexity × {number(ratio)}"
+    found += f" ±{NBSP}{number(error, 1)}" if isfinite(error) else ""
+    if not sure and not measured.complete:
         return _said("", f"Too close to tell so far. {found}. Measure goes on to the text's end.")
     if ratio >= asked.ratio:
         return _said("wrong", f"✗ Not yet. {found}; below × {asked.ratio:g} counts.")
