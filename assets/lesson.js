@@ -2,6 +2,7 @@
 // window like a slide. What it shows comes from the server (mlpmoe/explorer/lesson.py).
 (() => {
   const WAIT = 300; // milliseconds that a control has to rest before the page follows
+  const LATE = 15000; // milliseconds after which something must have gone wrong
   const SLIDE = { width: 1280, height: 720 }; // pixels that a slide is laid out in, then scaled
   const KEPT = "mlpmoe-lesson"; // sessionStorage: what the visitor had set, what the lesson set last
 
@@ -40,10 +41,19 @@
     resize();
   };
 
+  // While the page is about to follow, what it says is about other settings than the step.
+  let following = null;
+  const follows = (is) => {
+    clearTimeout(following);
+    document.body.classList.toggle("lesson-follows", is);
+    if (is) following = setTimeout(() => follows(false), LATE);
+  };
+
   // plan: settings for the page's controls, which follow a little later.
   const move = (plan) => {
     clearTimeout(waiting);
     if (!plan || !began) return;
+    follows(settings(field("query")) !== plan);
     waiting = setTimeout(() => {
       const now = field("query");
       if (!now || !shown(find("#lesson"))) return;
@@ -58,6 +68,7 @@
 
   const back = () => {
     clearTimeout(waiting);
+    follows(false);
     const { mine } = kept;
     keep({ mine: "", last: "" });
     if (mine) mlpmoe.send("taken", `${mine} ${Date.now()}`);
@@ -66,6 +77,7 @@
 
   // What the page says of its settings; which other ones do better is told apart.
   const whole = (html) => {
+    if (settings(field("query")) === kept.last) follows(false);
     const words = new DOMParser().parseFromString(html ?? "", "text/html").body.textContent.trim();
     const [, first, rest] = words.match(/^(.*?\.)\s+([A-Z].*)$/s) ?? [null, words, ""];
     const said = document.createElement("p");

@@ -59,10 +59,10 @@ def mlp_drawing(
         kind = ("even", "odd")[number % 2] if cut else "whole"
         parts.append(f'<g class="branch {kind}">{"".join(drawn)}{to_sum}</g>')
         first, y = first + size, y + tall + gap
-    shape = f"{d_ff:,} × {d_model:,}"
+    shapes = [f"{d_ff:,} × {d_model:,}"] * len(inner) + [f"{d_model:,} × {d_ff:,}"]
     heads = "".join(
         _text(x + wide / 2, TOP - 32, name) + _text(x + wide / 2, TOP - 10, shape, "small")
-        for x, name in zip((*inner, down), blocks, strict=True)
+        for x, name, shape in zip((*inner, down), blocks, shapes, strict=True)
     )
     plus = ""
     if cut:

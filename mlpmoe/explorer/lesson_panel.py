@@ -22,7 +22,6 @@ INTRO = (
     "One MLP of this model, cut and thinned in five steps. Each step also moves the controls at "
     "the top of the page, which show what it costs the whole model."
 )
-WAITING = "<p>Here stands what a step costs the whole model, once you move its control.</p>"
 TURN = "Your turn"
 TITLES = (*(step.title for step in STEPS), TURN)
 LOOKS = [("This step", "step"), ("Curve", "curve"), ("Network", "network")]
@@ -91,7 +90,7 @@ def lesson_panel() -> LessonPanel:
             with gr.Column(scale=0, min_width=170, elem_id="lesson-buttons"):
                 present = gr.Button(PRESENT, size="sm", elem_id="lesson-present")
                 back = gr.Button("Back to my settings", size="sm", elem_id="lesson-back")
-        whole = gr.HTML(WAITING, elem_id="lesson-whole")
+        whole = gr.HTML("<p></p>", elem_id="lesson-whole")
         with gr.Tabs(selected=1, elem_id="lesson-steps") as walk:
             steps = tuple(_step_panel(number, step) for number, step in enumerate(STEPS, 1))
             turn = _turn_panel(len(TITLES))

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from .lesson_steps.fade import Faded
     from .lesson_steps.keep import Kept
 
-FADE_HEIGHT = 340  # pixels
-KEEP_HEIGHT = 460
-WORDS_HEIGHT = 460
+HEIGHT = 460  # pixels
 ENLARGED = 1.5  # for a projector
 SLIDE_HEIGHT = 564  # pixels that a slide has for a figure
 LARGEST_MARKER = 15  # pixels
@@ -69,7 +67,7 @@ def fade_ridges(found: Faded, layer: int) -> go.Figure:
         figure.update_yaxes(
             range=[0, 1.08 * top], showticklabels=False, showgrid=False, row=row, col=1
         )
-    finish(figure, FADE_HEIGHT)
+    finish(figure, HEIGHT)
     figure.update_layout(
         barmode="overlay", bargap=0, legend=LEGEND, margin={"l": 12}, hovermode="closest"
     )
@@ -107,7 +105,7 @@ def keep_curves(found: Kept, keep: int, factors: bool = True) -> go.Figure:
     if factors:
         curve(2, "least error", found.best.tolist(), CONVERTED, "solid")
         curve(2, "restores size", found.restoring.tolist(), CONVERTED, "dot")
-    finish(figure, KEEP_HEIGHT)
+    finish(figure, HEIGHT)
     figure.add_vline(x=keep, line={"color": GREY, "width": 1})
     figure.update_layout(
         legend=LEGEND, legend2={**LEGEND, "y": 0.41}, margin={"l": 56}, hovermode="closest"
@@ -145,7 +143,7 @@ def routed_words(words: Sequence[str], size: Tensor, chosen: Tensor) -> go.Figur
             hovertemplate=f"expert %{{x}} {name}: says %{{customdata:.0f}} % of what the loudest "
             "says<extra></extra>",
         )  # fmt: skip
-    finish(figure, WORDS_HEIGHT)
+    finish(figure, HEIGHT)
     figure.update_layout(
         legend={**LEGEND, "itemsizing": "constant"},
         xaxis={
