@@ -1,4 +1,4 @@
-"""One MLP as a drawing, whole or cut into branches: SVG as a string, from the model's own weights."""
+"""One MLP as a drawing, whole or cut into branches: SVG as a string, from its own weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOP, LENGTH = 58, 300  # where the blocks begin, and how long all neurons are to
 NARROWEST, WIDEST = 34, 118  # of a block
 ALL_GAPS, LARGEST_GAP = 60, 16  # between branches
 LINES = 64  # drawn of all neurons, in all
-LINK = 46  # between up and down, where the neurons' values pass
+LINK = 56  # between up and down, where the neurons' values pass
 FAINTEST = 0.18  # opacity
 SUM = 17  # radius
 
@@ -34,7 +34,7 @@ def mlp_drawing(
     gap = min(LARGEST_GAP, ALL_GAPS / max(1, len(sizes) - 1)) if cut else 0.0
     top = TOP + (ALL_GAPS - gap * (len(sizes) - 1)) / 2
     middle, right = TOP + (LENGTH + ALL_GAPS) / 2, down + wide
-    end = right + 92  # where Σ stands
+    end = right + 84  # where Σ stands
     parts, first, y = [], 0, top
     for number, (size, loud) in enumerate(zip(sizes, said, strict=True)):
         tall = LENGTH * size / d_ff
@@ -59,11 +59,14 @@ def mlp_drawing(
         kind = ("even", "odd")[number % 2] if cut else "whole"
         parts.append(f'<g class="branch {kind}">{"".join(drawn)}{to_sum}</g>')
         first, y = first + size, y + tall + gap
-    shapes = [f"{d_ff:,} × {d_model:,}"] * len(inner) + [f"{d_model:,} × {d_ff:,}"]
     heads = "".join(
-        _text(x + wide / 2, TOP - 32, name) + _text(x + wide / 2, TOP - 10, shape, "small")
-        for x, name, shape in zip((*inner, down), blocks, shapes, strict=True)
+        _text(x + wide / 2, TOP - 32, name) for x, name in zip((*inner, down), blocks, strict=True)
     )
+    each = "each " if len(inner) > 1 else ""
+    heads += _text(
+        (inner[0] + inner[-1] + wide) / 2, TOP - 10, f"{each}{d_ff:,} × {d_model:,}", "small"
+    )
+    heads += _text(down + wide / 2, TOP - 10, f"{d_model:,} × {d_ff:,}", "small")
     plus = ""
     if cut:
         plus = f'<circle class="sum" cx="{end:.0f}" cy="{middle:.0f}" r="{SUM}"/>' + _text(
@@ -100,8 +103,8 @@ def _split(first: int, size: int, lines: int) -> list[tuple[int, slice]]:
 
 
 def _strength(values: Tensor, neurons: slice) -> float:
-    """Opacity of a line: its mean between the smallest and the largest of all neurons, as ranks
-    of size would not show that few are large."""
+    """Opacity of a line: its mean between the smallest and the largest of all neurons, but for the
+    few giants."""
     low, high = float(values.min()), float(values.quantile(0.98))
     share = (float(values[neurons].mean()) - low) / max(high - low, 1e-30)
     return FAINTEST + (1 - FAINTEST) * min(1.0, share)

@@ -150,9 +150,7 @@ def _turn_panel(number: int) -> TurnPanel:
         with gr.Column(elem_classes=["lesson-says"]):
             words = gr.Markdown("", elem_id=name("words"), elem_classes=["lesson-words"])
             with gr.Row(elem_id=name("starts")):
-                published = gr.Button(
-                    "Published: K = 12", min_width=120, elem_id=name("published")
-                )
+                published = gr.Button("Published: K = 12", min_width=120, elem_id=name("published"))
                 best = gr.Button("Best known at 75 %", min_width=120, elem_id=name("best"))
             with gr.Row(elem_id=name("ends")):
                 check = gr.Button(
@@ -201,9 +199,7 @@ def wire_lesson(
         [component for step in panel.steps for component in step.shown],
         **queued,
     )
-    model.change(
-        readable(handlers.another_model), model, [panel.layer, panel.turn.words], **QUIET
-    )
+    model.change(readable(handlers.another_model), model, [panel.layer, panel.turn.words], **QUIET)
     for step, shown in zip(STEPS, panel.steps, strict=True):
         asks = [*where, shown.control, shown.question]
         seen = [shown.figure, shown.numbers, shown.plan]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -59,7 +60,7 @@ def test_branches_move_apart_and_a_sum_comes():
 
     def gaps(svg: ElementTree.Element) -> list[float]:
         edges = sorted({(b["y"], b["y"] + b["height"]) for b in boxes(svg)})
-        return [after[0] - before[1] for before, after in zip(edges, edges[1:], strict=False)]
+        return [after[0] - before[1] for before, after in pairwise(edges)]
 
     assert max(gaps(whole)) < 2
     assert sum(gap > 10 for gap in gaps(cut)) == 3
@@ -95,4 +96,4 @@ def test_it_says_what_it_is():
     svg = drawing(4)
     assert svg.get("role") == "img"
     assert "768 neurons" in svg.get("aria-label") and "4 branches" in svg.get("aria-label")
-    assert "768 × 256" in texts(svg)
+    assert "each 768 × 256" in texts(svg) and "256 × 768" in texts(svg)

@@ -74,8 +74,8 @@ def view(reading: Reading, branches: float, answered: bool) -> View:
     )
     shown = max(1, round(reading.weights.d_ff / LINES))
     key = (
-        f"<p>A line is about {shown} neurons: darker in a block for larger weights, darker before "
-        "down for neurons that fire more. The wider a curve, the more its branch says.</p>"
+        f"<p>A line is about {shown} neurons: stronger in a block for larger weights, stronger "
+        "before down for neurons that fire more. The wider a curve, the more its branch says.</p>"
     )
     return View(drawing + key, numbers)
 

@@ -79,10 +79,10 @@ def view(reading: Reading, running: float, answered: bool) -> View:
             ("oracle, a bound", "oracle", found.oracle_error),
         )
     )
-    after = "" if answered else ": after your answer"
+    after = " per token" if answered else ": answer first"
     numbers = (
-        f"<table><caption>Error of the output, {found.running} of {experts} experts per token"
-        f"{after}</caption><tbody>{rows}</tbody></table>"
+        f"<table><caption>Error of the output, {found.running} of {experts} experts{after}"
+        f"</caption><tbody>{rows}</tbody></table>"
     )
     shown = slice(SHOWN_WORDS)
     return View(routed_words(reading.words[shown], found.size[shown], found.chosen[shown]), numbers)
