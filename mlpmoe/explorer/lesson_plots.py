@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from .lesson_steps.fade import Faded
     from .lesson_steps.keep import Kept
 
-FADE_HEIGHT = 340  # pixels
-KEEP_HEIGHT = 460
-WORDS_HEIGHT = 460
-ENLARGED = 1.5  # for a projector; heights less, so that a figure fits on the screen
-ENLARGED_HEIGHT = 1.25
+HEIGHT = 460  # pixels
+ENLARGED = 1.5  # for a projector
+SLIDE_HEIGHT = 564  # pixels that a slide has for a figure
 LARGEST_MARKER = 15  # pixels
 MOST_ALPHA = 4.0  # √(B/K) at K = 1 of 16; larger factors run out of the figure
 LEGEND = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
@@ -69,7 +67,7 @@ def fade_ridges(found: Faded, layer: int) -> go.Figure:
         figure.update_yaxes(
             range=[0, 1.08 * top], showticklabels=False, showgrid=False, row=row, col=1
         )
-    finish(figure, FADE_HEIGHT)
+    finish(figure, HEIGHT)
     figure.update_layout(
         barmode="overlay", bargap=0, legend=LEGEND, margin={"l": 12}, hovermode="closest"
     )
@@ -82,8 +80,11 @@ def _starts(edges: Sequence[float], below: Sequence[float], width: float) -> lis
     return [edge + width * share for edge, share in zip(edges[:-1], below, strict=True)]
 
 
-def keep_curves(found: Kept, keep: int) -> go.Figure:
-    """Above, size and direction of what is kept; below, the factors; both against K."""
+def keep_curves(found: Kept, keep: int, factors: bool = True) -> go.Figure:
+    """Above, size and direction of what is kept; below, the factors; both against K.
+
+    factors: whether the measured ones are shown, or only what is published.
+    """
     branches = len(found.size)
     ks = list(range(1, branches + 1))
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.2)
@@ -100,10 +101,11 @@ def keep_curves(found: Kept, keep: int) -> go.Figure:
     curve(1, "size, measured", found.size.tolist(), CONVERTED, "solid")
     curve(1, "√(K/B)", [sqrt(k / branches) for k in ks], GREY, "dash")
     curve(1, "cosine", found.cosine.tolist(), DENSE, "dot")
-    curve(2, "least error", found.best.tolist(), CONVERTED, "solid")
     curve(2, "√(B/K)", [sqrt(branches / k) for k in ks], GREY, "dash")
-    curve(2, "restores size", found.restoring.tolist(), CONVERTED, "dot")
-    finish(figure, KEEP_HEIGHT)
+    if factors:
+        curve(2, "least error", found.best.tolist(), CONVERTED, "solid")
+        curve(2, "restores size", found.restoring.tolist(), CONVERTED, "dot")
+    finish(figure, HEIGHT)
     figure.add_vline(x=keep, line={"color": GREY, "width": 1})
     figure.update_layout(
         legend=LEGEND, legend2={**LEGEND, "y": 0.41}, margin={"l": 56}, hovermode="closest"
@@ -141,7 +143,7 @@ def routed_words(words: Sequence[str], size: Tensor, chosen: Tensor) -> go.Figur
             hovertemplate=f"expert %{{x}} {name}: says %{{customdata:.0f}} % of what the loudest "
             "says<extra></extra>",
         )  # fmt: skip
-    finish(figure, WORDS_HEIGHT)
+    finish(figure, HEIGHT)
     figure.update_layout(
         legend={**LEGEND, "itemsizing": "constant"},
         xaxis={
@@ -158,10 +160,10 @@ def routed_words(words: Sequence[str], size: Tensor, chosen: Tensor) -> go.Figur
 
 
 def enlarged(figure: go.Figure) -> go.Figure:
-    """The same figure to be read from the back of a room; the given one is changed."""
+    """The same figure for a slide, to be read from the back of a room; the given one is changed."""
     layout = figure.layout
     figure.update_layout(
-        height=round(ENLARGED_HEIGHT * layout.height),
+        height=SLIDE_HEIGHT,
         font={"size": round(ENLARGED * layout.font.size)},
         margin={side: round(ENLARGED * layout.margin[side]) for side in ("l", "r", "t", "b")},
     )

@@ -15,10 +15,10 @@ from .settings import check_shown
 
 TABS = {  # key in a link -> name on the page
     "weights": "Weights",
+    "lesson": "Lesson",
     "tokens": "Tokens",
     "runs": "Runs",
     "suggest": "Suggest",
-    "lesson": "Lesson",
     "export": "Export",
 }
 FIRST_TAB = "weights"

@@ -196,7 +196,10 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             TokenHandlers(workbench), model, spec, convert.text, fields.measured, tokens,
             opened["tokens"], state.tab,
         )  # fmt: skip
-        wire_lesson(LessonHandlers(workbench), model, lesson, opened["lesson"])
+        wire_lesson(
+            LessonHandlers(workbench), lesson, model, convert, state.query, sentence,
+            opened["lesson"],
+        )  # fmt: skip
         wire_export(
             ExportHandlers(workbench), export, model, convert.text, convert.settings, state.tab,
             state.taken, demo,

@@ -13,17 +13,20 @@ import torch
 
 from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.errors import UserError
-from mlpmoe.explorer.lesson import LEAVE, PRESENT, LessonHandlers
+from mlpmoe.explorer.convert_panel import convert_panel
+from mlpmoe.explorer.lesson import LEAVE, PRESENT, LessonHandlers, plan
 from mlpmoe.explorer.lesson_panel import lesson_panel, wire_lesson
 from mlpmoe.explorer.lesson_steps import STEPS, Reading, feedback, read_layers
+from mlpmoe.explorer.lesson_steps.cut import addition
 from mlpmoe.explorer.lesson_steps.fade import faded
 from mlpmoe.explorer.lesson_steps.keep import kept
 from mlpmoe.explorer.lesson_steps.route import routed
-from mlpmoe.explorer.lesson_steps.split import addition
+from mlpmoe.explorer.lesson_turn import PUBLISHED
+from mlpmoe.explorer.links import read_link
 from mlpmoe.explorer.loaded import LoadedModel
 
-SPLIT, FADE, KEEP, ROUTE = STEPS
-MOST_WORDS = 90  # of running text in a step
+CUT, FADE, KEEP, ROUTE = STEPS
+MOST_WORDS = 65  # of running text in a step
 LAYER = 1
 
 
@@ -67,15 +70,6 @@ def said(caught, branches: int) -> torch.Tensor:
         )
 
 
-def cells(html: str) -> list[list[str]]:
-    rows = re.findall(r"<tr.*?</tr>", html)
-    return [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in rows]
-
-
-def figures(row: list[str]) -> list[float]:
-    return [float(cell.replace("−", "-")) for cell in row[1:]]
-
-
 # all steps
 
 
@@ -86,9 +80,13 @@ def test_any_model_and_any_value_of_the_control_has_a_view(any_model, step):
     low, high = step.control["minimum"], step.control["maximum"]
     for reading in layers:
         for value in (low, step.control["value"], high):
-            view = step.view(reading, value)
-            shown = view.numbers + (str(view.figure) if not step.plots else "")
-            assert not re.search(r"\b(nan|inf|undefined)\b|[{}]", shown)
+            for answered in (False, True):
+                view = step.view(reading, value, answered)
+                shown = view.numbers + (str(view.figure) if not step.plots else "")
+                assert not re.search(r"\b(nan|inf|undefined)\b|[{}]", shown)
+            spec = step.spec(reading, value)
+            any_model.check_fits(spec)
+            assert read_link(plan("x/y", spec))[0].spec.canonical() == spec.canonical()
         for answer in range(3):
             assert re.match(
                 r'<p role="status" class="(right|wrong)">', feedback(step, reading, answer)
@@ -128,7 +126,7 @@ def test_reading_leaves_the_model_alone(tiny, weights_hash):
     before = weights_hash(tiny.model)
     reading = read_layers(tiny)[0]
     for step in STEPS:
-        step.view(reading, step.control["value"])
+        step.view(reading, step.control["value"], True)
         step.judge(reading)
     assert weights_hash(tiny.model) == before
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in tiny.model.modules())
@@ -136,41 +134,53 @@ def test_reading_leaves_the_model_alone(tiny, weights_hash):
 
 def test_text_of_the_model_is_escaped(reading):
     odd = replace(reading, words=("<img src=x onerror=1>",) * len(reading.words))
-    assert "<img" not in SPLIT.view(odd, 4).figure
-    assert "<img" not in ROUTE.view(odd, 4).figure.to_json().replace("\\u003c", "<")
+    figure = ROUTE.view(odd, 4, True).figure
+    assert "<img" not in figure.to_json().replace("\\u003c", "<")
 
 
-# 1: split
+def test_nothing_that_is_sent_before_an_answer_contains_it(any_model):
+    """What the question asks for is in no figure and no text; afterwards it is."""
+    for reading in read_layers(any_model):
+        for k in range(1, 17):
+            found, before = kept(reading), KEEP.view(reading, k, False)
+            after = KEEP.view(reading, k, True)
+            assert {t.name for t in after.figure.data} - {t.name for t in before.figure.data} == {
+                "least error", "restores size",
+            }  # fmt: skip
+            assert len(found.best) == 16
+            assert "error" not in before.numbers and "least error" in after.numbers
+            before = ROUTE.view(reading, k, False)
+            assert before.numbers.count("<td>?</td>") == 3 and "width:" not in before.numbers
+            assert "?" not in ROUTE.view(reading, k, True).numbers
 
 
-def test_split_adds_up_what_the_branches_say(reading, caught):
-    parts = said(caught, 4)
+def test_answers_stand_in_their_own_order_and_no_place_is_always_right(any_model):
+    places = {step.judge(reading)[0] for reading in read_layers(any_model) for step in STEPS}
+    assert len(places) > 1
+
+
+# 1: cut
+
+
+def test_cut_says_how_well_the_branches_add_up(reading, caught):
+    parts, whole = said(caught, 4), caught.whole.detach()
     found = addition(reading, 4)
-    token = reading.words.index(found.word)
-    assert found.said == pytest.approx(parts[:, token, list(found.outputs)], abs=1e-5)
-    whole = caught.whole[token].detach()
-    assert found.whole == pytest.approx(whole[list(found.outputs)], abs=1e-5)
-    assert set(found.outputs) == set(whole.abs().topk(5).indices.tolist())
-    assert found.error == pytest.approx(
-        float((found.total - found.whole).abs().max() / caught.whole.abs().max()), abs=1e-6
-    )
+    assert found.said == pytest.approx([float(part.norm()) for part in parts], rel=1e-4)
+    expected = float((parts.sum(0) - whole).abs().max() / whole.abs().max())
+    assert found.error == pytest.approx(expected, abs=1e-6)
     assert 0 <= found.error < 1e-5
 
 
-@pytest.mark.parametrize("branches", [1, 5, 8])
-def test_the_table_of_split_adds_up(reading, branches):
-    _, *rows = cells(SPLIT.view(reading, branches).figure)
-    assert [row[0] for row in rows[:-2]] == [f"branch {b}" for b in range(branches)]
-    *parts, total, whole = map(figures, rows)
-    assert total == whole
-    rounding = 0.5 * (branches + 1) * 10 ** -len(rows[0][1].partition(".")[2])
-    sums = [sum(column) for column in zip(*parts, strict=True)]
-    assert sums == pytest.approx(total, abs=rounding + 1e-9)
+def test_cut_names_uneven_branches(reading):
+    assert "5 branches of 9 or 10 neurons" in CUT.view(reading, 5, False).numbers
+    assert "1 branch of 48 neurons" in CUT.view(reading, 1, False).numbers
 
 
-def test_split_names_uneven_branches(reading):
-    assert "5 branches of 9 or 10 neurons" in SPLIT.view(reading, 5).numbers
-    assert "1 branch of 48 neurons" in SPLIT.view(reading, 1).numbers
+def test_neurons_fire_as_in_the_model(reading, caught):
+    with torch.no_grad():
+        up = caught.x @ caught.mlp.up_proj.weight.T
+        h = torch.nn.functional.silu(caught.x @ caught.mlp.gate_proj.weight.T) * up
+    assert torch.allclose(reading.activity(), h.abs().mean(0), atol=1e-5)
 
 
 def test_shuffled_neurons_say_the_same(any_model):
@@ -181,7 +191,7 @@ def test_shuffled_neurons_say_the_same(any_model):
         shuffled = convert(any_model.model, spec)(ids).logits
         assert torch.allclose(shuffled, any_model.model(ids).logits, atol=1e-3)
     for reading in read_layers(any_model):
-        assert SPLIT.judge(reading)[0] == 1
+        assert CUT.judge(reading)[0] == 2
 
 
 # 2: fade
@@ -242,9 +252,9 @@ def test_keep_measures_size_direction_and_factors(reading, caught):
 @pytest.mark.parametrize(
     ("first", "second", "answer"),
     [
-        ([1.0, 0.0], [0.0, 1.0], "A smaller one"),  # uncorrelated: 1 is best
-        ([1.0, 0.0], [1.0, 0.0], "A larger one"),  # the same: 2 is best
-        ([1.0, 0.0], [0.4142, 0.9], "√(16/8) = 1.41, give or take 5 %"),
+        ([1.0, 0.0], [0.0, 1.0], "One below √(16/8) = 1.41"),  # uncorrelated: 1 is best
+        ([1.0, 0.0], [1.0, 0.0], "One above it"),  # the same: 2 is best
+        ([1.0, 0.0], [0.4142, 0.9], "That one, give or take 5 %"),
     ],
 )
 def test_the_best_factor_is_told_from_the_published_one(reading, first, second, answer):
@@ -293,11 +303,12 @@ def test_all_experts_make_no_error(any_model):
 def test_experts_are_fewer_where_the_neurons_forbid_sixteen(one_layer):
     found = routed(read_layers(one_layer)[0], 16)
     assert found.size.shape[1] == found.running == 10
-    assert "10 of 10 experts" in ROUTE.view(read_layers(one_layer)[0], 16).numbers
+    assert "10 of 10 experts" in ROUTE.view(read_layers(one_layer)[0], 16, False).numbers
+    assert ROUTE.spec(read_layers(one_layer)[0], 16).experts == 10
 
 
 @pytest.mark.parametrize(
-    ("error", "fixed", "answer"), [(0.3, 0.5, 0), (0.5, 0.3, 1), (0.5, 0.52, 2), (0.52, 0.5, 2)]
+    ("error", "fixed", "answer"), [(0.3, 0.5, 2), (0.5, 0.3, 0), (0.5, 0.52, 1), (0.52, 0.5, 1)]
 )
 def test_the_verdict_on_routing_follows_the_errors(reading, monkeypatch, error, fixed, answer):
     found = replace(routed(reading, 4), error=error, fixed_error=fixed)
@@ -318,28 +329,59 @@ DEFAULTS = [step.control["value"] for step in STEPS]
 
 def test_show_fills_all_steps_and_keeps_answers(lesson):
     shown = lesson.show("demo", 0, False, *DEFAULTS, None, 0, None, 2)
-    assert len(shown) == 4 * len(STEPS)
-    assert [bool(text) for text in shown[3::4]] == [False, True, False, True]
-    assert [type(figure) is str for figure in shown[1::4]] == [not step.plots for step in STEPS]
+    assert len(shown) == 5 * len(STEPS)
+    assert [bool(text) for text in shown[3::5]] == [False, True, False, True]
+    assert [type(figure) is str for figure in shown[1::5]] == [not step.plots for step in STEPS]
 
 
 def test_a_control_gives_what_show_gave(lesson):
-    shown = lesson.show("demo", 1, False, *DEFAULTS, *[None] * 4)
-    for index, step in enumerate(STEPS):
-        figure, numbers = lesson.view(step, "demo", 1, False, DEFAULTS[index])
-        assert (figure, numbers) == (shown[4 * index + 1], shown[4 * index + 2])
+    shown = lesson.show("demo", 1, False, *DEFAULTS, None, 0, None, 2)
+    for index, (step, answer) in enumerate(zip(STEPS, (None, 0, None, 2), strict=True)):
+        of_step = shown[5 * index : 5 * index + 5]
+        _, figure, numbers, said, planned = of_step
+        assert lesson.view(step, "demo", 1, False, DEFAULTS[index], answer) == (
+            figure, numbers, planned,
+        )  # fmt: skip
+        assert lesson.answer(step, "demo", 1, False, DEFAULTS[index], answer)[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("step", "value", "spec"),
+    [
+        (CUT, 3, ConversionSpec(branches=3)),
+        (FADE, 0.45, ConversionSpec(branches=16, fade=0.45)),
+        (KEEP, 7, ConversionSpec(branches=16, keep=7)),
+        (KEEP, 16, ConversionSpec(branches=16)),
+        (ROUTE, 4, ConversionSpec(method="contiguous", experts=16, active=0.25)),
+    ],
+    ids=lambda value: getattr(value, "key", None),
+)
+def test_a_step_plans_the_same_for_the_whole_model(lesson, step, value, spec):
+    *_, planned = lesson.view(step, "demo", 0, False, value, None)
+    link, notices = read_link(planned)
+    assert not notices
+    assert (link.model, link.spec.canonical()) == ("demo", spec.canonical())
 
 
 def test_a_layer_beyond_the_last_is_the_last(lesson):
     assert lesson.reading("demo", 99).layer == 1
-    assert lesson.another_model("demo") == gr.update(maximum=1, value=1)
+    slider, words = lesson.another_model("demo")
+    assert slider == gr.update(maximum=1, value=1)
+    assert "52 %" in words
+
+
+def test_starts_can_be_asked_for_again(lesson):
+    first, second = lesson.start_published("demo"), lesson.start_published("demo")
+    assert first != second
+    assert read_link(first.split()[0])[0].spec == PUBLISHED
+    assert read_link(lesson.start_well("demo").split()[0])[0].spec.active == 0.625
 
 
 def test_large_figures_are_larger(lesson):
     for step in (FADE, KEEP, ROUTE):
         value = step.control["value"]
-        small, _ = lesson.view(step, "demo", 0, False, value)
-        large, _ = lesson.view(step, "demo", 0, True, value)
+        small, *_ = lesson.view(step, "demo", 0, False, value, None)
+        large, *_ = lesson.view(step, "demo", 0, True, value, None)
         assert large.layout.height > small.layout.height
         assert large.layout.font.size > small.layout.font.size
 
@@ -352,25 +394,27 @@ def test_the_button_says_where_it_leads(lesson):
 def test_the_model_reads_the_text_once(lesson, workbench, monkeypatch):
     lesson.show("demo", 0, False, *DEFAULTS, *[None] * 4)
     monkeypatch.setattr(workbench.loaded("demo"), "model", None)
-    lesson.view(KEEP, "demo", 1, False, 3)
-    assert "Right" in lesson.answer(SPLIT, "demo", 1, 1)
+    lesson.view(KEEP, "demo", 1, False, 3, None)
+    assert "Right" in lesson.answer(CUT, "demo", 1, False, 4, 1)[-1]
 
 
 def test_a_model_that_left_is_named(lesson):
     with pytest.raises(UserError, match="not loaded"):
-        lesson.view(KEEP, "nobody/nothing", 0, False, 3)
+        lesson.view(KEEP, "nobody/nothing", 0, False, 3, None)
 
 
 def test_all_listeners_are_private_and_one_runs_at_a_time(lesson):
     with gr.Blocks() as demo:
-        model = gr.State("demo")
-        with gr.Tab("How it works") as tab:
+        model, query, sentence = gr.State("demo"), gr.Textbox(), gr.HTML()
+        convert = convert_panel()
+        theirs = {block.elem_id for block in demo.blocks.values()}
+        with gr.Tab("Lesson") as tab:
             panel = lesson_panel()
-        wire_lesson(lesson, model, panel, tab)
+        wire_lesson(lesson, panel, model, convert, query, sentence, tab)
     assert {fn.api_visibility for fn in demo.fns.values()} == {"private"}
     measuring = [fn for fn in demo.fns.values() if fn.concurrency_id == "lesson"]
     assert len(measuring) == 1 + 2 * len(STEPS)
     assert {fn.concurrency_limit for fn in measuring} == {1}
-    ids = [block.elem_id for block in demo.blocks.values() if block.elem_id]
+    ids = [b.elem_id for b in demo.blocks.values() if b.elem_id and b.elem_id not in theirs]
     assert all(name == "lesson" or name.startswith("lesson-") for name in ids)
     assert len(ids) == len(set(ids))

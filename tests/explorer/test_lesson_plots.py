@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlpmoe.explorer.lesson_plots import enlarged, fade_ridges, keep_curves, routed_words
+from mlpmoe.explorer.lesson_plots import (
+    SLIDE_HEIGHT,
+    enlarged,
+    fade_ridges,
+    keep_curves,
+    routed_words,
+)
 from mlpmoe.explorer.lesson_steps.fade import Faded, FadedBranch
 from mlpmoe.explorer.lesson_steps.keep import Kept
 
@@ -64,6 +70,13 @@ def test_curves_mark_k_and_show_all_measured():
     assert low < -0.3 and high > 1
 
 
+def test_measured_factors_may_be_left_out():
+    found = Kept(torch.linspace(0.2, 1, 16), torch.linspace(0.2, 1, 16))
+    shown = [{t.name for t in keep_curves(found, 5, some).data} for some in (False, True)]
+    assert shown[1] - shown[0] == {"least error", "restores size"}
+    assert keep_curves(found, 5, False).layout.height == keep_curves(found, 5).layout.height
+
+
 def test_squares_are_as_large_as_what_is_said_and_filled_where_run():
     size = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]])
     chosen = torch.tensor([[True, False, True], [False, True, False]])
@@ -98,7 +111,7 @@ def test_enlarged_scales_type_lines_and_markers():
     kept = Kept(torch.linspace(0.2, 1, 16), torch.linspace(0.2, 1, 16))
     small, large = keep_curves(kept, 5), enlarged(keep_curves(kept, 5))
     assert large.layout.font.size == 21
-    assert large.layout.height == pytest.approx(1.25 * small.layout.height)
+    assert large.layout.height == SLIDE_HEIGHT > small.layout.height
     assert large.data[0].line.width > small.data[0].line.width
     assert large.data[0].marker.size[4] > small.data[0].marker.size[4]
     assert enlarged(fade_ridges(faded((0.0, 0.3, 0.6)), 0)).layout.font.size == 21

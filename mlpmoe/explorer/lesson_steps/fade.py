@@ -13,7 +13,7 @@ from ...core.schedule import branch_sparsities
 from ...core.spec import ConversionSpec
 from ...measure.notation import number
 from ..lesson_plots import fade_ridges
-from .reading import Reading, price
+from .reading import Reading
 from .step import BRANCHES, Question, Step, View
 
 BINS = 60
@@ -78,14 +78,14 @@ def words(reading: Reading) -> str:
 $$s_i=s\\cdot\\frac{{i}}{{B}}\\qquad\\text{{branch }}i:\\;\\;w\\mapsto 0\\;\\text{{ if }}\\;\
 |w|\\le Q(s_i)$$
 
-Fade sets the smallest weights of {matrices} to zero. Of B = {BRANCHES} branches, branch i loses \
-the share s · i / B: branch 0 nothing, the last one most. The threshold Q is found in each branch \
-by itself: the size |w| below which that share of its weights lies. The zeros stay in the matrix \
-and are multiplied like any other number, so fade alone saves no time.
-""" + price(reading, ConversionSpec(branches=BRANCHES, fade=0.9), "s = 0.9")
+Fade sets the smallest weights of {matrices} to zero: branch 0 loses none, and of B = \
+{BRANCHES} branches, branch i loses the share s · i / B. Each has a threshold Q of its own, the \
+size |w| below which that share lies. The zeros stay in the matrix and are multiplied like any \
+other number, so fade saves no time.
+"""
 
 
-def view(reading: Reading, strength: float) -> View:
+def view(reading: Reading, strength: float, answered: bool) -> View:
     found = faded(reading, strength)
     rows = "".join(
         f'<tr><th scope="row">branch {b.branch}</th><td>{_percent(b.requested)}</td>'
@@ -125,6 +125,7 @@ STEP = Step(
         "minimum": 0, "maximum": 1, "value": 0.9, "step": 0.05, "label": "s: strength of fade",
     },
     view=view,
+    spec=lambda reading, strength: ConversionSpec(branches=BRANCHES, fade=strength),
     question=Question(
         "At s = 1, the middle branch loses half of its weights. How much of its squares, Σ w², "
         "goes with them?",

@@ -10,10 +10,11 @@ from torch import Tensor
 from ...core.spec import ConversionSpec
 from ...measure.notation import number
 from ..lesson_plots import keep_curves
-from .reading import Reading, price
+from .reading import Reading
 from .step import BRANCHES, Question, Step, View
 
 HALF = BRANCHES // 2
+START = 3 * BRANCHES // 4  # as published
 NEAR = 0.05  # factors that differ by less count as the same
 
 
@@ -52,33 +53,35 @@ def words(reading: Reading) -> str:
     return f"""
 $$\\mathrm{{MLP}}(x)\\approx\\alpha\\sum_{{b=0}}^{{K-1}}y_b(x)\\qquad\\alpha=\\sqrt{{B/K}}$$
 
-Now only the first K of B = {BRANCHES} branches run: this does save computation. What they say \
-is smaller than the whole. If branches were equally large, zero on average and uncorrelated, it \
-would have √(K/B) of the size, and α = √(B/K) would restore it. The upper curves compare that \
-with what was measured. But a factor cannot turn the output: the cosine says how far its \
-direction is right (1: the same).
-""" + price(reading, ConversionSpec(branches=BRANCHES, keep=12), "K = 12")
+Only the first K of B = {BRANCHES} branches run: this does save time. What they say is smaller \
+than the whole. Were branches equally large, zero on average and uncorrelated, it would have \
+√(K/B) of the size, and α = √(B/K) would restore it. But a factor cannot turn the output: the \
+**cosine** says how far its direction is right.
+"""
 
 
-def view(reading: Reading, keep: float) -> View:
+def view(reading: Reading, keep: float, answered: bool) -> View:
     found, k = kept(reading), int(keep)
     size, cosine = float(found.size[k - 1]), float(found.cosine[k - 1])
-    restoring, best = float(found.restoring[k - 1]), float(found.best[k - 1])
     numbers = (
-        f"<p>With K = {k}, what is kept has <strong>{100 * size:.0f} %</strong> of the size of the "
+        f"With K = {k}, what is kept has <strong>{100 * size:.0f} %</strong> of the size of the "
         f"whole; √(K/B) predicts {100 * sqrt(k / BRANCHES):.0f} %. The cosine is "
-        f"<strong>{cosine:.2f}</strong>. As published, α is {sqrt(BRANCHES / k):.2f}; "
-        f"{number(restoring)} restores the size, {number(best)} leaves the least error: "
-        f"{100 * float(found.error[k - 1]):.0f} % of the whole.</p>"
+        f"<strong>{cosine:.2f}</strong>. As published, α is {sqrt(BRANCHES / k):.2f}"
     )
-    return View(keep_curves(found, k), numbers)
+    if answered:
+        restoring, best = float(found.restoring[k - 1]), float(found.best[k - 1])
+        numbers += (
+            f"; {number(restoring)} restores the size, {number(best)} leaves the least error, "
+            f"{100 * float(found.error[k - 1]):.0f} % of the whole"
+        )
+    return View(keep_curves(found, k, answered), f"<p>{numbers}.</p>")
 
 
 def judge(reading: Reading) -> tuple[int, str]:
     found = kept(reading)
     best, published = float(found.best[HALF - 1]), sqrt(BRANCHES / HALF)
     ratio = best / published
-    right = 0 if abs(ratio - 1) < NEAR else 1 if ratio < 1 else 2
+    right = 1 if abs(ratio - 1) < NEAR else 0 if ratio < 1 else 2
     size, cosine = float(found.size[HALF - 1]), float(found.cosine[HALF - 1])
     return right, (
         f"Measured at layer {reading.layer}: α = {number(best)} leaves the least error, against "
@@ -93,17 +96,18 @@ STEP = Step(
     title="Keep K",
     words=words,
     control={
-        "minimum": 1, "maximum": BRANCHES, "value": HALF, "step": 1, "precision": 0,
+        "minimum": 1, "maximum": BRANCHES, "value": START, "step": 1, "precision": 0,
         "label": f"K: branches kept of {BRANCHES}",
     },
     view=view,
+    spec=lambda reading, keep: ConversionSpec(branches=BRANCHES, keep=int(keep)),
     question=Question(
         f"{HALF} of {BRANCHES} branches are kept. Which α brings their sum nearest to the whole "
         "output?",
         (
-            f"√({BRANCHES}/{HALF}) = {sqrt(BRANCHES / HALF):.2f}, give or take 5 %",
-            "A smaller one",
-            "A larger one",
+            f"One below √({BRANCHES}/{HALF}) = {sqrt(BRANCHES / HALF):.2f}",
+            "That one, give or take 5 %",
+            "One above it",
         ),
     ),
     judge=judge,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.branched import BranchedMLP, LoopedMLP
@@ -12,10 +13,8 @@ from ...core.calibration import Calibration
 from ...core.conversion import convert_mlp, observe
 from ...core.mlps import MLPWeights
 from ...core.spec import ConversionSpec
-from ...measure.notation import change
 from ...models import default_text
 from ..loaded import LoadedModel
-from ..shipped import shipped
 
 TOKENS = 64  # of the evaluation text, the beginning of the text included
 
@@ -29,7 +28,6 @@ class Reading:
     weights: MLPWeights  # without the bias of down, which belongs to no branch
     x: Tensor  # (tokens, d_model)
     words: tuple[str, ...]  # one per token
-    model: str = ""  # key
 
     @property
     def dtype(self) -> str:
@@ -39,6 +37,17 @@ class Reading:
     def whole(self) -> Tensor:
         """(tokens, d_model) float32: what the whole MLP says."""
         return BranchedMLP(self.weights, (self.weights.d_ff,))(self.x).float()
+
+    @torch.inference_mode()
+    def activity(self) -> Tensor:
+        """(d_ff,) float32: how strongly each neuron fires, in the mean over the tokens."""
+        weights = self.weights
+        h = F.linear(self.x, weights.up, weights.up_bias)  # (tokens, d_ff)
+        if weights.gate is None:
+            h = weights.activation(h)
+        else:
+            h = weights.activation(F.linear(self.x, weights.gate, weights.gate_bias)) * h
+        return h.float().abs().mean(0).cpu()
 
     @torch.inference_mode()
     def looped(self, branches: int, order: str = "contiguous") -> tuple[Tensor, Tensor]:
@@ -64,7 +73,6 @@ def read_layers(loaded: LoadedModel) -> list[Reading]:
             replace(seen.weights, down_bias=None, adds_residual=False),
             seen.x[0, is_text.to(seen.x.device)],
             words,
-            loaded.key,
         )
         for layer, seen in enumerate(observed.layers)
     ]
@@ -73,18 +81,6 @@ def read_layers(loaded: LoadedModel) -> list[Reading]:
 def _word(loaded: LoadedModel, token: int) -> str:
     text = loaded.tokenizer.decode([token])
     return text.replace("\n", "↵").strip() or "␣"
-
-
-def price(reading: Reading, spec: ConversionSpec, what: str) -> str:
-    """A sentence on what a conversion of the whole model costs, where that was measured and comes
-    with the project."""
-    for record in shipped(reading.model):
-        if record.run.spec == spec:
-            return (
-                f"\n\nIn the whole model, {what} costs: perplexity "
-                f"**{change(record.run.ratio, record.run.stderr)}**, on {record.tokens:,} tokens."
-            )
-    return ""
 
 
 def relative_error(given: Tensor, whole: Tensor) -> float:

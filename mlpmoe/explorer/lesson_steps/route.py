@@ -16,6 +16,7 @@ from .step import BRANCHES, Question, Step, View
 
 SHOWN_WORDS = 14
 QUARTER = BRANCHES // 4
+START = 3 * BRANCHES // 4  # as many as K keeps in the step before
 NEAR = 0.05  # errors that differ by less count as the same
 
 
@@ -61,44 +62,58 @@ def words(reading: Reading) -> str:
 $$y(x)=\\sum_{{e\\,\\in\\,\\mathrm{{Top}}_k(Rx)}}y_e(x)$$
 
 Why the same branches for every token? Here each branch is an **expert**, and a **router** R picks \
-k of them for each token. It scores an expert by the mean of its {matrix} rows: a guess that \
-needs no training. Compared are the same k experts for all tokens, those that say most on this \
-text, and an **oracle**: it runs all experts first and takes the k that say most. That saves \
-nothing, and shows what a router could gain.
+k of them for each token, by the mean of each one's {matrix} rows: a guess that needs no training. \
+Beside it stand the same k experts for all tokens, and an **oracle** that runs all of them first: \
+it saves nothing, and is a bound.
 """
 
 
-def view(reading: Reading, running: float) -> View:
+def view(reading: Reading, running: float, answered: bool) -> View:
     found = routed(reading, int(running))
     experts = found.size.shape[1]
     rows = "".join(
-        f'<tr><th scope="row">{name}</th><td class="bar"><span class="{kind}" '
-        f'style="width:{min(100.0, 100 * error):.1f}%"></span></td>'
-        f"<td>{100 * error:.0f}\N{NO-BREAK SPACE}%</td></tr>"
+        _row(name, kind, error if answered else None)
         for name, kind, error in (
             ("same for all", "fixed", found.fixed_error),
             ("router", "router", found.error),
             ("oracle, a bound", "oracle", found.oracle_error),
         )
     )
+    after = " per token" if answered else ": answer first"
     numbers = (
-        f"<table><caption>Error of the output, {found.running} of {experts} experts per token, on "
-        f"{len(reading.x)} tokens</caption><tbody>{rows}</tbody></table>"
+        f"<table><caption>Error of the output, {found.running} of {experts} experts{after}"
+        f"</caption><tbody>{rows}</tbody></table>"
     )
     shown = slice(SHOWN_WORDS)
     return View(routed_words(reading.words[shown], found.size[shown], found.chosen[shown]), numbers)
 
 
+def _row(name: str, kind: str, error: float | None) -> str:
+    """A bar as long as the error; None: not shown yet."""
+    if error is None:
+        bar, said = "", "?"
+    else:
+        bar = f'<span class="{kind}" style="width:{min(100.0, 100 * error):.1f}%"></span>'
+        said = f"{100 * error:.0f}\N{NO-BREAK SPACE}%"
+    return f'<tr><th scope="row">{name}</th><td class="bar">{bar}</td><td>{said}</td></tr>'
+
+
+def spec(reading: Reading, running: float) -> ConversionSpec:
+    experts = expert_count(reading.weights.d_ff, BRANCHES)
+    active = min(int(running), experts) / experts
+    return ConversionSpec(method="contiguous", experts=experts, active=active)
+
+
 def judge(reading: Reading) -> tuple[int, str]:
     found = routed(reading, QUARTER)
     gain = found.fixed_error - found.error
-    right = 2 if abs(gain) < NEAR else 0 if gain > 0 else 1
+    right = 1 if abs(gain) < NEAR else 2 if gain > 0 else 0
     return right, (
         f"Measured at layer {reading.layer} with {found.running} of {found.size.shape[1]} "
         f"experts: the router misses {100 * found.error:.0f} % of the output, the same experts for "
         f"all {100 * found.fixed_error:.0f} %, the oracle {100 * found.oracle_error:.0f} %. "
         "Routing pays only if the router knows in advance who has something to say: try other "
-        "layers here, and better routers on the tab Experts."
+        "layers here, and better methods in the next step."
     )
 
 
@@ -107,16 +122,17 @@ STEP = Step(
     title="Route",
     words=words,
     control={
-        "minimum": 1, "maximum": BRANCHES, "value": QUARTER, "step": 1, "precision": 0,
+        "minimum": 1, "maximum": BRANCHES, "value": START, "step": 1, "precision": 0,
         "label": f"k: experts that run for a token, of {BRANCHES}",
     },
     view=view,
+    spec=spec,
     question=Question(
         f"{QUARTER} experts run per token. Which output is nearer to the whole on this text?",
         (
-            "The router's, by 5 points or more",
             "That of the same experts for all, by 5 points or more",
             "They differ by less than 5 points",
+            "The router's, by 5 points or more",
         ),
     ),
     judge=judge,

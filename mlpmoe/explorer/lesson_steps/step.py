@@ -9,6 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from ...core.spec import ConversionSpec
 from .reading import Reading
 
 BRANCHES = 16  # B of the steps that do not choose it
@@ -18,7 +19,7 @@ BRANCHES = 16  # B of the steps that do not choose it
 class View:
     """What a step shows for one value of its control."""
 
-    figure: go.Figure | str  # str: a table, as HTML
+    figure: go.Figure | str  # str: a drawing, as HTML
     numbers: str  # HTML: the measured figures in a sentence or a few rows
 
 
@@ -32,9 +33,12 @@ class Question:
 class Step:
     key: str  # in ids of components
     title: str
-    words: Callable[[Reading], str]  # Markdown: formula, then at most 90 words
+    words: Callable[[Reading], str]  # Markdown: formula, then at most 60 words
     control: dict[str, Any]  # of the slider
-    view: Callable[[Reading, float], View]
+    # For a value of the control. bool: whether the question was answered; before, nothing that is
+    # shown or sent may contain the answer.
+    view: Callable[[Reading, float, bool], View]
+    spec: Callable[[Reading, float], ConversionSpec]  # what the same is on the whole model
     question: Question
     judge: Callable[[Reading], tuple[int, str]]  # which answer is right, and why: HTML
     plots: bool = True  # whether the figure is a plot
