@@ -24,7 +24,8 @@
     const size = plot?._fullLayout?._size;
     if (!size) return false;
     const box = plot.getBoundingClientRect();
-    const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+    const scale = box.width / plot.offsetWidth || 1;
+    const [x, y] = [(event.clientX - box.left) / scale, (event.clientY - box.top) / scale];
     return x >= size.l && x <= size.l + size.w && y >= size.t && y <= size.t + size.h;
   };
   const tell = (done) => {
