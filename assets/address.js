@@ -2,6 +2,8 @@
 // step that Back undoes. And the settings themselves can be undone and done again.
 (() => {
   const SETTLED = 2000; // milliseconds: changes that follow faster are one step
+  const WRITTEN_IN =
+    "input:not([type=range], [type=radio], [type=checkbox]), textarea, [contenteditable=true]";
   const steps = []; // queries
   let at = -1;
   let changed = 0; // when the last step was changed
@@ -16,11 +18,9 @@
   };
 
   const remember = (query) => {
+    if (restored !== null && query !== restored) return; // on the way
+    restored = null;
     if (query === steps[at]) return;
-    if (restored !== null) {
-      if (query === restored) restored = null;
-      return;
-    }
     const now = Date.now();
     if (at > 0 && now - changed < SETTLED) steps[at] = query;
     else steps.splice(++at, steps.length, query);
@@ -41,9 +41,10 @@
     if (!query) return "";
     remember(query);
     const search = `?${query}${tab === first ? "" : `&tab=${tab}`}`;
-    if (search !== location.search) {
-      const steps_on = pushes || (shownTab !== null && shownTab !== tab);
-      history[steps_on ? "pushState" : "replaceState"]({ query, tab }, "", search);
+    const other = search !== location.search;
+    if (other || !history.state?.query) { // a link that was opened has no state to go back to
+      const further = other && (pushes || (shownTab !== null && shownTab !== tab));
+      history[further ? "pushState" : "replaceState"]({ query, tab }, "", search);
       tell(search);
     }
     pushes = false;
@@ -51,16 +52,21 @@
     return location.origin + location.pathname + search;
   };
 
-  const go = (query) => mlpmoe.send("taken", `${query} ${Date.now()}`);
+  // Until the page shows it, what it shows is on the way and no step of its own.
+  const go = (query, tab) => {
+    restored = query;
+    changed = 0;
+    setTimeout(() => { if (restored === query) restored = null; }, 5000);
+    mlpmoe.send("taken", `${query}${tab ? `&tab=${tab}` : ""} ${Date.now()}`);
+    mark();
+  };
 
   addEventListener("popstate", (event) => {
-    if (!event.state) return;
+    if (!event.state?.query) return;
     const { query, tab } = event.state;
     shownTab = tab;
-    restored = query;
-    at = Math.max(at, steps.push(query) - 1);
-    go(`${query}&tab=${tab}`);
-    mark();
+    if (query !== steps[at]) steps.splice(++at, steps.length, query);
+    go(query, tab);
   });
 
   // by: -1 to undo, 1 to do again.
@@ -68,16 +74,12 @@
     const query = steps[at + by];
     if (query === undefined) return;
     at += by;
-    changed = 0;
-    restored = query;
-    setTimeout(() => { if (restored === query) restored = null; }, 5000);
     go(query);
-    mark();
   };
 
   addEventListener("keydown", (event) => {
     if (!(event.ctrlKey || event.metaKey) || event.altKey) return;
-    if (event.target.closest?.("input, textarea, [contenteditable=true]")) return;
+    if (event.target.closest?.(WRITTEN_IN)) return; // where the browser undoes what was typed
     const by = { z: event.shiftKey ? 1 : -1, y: 1 }[event.key.toLowerCase()];
     if (by) {
       event.preventDefault();
