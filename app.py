@@ -51,7 +51,7 @@ def starting_page() -> ThreadingHTTPServer:
 if __name__ == "__main__":
     server = starting_page()
 
-from mlpmoe.explorer.page import build_demo, launch_kwargs  # noqa: E402 – the slow part
+from mlpmoe.explorer.app import build_demo, launch_kwargs  # noqa: E402 – the slow part
 
 demo = build_demo()
 

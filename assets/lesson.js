@@ -1,5 +1,5 @@
 // The lesson moves the page's own controls, remembers what the visitor had set, and can fill the
-// window like a slide. What it shows comes from the server (mlpmoe/explorer/lesson.py).
+// window like a slide. What it shows comes from the server (mlpmoe/explorer/tabs/lesson.py).
 (() => {
   const WAIT = 300; // milliseconds that a control has to rest before the page follows
   const LATE = 15000; // milliseconds after which something must have gone wrong

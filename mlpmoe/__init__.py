@@ -6,17 +6,17 @@ converted = convert(model, ConversionSpec(branches=16, fade=0.9))
 print(perplexity(converted, tokenizer, text))
 """
 
-from .checkpoints.export import export
-from .checkpoints.verification import ExportError, verify
+from .checkpoints.check.verification import ExportError, verify
+from .checkpoints.write.export import export
 from .core.calibration import Calibration
 from .core.conversion import convert
 from .core.errors import CalibrationWarning, SpecError, UnsupportedModelError, UserError
 from .core.presets import PRESETS
 from .core.spec import ConversionSpec
-from .measure.generation import write_side_by_side
-from .measure.magnitudes import magnitudes
-from .measure.parameters import parameter_report
-from .measure.perplexity import compare, perplexity
+from .measure.cost.magnitudes import magnitudes
+from .measure.cost.parameters import parameter_report
+from .measure.quality.perplexity import compare, perplexity
+from .measure.text.generation import write_side_by_side
 from .models import CATALOGUE, ModelError, load
 from .models.texts import named_calibration, named_text
 from .version import VERSION

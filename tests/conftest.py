@@ -39,7 +39,7 @@ def real_model() -> str:
 def reload_forked():
     """Within a test, checkpoints are verified in a fork, which saves five seconds. What fixtures
     of a wider scope make is verified as it is for users, in a Python that starts from nothing."""
-    if "mlpmoe.checkpoints.verification" not in sys.modules:
+    if "mlpmoe.checkpoints.check.verification" not in sys.modules:
         yield
         return
     with reloading():

@@ -87,7 +87,7 @@ def run(
 @contextmanager
 def reloading() -> Iterator[None]:
     """Meanwhile, checkpoints are verified in a fork."""
-    from mlpmoe.checkpoints import verification
+    from mlpmoe.checkpoints.check import verification
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "Popen", Forked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mlpmoe.measure.encoding import Window
+from mlpmoe.measure.quality.encoding import Window
 
 
 def parts_of(*tokens: int, size: int = 1) -> list[Window]:

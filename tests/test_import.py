@@ -108,7 +108,7 @@ import mlpmoe
 for name in mlpmoe.__all__:
     getattr(mlpmoe, name)
 assert "mlpmoe.commands" not in sys.modules
-import mlpmoe.measure.search
+import mlpmoe.measure.runs.search
 sys.argv = ["mlpmoe", "models"]
 runpy.run_module("mlpmoe", run_name="__main__")
 """

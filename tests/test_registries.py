@@ -8,17 +8,17 @@ import torch
 
 from mlpmoe.__main__ import main
 from mlpmoe.core.choices import METHODS, REGISTRIES, STATIC
-from mlpmoe.core.compensation import FILLS
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.registry import choices
 from mlpmoe.core.routed import ROUTED_METHODS, RoutedMethod
 from mlpmoe.core.routed.splits import contiguous
-from mlpmoe.core.schedule import SCHEDULES, Schedule, branch_sparsities
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.explorer.convert_panel import convert_panel
-from mlpmoe.explorer.run_words import recipe_of
-from mlpmoe.explorer.sweep_panel import sweep_panel
-from mlpmoe.measure.grid import grid
+from mlpmoe.core.static.compensation import FILLS
+from mlpmoe.core.static.schedule import SCHEDULES, Schedule, branch_sparsities
+from mlpmoe.explorer.shell.convert_panel import convert_panel
+from mlpmoe.explorer.shell.run_words import recipe_of
+from mlpmoe.explorer.tabs.sweep_panel import sweep_panel
+from mlpmoe.measure.runs.grid import grid
 from mlpmoe.measure.words import in_short, in_words
 from tests.tiny import tiny_model
 

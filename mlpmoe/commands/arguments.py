@@ -8,13 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from ..checkpoints.record import read_spec_file
+from ..checkpoints.check.record import read_spec_file
 from ..core.calibration import MAX_TOKENS, MIN_SAMPLES, SAMPLE_TOKENS
 from ..core.choices import REGISTRIES
-from ..core.compensation import FILLS
 from ..core.spec import ConversionSpec
+from ..core.static.compensation import FILLS
 from ..core.written import flag_of
-from ..measure.encoding import PROTOCOLS
+from ..measure.quality.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS
 
 MODEL_HELP = (

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from ..measure.bench import LAYERS, bench, machine
+from ..measure.cost.bench import LAYERS, bench, machine
 from .arguments import at_least
 from .terminal import bench_line, print_json, progress
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoints.export import SAVED, Exported, export
-from ..checkpoints.file_export import export_files
-from ..checkpoints.forms import AUTO, DENSE, FORM_WORDS
-from ..checkpoints.source import PiecewiseError
-from ..checkpoints.streaming import streams
-from ..checkpoints.target import check_target
+from ..checkpoints.forms.choose import AUTO, DENSE, FORM_WORDS
+from ..checkpoints.write.export import SAVED, Exported, export
+from ..checkpoints.write.file_export import export_files
+from ..checkpoints.write.source import PiecewiseError
+from ..checkpoints.write.streaming import streams
+from ..checkpoints.write.target import check_target
 from ..core.conversion import convert
 from ..core.spec import ConversionSpec
 from ..models import format_bytes, load, preflight

@@ -11,21 +11,14 @@ import transformers
 from torch import Tensor
 
 from ..core.conversion import convert, mlp_modules
-from ..measure.encoding import Window, scored_tokens, windows
-from ..measure.head import token_losses
-from ..measure.parameters import parameter_report
-from ..measure.perplexity import Perplexity, compare, summarise
-from ..measure.speed import decode_speed
+from ..measure.cost.parameters import parameter_report
+from ..measure.cost.speed import decode_speed
+from ..measure.quality.encoding import Window, scored_tokens, windows
+from ..measure.quality.head import token_losses
+from ..measure.quality.perplexity import Perplexity, compare, summarise
 from ..models import load
 from .arguments import MODEL_HELP, add_setting, add_spec, read_spec
-from .terminal import (
-    parameter_rows,
-    perplexity_rows,
-    print_json,
-    print_table,
-    progress,
-    speed_rows,
-)
+from .terminal import parameter_rows, perplexity_rows, print_json, print_table, progress, speed_rows
 from .texts import calibration_text_for, evaluation_text, in_windows
 
 NAME, HELP = "evaluate", "perplexity, parameters and speed of a model and of its conversion"

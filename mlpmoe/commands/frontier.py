@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from ..core.calibration import warn_of_few_tokens
-from ..measure.deadline import Deadline, TimeUp
-from ..measure.encoding import scored_tokens, windows
 from ..measure.notation import change, signed_percent
-from ..measure.search import COSTS, Budget, best, finalists, front, search
-from ..measure.sweep import Run, sweep
-from ..measure.trials import prepare
+from ..measure.quality.encoding import scored_tokens, windows
+from ..measure.runs.deadline import Deadline, TimeUp
+from ..measure.runs.search import COSTS, Budget, best, finalists, front, search
+from ..measure.runs.sweep import Run, sweep
+from ..measure.runs.trials import prepare
 from ..measure.words import in_words
 from ..models import load
 from .arguments import MODEL_HELP, add_setting, at_least

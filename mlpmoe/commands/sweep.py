@@ -15,15 +15,15 @@ from ..core.calibration import warn_of_few_tokens
 from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
-from ..measure.encoding import scored_tokens, windows
-from ..measure.engines import DEFAULT_WORKERS, ENGINES, Job, run_locally, run_on_ray
-from ..measure.grid import grid, read_grid, read_values
 from ..measure.notation import change, signed_percent
-from ..measure.pace import about, forecast
-from ..measure.recipes import recipes
-from ..measure.runs_file import RunsFile
-from ..measure.sweep import AT_ONCE, Run, check_fit, comparison
-from ..measure.tables import to_csv
+from ..measure.quality.encoding import scored_tokens, windows
+from ..measure.runs.engines import DEFAULT_WORKERS, ENGINES, Job, run_locally, run_on_ray
+from ..measure.runs.file import RunsFile
+from ..measure.runs.grid import grid, read_grid, read_values
+from ..measure.runs.pace import about, forecast
+from ..measure.runs.recipes import recipes
+from ..measure.runs.sweep import AT_ONCE, Run, check_fit, comparison
+from ..measure.runs.tables import to_csv
 from ..models import find_entry, load
 from .arguments import MODEL_HELP, add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..measure.bench import BenchLine
+from ..measure.cost.bench import BenchLine
+from ..measure.cost.parameters import ParameterReport
+from ..measure.cost.speed import SpeedReport
 from ..measure.notation import NBSP, difference, number, signed_percent, speedup
-from ..measure.parameters import ParameterReport
-from ..measure.perplexity import Perplexity, PerplexityChange
-from ..measure.speed import SpeedReport
+from ..measure.quality.perplexity import Perplexity, PerplexityChange
 
 _shown = ""  # by `progress`
 

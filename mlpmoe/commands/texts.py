@@ -10,12 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.calibration import MAX_TOKENS, SAMPLE_TOKENS, Calibration, check_disjoint
 from ..core.errors import UserError
-from ..measure.encoding import (
-    EncodedText,
-    choose_window,
-    context_length,
-    encode_protocol,
-)
+from ..measure.quality.encoding import EncodedText, choose_window, context_length, encode_protocol
 from ..models import (
     CALIBRATIONS,
     TEXTS,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 
-from .compensation import COMPENSATIONS
-from .order import ORDERS
 from .registry import Choice, choices
 from .routed import ROUTED_METHODS
 from .routed.method import Method
 from .routed.routers import ROUTERS
-from .schedule import SCHEDULES
-from .scores import SCORES
+from .static.compensation import COMPENSATIONS
+from .static.order import ORDERS
+from .static.schedule import SCHEDULES
+from .static.scores import SCORES
 
 STATIC_FIELDS = (
     "branches", "order", "fade", "fade_schedule", "fade_exponent", "fade_projections",

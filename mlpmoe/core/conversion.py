@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .activations import LayerActivations
-from .allocation import error_curve, share_out
-from .branched import BranchedMLP, LoopedMLP
 from .calibration import Calibration, warn_of_few_tokens
 from .errors import SpecError, UnsupportedModelError
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .routed import ROUTED_TYPES, build_routed
 from .routed.expertweaver import AUTO, variation
 from .spec import MAX_TAU, ConversionSpec
-from .static import build_static
+from .static.allocation import error_curve, share_out
+from .static.branched import BranchedMLP, LoopedMLP
+from .static.pipeline import build_static
 from .stopping import may_stop, stoppable
 from .visiting import Observed, visit_layers
 

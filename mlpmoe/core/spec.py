@@ -8,15 +8,15 @@ from typing import Any
 
 from .checks import check_choice, integer, known, layer_numbers, pattern, real, shown
 from .choices import ALLOCATIONS, METHODS, PROFILES, SELECTIONS, UNITS
-from .compensation import COMPENSATIONS, FILLS
 from .errors import SpecError
-from .order import ORDERS
 from .routed import ROUTED_METHODS, RoutedMethod
 from .routed.expertweaver import AUTO
 from .routed.partition import expert_count
 from .routed.routers import ROUTERS
-from .schedule import SCHEDULES, branch_sparsities
-from .scores import SCORES
+from .static.compensation import COMPENSATIONS, FILLS
+from .static.order import ORDERS
+from .static.schedule import SCHEDULES, branch_sparsities
+from .static.scores import SCORES
 from .written import Written
 
 COMMON_FIELDS = ("compensation", "spared")  # that every method uses

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import floor, isfinite, log10
 
-from .perplexity import PerplexityChange
-from .speed import Ratio
+from .cost.speed import Ratio
+from .quality.perplexity import PerplexityChange
 
 NO_CHANGE = "no measurable change"
 NOISY = 1.3  # quartiles of a speed ratio that lie further apart than this say nothing

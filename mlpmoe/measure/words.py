@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.choices import ALLOCATIONS, METHODS, SELECTIONS
-from ..core.compensation import COMPENSATIONS, FILLS
-from ..core.order import ORDERS
-from ..core.schedule import SCHEDULES
-from ..core.scores import SCORES
 from ..core.spec import ConversionSpec
+from ..core.static.compensation import COMPENSATIONS, FILLS
+from ..core.static.order import ORDERS
+from ..core.static.schedule import SCHEDULES
+from ..core.static.scores import SCORES
 
 
 def in_words(spec: ConversionSpec) -> str:

@@ -18,12 +18,7 @@ from mlpmoe.core.mlps import check_structure, located_mlps
 
 from .checkpoint import CONFIG, Checkpoint, read_config
 from .errors import ModelError, shorten
-from .refusals import (
-    quantisation_in,
-    refuse_quantised,
-    refuse_unknown_type,
-    refuse_wrapper,
-)
+from .refusals import quantisation_in, refuse_quantised, refuse_unknown_type, refuse_wrapper
 
 MAX_REPEATS = 1000  # layers, or experts per layer; the deepest published models have about 200
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")

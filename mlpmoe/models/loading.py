@@ -22,13 +22,7 @@ from transformers import (
 )
 
 from . import gguf_reading, hub, packaged
-from .checkpoint import (
-    check_headers,
-    folder_checkpoint,
-    small_files,
-    total_bytes,
-    weight_files,
-)
+from .checkpoint import check_headers, folder_checkpoint, small_files, total_bytes, weight_files
 from .errors import ModelError, format_bytes, shorten
 from .gguf_header import read_header
 from .origin import note_origin

@@ -15,9 +15,9 @@ import pytest
 import torch
 from gradio_client import Client
 
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.page import build_demo, launch_kwargs
-from mlpmoe.explorer.workbench import Workbench
+from mlpmoe.explorer.app import build_demo, launch_kwargs
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.server.workbench import Workbench
 
 
 @dataclass(frozen=True)

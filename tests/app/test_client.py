@@ -20,8 +20,9 @@ from mlpmoe import (
     write_side_by_side,
 )
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer import endpoints, texts
-from mlpmoe.explorer.preview import summary
+from mlpmoe.explorer import api as endpoints
+from mlpmoe.explorer.server import texts
+from mlpmoe.explorer.shell.preview import summary
 from mlpmoe.models import assets_folder, named_calibration
 from tests.app.calls import LEAKS, SPEC, refused
 

@@ -12,7 +12,7 @@ from gradio_client.exceptions import AppError
 
 from mlpmoe import ConversionSpec, convert, named_text, perplexity
 from mlpmoe.core.calibration import DOCUMENT_SEPARATOR
-from mlpmoe.explorer.texts import SHIPPED
+from mlpmoe.explorer.server.texts import SHIPPED
 from mlpmoe.models.texts import TEXTS
 from tests.app.calls import SPEC, refused
 

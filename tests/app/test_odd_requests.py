@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mlpmoe.explorer import handlers
+from mlpmoe.explorer.shell import handlers
 from tests.explorer.controls import Previewed, preview_values, settings
 
 pytestmark = pytest.mark.usefixtures("unharmed")

@@ -9,15 +9,26 @@ PATIENCE = 120_000  # milliseconds for anything awaited; a busy machine may paus
 
 TRACES = ("dropped by K", "removed by fade", "stays", "fade threshold")
 SHOWN = {  # key of a tab -> what tells that it is filled in
-    "branches": "#histograms .js-line",
-    "generations": "#write",
+    "weights": "#histograms .js-line",
     "tokens": "#branch-correlations .hm",
-    "trade-offs": "#runs tbody tr",
-    "suggest": "#front .point",
-    "experts": "#tradeoff .point",
-    "how": "#lesson .katex",
+    "runs": "#runs tbody tr",
+    "suggest": "#suggested-front .js-plotly-plot",
+    "lesson": "#lesson .katex",
     "export": "#export-plan p",
 }
+# The point of the curve that is called "here": x, y, and whether it is measured (not hollow).
+HERE = """() => {
+    const plot = document.querySelector('#curve .js-plotly-plot');
+    const here = plot?.data?.findLast(trace => trace.name === 'here');
+    return here && { x: here.x[0], y: here.y[0], measured: here.marker?.symbol === 'circle' };
+}"""
+# Where on the screen the curve has this x.
+ON_THE_CURVE = """x => {
+    const plot = document.querySelector("#curve .js-plotly-plot");
+    const box = plot.getBoundingClientRect();
+    const { xaxis, yaxis } = plot._fullLayout;
+    return [box.left + xaxis._offset + xaxis.d2p(x), box.top + yaxis._offset + yaxis._length / 3];
+}"""
 # outlines per trace: plotly leaves out traces without points
 COUNT_OUTLINES = """() => {
     const plot = document.querySelector('#histograms .js-plotly-plot');
@@ -174,6 +185,51 @@ def wait_for_choice(page, dropdown: str, label: str) -> None:
         "([id, label]) => document.querySelector(`#${id} input`)?.value === label",
         arg=[dropdown, label],
     )
+
+
+def wait_for_address(page, *parts: str, without: str = "no-such-part") -> None:
+    """The address bar says all of these, and not that."""
+    page.wait_for_function(
+        "([parts, without]) => parts.every(part => `${location.search}&`.includes(`${part}&`))"
+        " && !location.search.includes(without)",
+        arg=[parts, without],
+    )
+
+
+def wait_for_here(page, x: float, near: float = 2.0) -> None:
+    """The point of the curve that is called "here" stands there, measured."""
+    page.wait_for_function(
+        f"([x, near]) => {{ const here = ({HERE})();"
+        " return here?.measured && Math.abs(here.x - x) < near; }",
+        arg=[x, near],
+    )
+
+
+def network_picture(page) -> str:
+    return page.evaluate("document.querySelector('#network canvas').toDataURL()")
+
+
+def wait_for_other_picture(page, old: str) -> None:
+    """Of the network."""
+    page.wait_for_function(
+        "old => document.querySelector('#network canvas').toDataURL() !== old", arg=old
+    )
+
+
+def click_in_network(page, layer: int, layers: int) -> None:
+    box = page.locator(".network-grid").bounding_box()
+    place = {"x": (layer + 0.5) / layers * box["width"], "y": box["height"] / 2}
+    page.locator(".network-grid").click(position=place)
+
+
+def wait_for_answer(page) -> None:
+    """Both models have written with the setting that the page shows."""
+    page.wait_for_selector("#writing-report p:last-child")
+
+
+def answers(page) -> tuple[str, str]:
+    """What the dense and the converted model wrote."""
+    return page.inner_text("#dense-text"), page.inner_text("#converted-text")
 
 
 def wait_until_measured(page) -> None:

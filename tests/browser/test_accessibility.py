@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from mlpmoe.explorer.links import FIRST_TAB, TABS
+from mlpmoe.core.choices import METHODS
+from mlpmoe.explorer.shell.links import FIRST_TAB, TABS
 from tests.browser.on_the_page import (
     SHOWN,
+    choose,
     open_accordion,
     open_tab,
     slider,
+    wait_for_answer,
     wait_for_other_text,
     wait_for_rows,
     wait_for_text,
@@ -21,15 +24,19 @@ from tests.browser.on_the_page import (
 pytestmark = pytest.mark.browser
 
 SERIOUS = ("serious", "critical")
+FIRST_SCREEN = ("#model-row", "#sentence", "#pictures", "#cards", "#asking", "#panes")
 # Gradio's own markup, which the page cannot change: rule, where, why.
 NOT_OURS: tuple[tuple[str, str, str], ...] = ()
 EVERYTHING = {  # accordions of a tab, so that their content is looked at as well
     "tokens": ["whole-text"],
-    "trade-offs": ["sweep", "paper"],
+    "runs": ["sweep", "paper"],
 }
+ACCORDIONS = ("more", "text-choice", "share", "writing-options", "words")
 ORDER = [
-    "model", "load", "preset", "branches", "fade", "keep", "measure", "stop-measuring", "more",
-    "text-choice", "share", "tabs", "layer", "projection", "quantity", "words",
+    "model", "load", "undo", "redo", "method", "preset", "branches", "fade", "keep", "budget",
+    "measure", "stop-measuring", "more", "text-choice", "share", "axis", "curve", "network",
+    "prompt", "write", "stop-writing", "examples", "writing-options", "tabs", "layer",
+    "projection", "words",
 ]  # fmt: skip
 UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, button, [role=button]')]
     .filter(e => e.checkVisibility({visibilityProperty: true}) && e.type !== 'hidden')
@@ -86,7 +93,7 @@ def test_axe_finds_nothing_serious(open_page, scheme: str):
     only colours are others."""
     rules = ["color-contrast"] if scheme == "dark" else []
     page = open_page("?fade=0.9&keep=12", color_scheme=scheme)
-    for block in ("more", "text-choice", "share", "words"):
+    for block in ACCORDIONS:
         open_accordion(page, block)
     page.wait_for_selector("#link textarea")
     found = set()
@@ -95,7 +102,7 @@ def test_axe_finds_nothing_serious(open_page, scheme: str):
         page.wait_for_selector(SHOWN[key])
         for block in EVERYTHING.get(key, []):
             open_accordion(page, block)
-        if key == "trade-offs":
+        if key == "runs":
             page.locator("#runs [data-run-action=pin]").first.click()
             page.wait_for_selector("#runs tr.pinned")
         within = None if key == FIRST_TAB else "#tabs"  # once is enough for what stays
@@ -104,31 +111,32 @@ def test_axe_finds_nothing_serious(open_page, scheme: str):
 
 
 def test_axe_on_results(open_page):
-    """The same where something was compared, written and measured."""
+    """The same where runs are compared, and where experts are looked at."""
     page = open_page("?keep=8")
-    page.locator("#fade input[type=range]").focus()
-    page.keyboard.press("End")
-    open_tab(page, "Trade-offs")
+    wait_for_answer(page)
+    choose(page, "method", METHODS["contiguous"].label)
+    page.wait_for_selector("#words-by-expert [data-cells]")
+    open_accordion(page, "more")
+    page.locator("#router input").wait_for()
+    wait_until_measured(page)
+    page.wait_for_selector("#converted-text [data-token]")
+    found = violations(page)
+    open_tab(page, "Tokens")
+    page.wait_for_selector("#worst-sentences li")
+    found |= violations(page, within="#tabs")
+    open_tab(page, "Runs")
     wait_for_rows(page, 2)
     for _ in range(2):
         page.locator("#runs [data-run-action=pin][aria-pressed=false]").first.click()
         page.wait_for_selector("#runs tr.pinned")
     page.wait_for_selector("#compare")
-    found = violations(page)
-    open_tab(page, "Generations")
-    page.click("#write")
-    page.wait_for_selector("#writing-report table")
-    found |= violations(page, within="#tabs")
-    open_tab(page, "Experts")
-    page.click("#measure-experts")
-    page.wait_for_selector("#tokens-by-expert .tokens span")
     found |= violations(page, within="#tabs")
     assert not found, "\n\n".join(sorted(found))
 
 
 def test_every_control_has_a_name(open_page):
     page = open_page("?keep=12")
-    for block in ("more", "text-choice", "share", "words"):
+    for block in ACCORDIONS:
         open_accordion(page, block)
     page.wait_for_selector("#link textarea")
     for key, name in TABS.items():
@@ -148,7 +156,7 @@ def test_tab_goes_down_the_page(open_page):
     page = open_page()
     page.evaluate("document.activeElement.blur()")
     visited = []
-    for _ in range(80):
+    for _ in range(120):
         page.keyboard.press("Tab")
         ids = page.evaluate(
             """() => {
@@ -164,11 +172,12 @@ def test_tab_goes_down_the_page(open_page):
 
 
 def test_nothing_jumps(open_page):
-    """Cards and plots keep their height while a slider is moved and measured, and while runs come
-    into the plot of trade-offs."""
+    """What is on the first screen and in a tab keeps its place while sliders are moved and
+    measured, while runs come into the plots, and while the models write."""
     page = open_page("?fade=0.5")
-    page.wait_for_selector("#heat .hm")
-    page.evaluate(WATCH, ["#cards", ".card", "#histograms", "#heat"])
+    page.wait_for_selector(SHOWN["weights"])
+    wait_for_answer(page)
+    page.evaluate(WATCH, [*FIRST_SCREEN, ".card", "#histograms"])
     slider(page, "fade").focus()
     for _ in range(6):
         page.keyboard.press("ArrowRight")
@@ -181,14 +190,13 @@ def test_nothing_jumps(open_page):
     wait_until_measured(page)
     wait_for_text(page, "#histograms .legend", "dropped")
     heights = page.evaluate("heights")
-    assert len(heights) == 7
+    assert len(heights) == len(FIRST_SCREEN) + 5
     assert {name: ends for name, ends in heights.items() if ends[1] - ends[0] > 2} == {}
 
-    for name, key in (("Trade-offs", "trade-offs"), ("Tokens", "tokens")):
+    for name, watched in (("Runs", ["#trade-offs"]), ("Tokens", ["#drift", "#branch-norms"])):
         open_tab(page, name)
-        page.wait_for_selector(SHOWN[key])
+        page.wait_for_selector(SHOWN[name.lower()])
         wait_until_measured(page)
-        watched = {"trade-offs": ["#trade-offs"], "tokens": ["#drift", "#branch-norms"]}[key]
         page.evaluate(WATCH, [*watched, ".card"])
         before = page.inner_text("#card-nonzero .converted")
         slider(page, "keep").focus()

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from plotly.offline import get_plotlyjs
 
-from mlpmoe.explorer.curve import Here, curve
-from mlpmoe.explorer.shipped import shipped
+from mlpmoe.explorer.plots.curve import Here, curve
+from mlpmoe.explorer.shell.shipped import shipped
 from mlpmoe.models import assets_folder
 
 HEARD = """

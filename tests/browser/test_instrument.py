@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mlpmoe.core.choices import METHODS
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.explorer.links import TABS
-from mlpmoe.explorer.run_words import short_recipe
+from mlpmoe.explorer.shell.links import TABS
+from mlpmoe.explorer.shell.run_words import short_recipe
 from tests.browser.on_the_page import (
     PATIENCE,
     SHOWN,
@@ -28,6 +29,8 @@ from tests.browser.on_the_page import (
     slider,
     stored_runs,
     value,
+    wait_for_address,
+    wait_for_answer,
     wait_for_exactly,
     wait_for_new_figure,
     wait_for_other_text,
@@ -47,6 +50,11 @@ STORY = (
     "A grey cat sat on the wall and looked at the moon. The moon looked back and said nothing. "
     "So the cat went home, drank some milk and dreamt of fish.\n"
 )
+# What reaches beyond the window, where that lets the whole page scroll sideways.
+SIDEWAYS = """() => document.documentElement.scrollWidth <= 360 && innerWidth <= 360 ? []
+    : [document.documentElement.scrollWidth, ...[...document.querySelectorAll('body *')]
+        .filter(e => e.getBoundingClientRect().right > 361)
+        .map(e => `${e.tagName}#${e.id}.${e.className}`)].slice(0, 12)"""
 FOCUS = """() => {
     const ids = [];
     for (let e = document.activeElement; e; e = e.parentElement) if (e.id) ids.push(e.id);
@@ -66,7 +74,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
     back after a reload; measures in a second tab; deletes too much and takes it back."""
     window = new_window()
     page = open_page("?fade=0.9&text=stories", window=window)
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     wait_for_rows(page, 1)
     measure_preset(page, "Keep 12 of 16 (paper)", 2)
     second = cards(page)
@@ -106,7 +114,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
     kept = rows(page)
     page.reload()
     wait_until_measured(page)
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     wait_for_rows(page, 3)
     assert sorted(row[1] for row in rows(page)) == sorted(row[1] for row in kept)
     wait_for_exactly(page, "#comparison table", compared)
@@ -115,7 +123,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
     wait_for_stored_runs(other, 4)
     wait_for_rows(page, 4)  # the first tab hears of it
     measure_preset(page, "Keep 12 of 16, not scaled", 5)
-    open_tab(other, "Trade-offs")
+    open_tab(other, "Runs")
     wait_for_rows(other, 5)
     assert {run["id"] for run in stored_runs(other)} == {run["id"] for run in stored_runs(page)}
     other.close()
@@ -148,7 +156,7 @@ def test_runs_outlive_the_server(open_page, new_window, app):
     app.restart()
     page = open_page("?fade=0.5", window=window)
     wait_for_stored_runs(page, 2)
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     wait_for_rows(page, 2)
     press_in_row(page, 1, "restore")
     wait_for_spec(page, fade=0, keep=9)
@@ -156,15 +164,84 @@ def test_runs_outlive_the_server(open_page, new_window, app):
     assert cards(page) == found
 
 
+def chosen_tab(page) -> str:
+    return page.inner_text("#tabs [role=tab][aria-selected=true]")
+
+
+def wait_for_tab(page, name: str) -> None:
+    wait_for_exactly(page, "#tabs [role=tab][aria-selected=true]", name)
+
+
+def test_the_address_follows(open_page):
+    """Somebody changes a setting, undoes it and does it again, opens another tab, restores a run
+    from the table, goes back and forward as browsers do, and reloads."""
+    page = open_page("?keep=12")
+    wait_for_address(page, "model=demo", "keep=12")
+    entries = page.evaluate("history.length")
+    slider(page, "keep").focus()
+    page.keyboard.press("ArrowLeft")
+    wait_for_value(page, "keep", 11)
+    wait_for_address(page, "keep=11")
+    assert page.evaluate("history.length") == entries  # a setting is no step of the browser
+    page.keyboard.press("Control+z")
+    wait_for_value(page, "keep", 12)
+    wait_for_address(page, "keep=12")
+    page.keyboard.press("Control+Shift+Z")
+    wait_for_value(page, "keep", 11)
+    wait_for_address(page, "keep=11")
+    page.click("#undo")
+    wait_for_value(page, "keep", 12)
+    wait_for_address(page, "keep=12")
+    page.click("#redo")
+    wait_for_value(page, "keep", 11)
+    wait_for_address(page, "keep=11")
+    wait_until_measured(page)
+    wait_for_stored_runs(page, 2)
+
+    open_tab(page, "Runs")
+    wait_for_address(page, "keep=11", "tab=runs")
+    wait_for_rows(page, 2)
+    assert page.evaluate("history.length") == entries + 1
+    page.locator("#runs tbody tr", has_text="K 12").locator("[data-run-action=restore]").click()
+    wait_for_value(page, "keep", 12)
+    wait_for_address(page, "keep=12", "tab=runs")
+    assert page.evaluate("history.length") == entries + 2
+    page.go_back()
+    wait_for_value(page, "keep", 11)
+    wait_for_address(page, "keep=11", "tab=runs")
+    page.go_back()
+    wait_for_tab(page, "Weights")
+    wait_for_address(page, "keep=11", without="tab=")
+    page.go_forward()
+    wait_for_tab(page, "Runs")
+    page.go_forward()
+    wait_for_value(page, "keep", 12)
+    wait_for_address(page, "keep=12", "tab=runs")
+    page.click("#undo")  # Back and Forward are steps like others
+    wait_for_value(page, "keep", 11)
+    wait_for_address(page, "keep=11", "tab=runs")
+    wait_until_measured(page)
+
+    shown = cards(page)
+    page.reload()
+    wait_until_measured(page)
+    wait_for_spec(page, branches=16, fade=0, keep=11)
+    assert cards(page) == shown
+    assert chosen_tab(page) == "Runs"
+    assert page.locator("[data-testid=toast-text]").count() == 0
+
+
 def test_a_link_is_shared(open_page, new_window, server: str):
     """Somebody copies the link of a conversion with the tab that they look at; another opens it
-    and sees the same. Links with nonsense say so, and the page works."""
+    and sees the same. Older links open what their tabs have become. Links with nonsense say so,
+    and the page works."""
     page = open_page("?fade=0.4&keep=11&compensation=none")
     open_tab(page, "Tokens")
     page.wait_for_selector("#worst-sentences li")
     open_accordion(page, "share")
     page.wait_for_function("document.querySelector('#link textarea')?.value.endsWith('tab=tokens')")
     link = page.input_value("#link textarea")
+    assert link == page.url
     assert "fade=0.4" in link
     wait_for_text(page, "#snippet", "keep=11")
     shown, worst = cards(page), page.inner_text("#worst-sentences ol")
@@ -175,8 +252,18 @@ def test_a_link_is_shared(open_page, new_window, server: str):
     theirs.wait_for_selector("#worst-sentences li")
     assert cards(theirs) == shown
     assert theirs.inner_text("#worst-sentences ol") == worst
-    assert theirs.get_by_role("tab", name="Tokens").get_attribute("aria-selected") == "true"
+    assert chosen_tab(theirs) == "Tokens"
+    open_tab(theirs, "Weights")
+    wait_for_address(theirs, "fade=0.4", without="tab=")
+    theirs.go_back()  # what was opened as a link is a step as well
+    wait_for_tab(theirs, "Tokens")
     theirs.close()
+
+    old = open_page("?method=random&active=0.5&experts=32&tab=trade-offs")
+    wait_for_spec(old, active=0.5, experts=32)
+    assert old.input_value("#method input").startswith(METHODS["random"].label)
+    assert chosen_tab(old) == "Runs"
+    old.close()
 
     window = new_window()
     for query, said in (
@@ -188,22 +275,13 @@ def test_a_link_is_shared(open_page, new_window, server: str):
     ):
         broken = open_broken_link(window, server, query, said)
         wait_until_measured(broken)
-        wait_for_spec(broken, fade=0, keep=12 if "keep=12" in query else 16)
+        fade, keep = (0, 12) if "keep=12" in query else (0.9, 16)
+        wait_for_spec(broken, fade=fade, keep=keep)
         shown_now = figure(broken, "nonzero")
         slider(broken, "keep").focus()
         broken.keyboard.press("ArrowLeft")
         wait_for_new_figure(broken, "nonzero", shown_now)
         broken.close()
-
-
-def test_a_link_to_routed_experts(open_page):
-    """A link to a routed method opens the tab of experts with its settings."""
-    page = open_page("?method=cmoe&active=0.5&experts=32")
-    wait_for_value(page, "active", 0.5)
-    wait_for_value(page, "experts", 32)
-    assert page.input_value("#method input") == "CMoE"
-    assert page.get_by_role("tab", name="Experts").get_attribute("aria-selected") == "true"
-    wait_for_spec(page, branches=16, fade=0, keep=16)
 
 
 def fill_sweep(page, **values: str) -> None:
@@ -219,7 +297,7 @@ def test_a_sweep_is_stopped_and_resumed(open_page, take_picture):
     """Many recipes are measured in one go; it is stopped after some, the page is closed, and the
     rest is measured the next time."""
     page = open_page("?keep=12&text=stories")
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     wait_for_rows(page, 1)
     grid = {"branches": "8, 16", "fade": "0, 0.5, 0.9", "keep": "100%, 75%, 50%"}
     fill_sweep(page, **grid)
@@ -233,7 +311,7 @@ def test_a_sweep_is_stopped_and_resumed(open_page, take_picture):
 
     page.reload()
     wait_until_measured(page)
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     wait_for_rows(page, stopped)
     there = len(rows(page))
     assert 3 < there < 18
@@ -268,7 +346,7 @@ def test_runs_and_plots_are_saved(open_page, browser, tmp_path: Path):
     """Somebody takes the runs home as CSV and JSON, and a plot as PNG, SVG and as a page that
     opens without a network."""
     page = open_page("?fade=0.9")
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     measure_preset(page, "Keep 12 of 16 (paper)", 2)
     wait_for_rows(page, 2)
     shown, stored = rows(page), stored_runs(page)
@@ -329,7 +407,7 @@ def test_own_text(open_page, take_picture):
     on_mine = figure(page, "perplexity")
     assert on_mine != on_stories
     assert name.lower() in page.inner_text("#card-perplexity .note").lower()
-    open_tab(page, "Trade-offs")
+    open_tab(page, "Runs")
     wait_for_rows(page, 2)
     assert name.lower() in rows(page)[0][6].lower()
     assert "evaluation stories" in rows(page)[1][6]
@@ -444,7 +522,8 @@ def focus_is_visible(page) -> bool:
 
 
 def test_by_keyboard(open_page):
-    """Somebody without a mouse moves K, opens the trade-offs, pins a run and restores another."""
+    """Somebody without a mouse moves K, looks over the other axis and into a layer, opens the
+    runs, pins one and restores another."""
     page = open_page("?fade=0.9")
     wait_for_stored_runs(page, 1)
     press_until(page, "Tab", "keep")
@@ -459,8 +538,22 @@ def test_by_keyboard(open_page):
     wait_for_stored_runs(page, 2)
     wait_until_measured(page)
 
+    press_until(page, "Tab", "axis")
+    assert focus_is_visible(page)
+    before = page.text_content("#curve .xtitle")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(
+        "old => document.querySelector('#curve .xtitle')?.textContent !== old", arg=before
+    )
+    press_until(page, "Tab", "network")
+    assert focus_is_visible(page)
+    for key in ("ArrowRight", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    wait_for_value(page, "layer", 2)
+    press_until(page, "Tab", "prompt")
+
     press_until(page, "Tab", "tabs")
-    while page.evaluate("document.activeElement.textContent.trim()") != "Trade-offs":
+    while page.evaluate("document.activeElement.textContent.trim()") != "Runs":
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.role") == "tab"
     assert focus_is_visible(page)
@@ -483,15 +576,35 @@ def test_by_keyboard(open_page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_tab_fits_a_phone(open_page, take_picture, scheme: str):
-    """A student with a phone looks into every tab and never has to scroll sideways."""
-    page = open_page("?fade=0.9&keep=12", width=390, height=844, color_scheme=scheme)
+    """A student with a phone taps on a layer and into every tab, and never has to scroll
+    sideways, with branches as with experts."""
+    page = open_page(
+        "?fade=0.9&keep=12", width=360, height=780, color_scheme=scheme, has_touch=True,
+        is_mobile=True,
+    )  # fmt: skip
     assert ("dark" in (page.get_attribute("body", "class") or "")) == (scheme == "dark")
+    wait_for_answer(page)
+    assert page.evaluate(SIDEWAYS) == []
+    take_picture(page, "first-screen")
+    box = page.locator(".network-grid").bounding_box()
+    page.locator(".network-grid").tap(position={"x": box["width"] * 2.5 / 8, "y": 50})
+    wait_for_text(page, ".network-spare", "Spare layer 2")
+    page.locator(".network-spare").tap()
+    wait_for_address(page, "spared=2")
     for key, name in TABS.items():
-        open_tab(page, name)
+        page.locator("#tabs").get_by_role("tab", name=name, exact=True).tap()
         page.wait_for_selector(SHOWN[key])
-        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, key
+        assert page.evaluate(SIDEWAYS) == [], key
         take_picture(page, key)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", ground)[:3])) > 3 * 128
     assert light == (scheme == "light")
     assert value(page, "keep") == 12
+    if scheme == "dark":  # only colours are others
+        return
+    choose(page, "method", METHODS["contiguous"].label)
+    slider(page, "experts").wait_for(state="visible")
+    open_tab(page, "Weights")
+    page.wait_for_selector("#words-by-expert [data-cells]")
+    assert page.evaluate(SIDEWAYS) == []
+    take_picture(page, "routed")

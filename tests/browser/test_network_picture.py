@@ -8,9 +8,9 @@ import gradio as gr
 import pytest
 import torch
 
-from mlpmoe.explorer.events import QUIET
-from mlpmoe.explorer.network import Column, network_component, network_value, static_columns
-from mlpmoe.explorer.page import launch_kwargs
+from mlpmoe.explorer.app import launch_kwargs
+from mlpmoe.explorer.server.events import QUIET
+from mlpmoe.explorer.shell.network import Column, network_component, network_value, static_columns
 
 pytestmark = pytest.mark.browser
 

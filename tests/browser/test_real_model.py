@@ -11,14 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mlpmoe.core.choices import METHODS
 from tests.browser.conftest import App
 from tests.browser.on_the_page import (
     COUNTS,
     RECORD_NOTES,
+    choose,
+    figure,
+    open_accordion,
     open_tab,
     slider,
     token_counts,
-    value,
+    wait_for_address,
+    wait_for_spec,
     wait_for_text,
     wait_for_value,
 )
@@ -43,20 +48,31 @@ def server(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp_path: Path):
-    """It opens by itself; K is dragged by keyboard and the estimate sharpens; both models answer a
-    question; the checkpoint is made, taken home and opened by transformers, where it answers in
-    the same words as on the page."""
+    """It opens by itself, converted as published: the sentence says what that removes and costs,
+    and the dense model knows the capital of France. K is dragged by keyboard and the estimate
+    sharpens. A router is tried. The checkpoint is made, taken home and opened by transformers,
+    where it answers in the same words as on the page."""
     page = new_window().new_page()
     page.goto(server)
     wait_for_text(page, "#status", "SmolLM2-135M-Instruct", LONG)
-    wait_for_text(page, "#card-perplexity", "tokens", LONG)
+    wait_for_text(page, "#card-perplexity .difference", "×", LONG)
+    wait_for_text(page, "#card-nonzero .difference", "MLPs −")
+    removed = re.search(r"MLPs −([\d.]+)", figure(page, "nonzero", "difference")).group(1)
+    wait_for_text(page, "#sentence", removed)
+    wait_for_text(page, "#sentence", "times as perplexed", LONG)
+    assert page.input_value("#prompt textarea") == QUESTION
+    page.locator("#writing-report p").first.wait_for(timeout=LONG)
+    assert "Paris" in page.inner_text("#dense-text")
+    take_picture(page, "as-published")
 
-    page.evaluate(RECORD_NOTES)
+    slider(page, "fade").focus()
+    page.keyboard.press("Home")
+    wait_for_value(page, "fade", 0)
     for _ in range(4):
         slider(page, "keep").press("ArrowLeft")
     wait_for_value(page, "keep", 12)
-    wait_for_text(page, "#card-nonzero", "4 of 16 branches")
-    page.evaluate("window.notes = []")  # those before were of K = 15, 14 and 13
+    wait_for_text(page, "#sentence", "4 of 16 branches")
+    page.evaluate(RECORD_NOTES)  # those before were of other settings
     page.wait_for_function(f"() => ({COUNTS}).size >= 3", timeout=LONG)
     counts = token_counts(page)
     assert counts == sorted(counts)
@@ -65,21 +81,29 @@ def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp
     assert 10 < float(ratio.group(1).replace(",", "")) < 150  # × 36 ± 2 on the whole text
     take_picture(page, "keep-12")
 
+    choose(page, "method", METHODS["random"].label)
+    wait_for_text(page, "#sentence", "router", LONG)
+    wait_for_text(page, "#card-perplexity .difference", "×", LONG)
+    page.locator("#converted-text [data-token]").first.wait_for(timeout=LONG)
+    take_picture(page, "routed")
+
+    open_accordion(page, "writing-options")
+    page.locator("#follow input").uncheck()
+    choose(page, "method", METHODS["mlpmoe"].label)
+    slider(page, "keep").wait_for(state="visible")
     for _ in range(4):
         slider(page, "keep").press("ArrowRight")
     for _ in range(6):
         slider(page, "fade").press("ArrowRight")
-    wait_for_value(page, "fade", 0.3)
-    open_tab(page, "Generations")
-    assert page.input_value("#prompt textarea") == QUESTION
-    assert value(page, "temperature") == 0
+    wait_for_spec(page, fade=0.3, keep=16)
+    wait_for_address(page, "fade=0.3")
     page.click("#write")
-    wait_for_text(page, "#writing-report", "tokens/s", LONG)
-    dense, converted = (
-        page.input_value(f"#{side}-text textarea") for side in ("dense", "converted")
+    page.wait_for_function(  # it is tinted once it is written, and of no experts any more
+        "() => document.querySelector('#converted-text .loss > *')"
+        " && !document.querySelector('#converted-text [data-token]')",
+        timeout=LONG,
     )
-    assert "Paris" in dense
-    take_picture(page, "answers")
+    converted = page.inner_text("#converted-text").strip()
 
     open_tab(page, "Export")
     wait_for_text(page, "#export-command", "--fade 0.3", LONG)

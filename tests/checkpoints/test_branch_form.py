@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.checkpoints.branch_form import MODELING, branch_form
-from mlpmoe.checkpoints.form import EXACT, FormError
+from mlpmoe.checkpoints.forms.branches import MODELING, branch_form
+from mlpmoe.checkpoints.forms.form import EXACT, FormError
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import mlp_modules
 from tests.families import FAMILIES, VOCABULARY, build
@@ -405,7 +405,7 @@ def test_code_that_cannot_be_used_is_not_left_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr("mlpmoe.checkpoints.branch_form.skeleton_of", fail)
+    monkeypatch.setattr("mlpmoe.checkpoints.forms.branches.skeleton_of", fail)
     gc.collect()
     with pytest.raises(RuntimeError, match="no room"):
         branch_form(convert(dense("llama"), KEPT), tmp_path)

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.checkpoints.dense_form import dense_form
-from mlpmoe.checkpoints.export import as_dtype
-from mlpmoe.checkpoints.form import EXACT, FormError
+from mlpmoe.checkpoints.forms.dense import dense_form
+from mlpmoe.checkpoints.forms.form import EXACT, FormError
+from mlpmoe.checkpoints.write.export import as_dtype
 from mlpmoe.core.calibration import Calibration
 from tests.families import D_FF, FAMILIES, VOCABULARY, build
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmoe import ConversionSpec, ExportError, SpecError, UserError, convert, export, load, verify
-from mlpmoe.checkpoints import export as exporting
-from mlpmoe.checkpoints import target
-from mlpmoe.checkpoints.form import EXACT, FormError
-from mlpmoe.checkpoints.record import RECORD, read_spec_file
-from mlpmoe.measure.perplexity import perplexity
+from mlpmoe.checkpoints.check.record import RECORD, read_spec_file
+from mlpmoe.checkpoints.forms.form import EXACT, FormError
+from mlpmoe.checkpoints.write import export as exporting
+from mlpmoe.checkpoints.write import target
+from mlpmoe.measure.quality.perplexity import perplexity
 from tests.tiny import byte_tokenizer, save_tiny_model, tiny_model
 
 TEXT = "One day, a fox slept in the grass.\n<|endoftext|>\nA cat sat on the wall and looked down."

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from mlpmoe import Calibration, ConversionSpec, convert, export, load, write_side_by_side
 from mlpmoe.core.calibration import DOCUMENT_SEPARATOR
-from mlpmoe.measure.encoding import encode_text
-from mlpmoe.measure.perplexity import measure
+from mlpmoe.measure.quality.encoding import encode_text
+from mlpmoe.measure.quality.perplexity import measure
 from mlpmoe.models import named_text
 from tests import forked
 from tests.forked import reloading

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.checkpoints.form import EXACT, FormError
-from mlpmoe.checkpoints.moe_forms import MOE_FORMS, moe_form, possible_moe_forms, score_bounds
+from mlpmoe.checkpoints.forms.form import EXACT, FormError
+from mlpmoe.checkpoints.forms.moe import MOE_FORMS, moe_form, possible_moe_forms, score_bounds
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import mlp_modules
 from tests.families import VOCABULARY, build

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, ExportError, SpecError, UserError, convert
 from mlpmoe.__main__ import main
-from mlpmoe.checkpoints import file_export, streaming, target
-from mlpmoe.checkpoints.dense_form import dense_form
-from mlpmoe.checkpoints.file_export import export_files
-from mlpmoe.checkpoints.form import EXACT
-from mlpmoe.checkpoints.record import RECORD, read_spec_file
-from mlpmoe.checkpoints.source import PiecewiseError, Source
-from mlpmoe.checkpoints.streaming import STATE, FileConversion
-from mlpmoe.measure.encoding import encode_text
+from mlpmoe.checkpoints.check.record import RECORD, read_spec_file
+from mlpmoe.checkpoints.forms.dense import dense_form
+from mlpmoe.checkpoints.forms.form import EXACT
+from mlpmoe.checkpoints.write import file_export, streaming, target
+from mlpmoe.checkpoints.write.file_export import export_files
+from mlpmoe.checkpoints.write.source import PiecewiseError, Source
+from mlpmoe.checkpoints.write.streaming import STATE, FileConversion
+from mlpmoe.measure.quality.encoding import encode_text
 from mlpmoe.models import preflight
 from tests.checkpoints.large import SHAPE_8B, write_random_llama
 from tests.families import FAMILIES, VOCABULARY, build
@@ -226,7 +226,7 @@ def test_a_failure_leaves_nothing(base, tmp_path, monkeypatch):
 DIES = """
 import os, signal, sys
 from mlpmoe.__main__ import main
-from mlpmoe.checkpoints import streaming
+from mlpmoe.checkpoints.write import streaming
 
 def save_file(tensors, part, **more):
     write(tensors, part, **more)
@@ -312,7 +312,7 @@ MEMORY = """
 import re, resource, sys
 from pathlib import Path
 from mlpmoe.__main__ import main
-from mlpmoe.checkpoints import file_export, streaming
+from mlpmoe.checkpoints.write import file_export, streaming
 
 def memory(name):
     found = re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())

@@ -5,8 +5,8 @@ import torch
 
 from mlpmoe.__main__ import main
 from mlpmoe.commands import bench as bench_command
-from mlpmoe.measure.bench import BenchLine
-from mlpmoe.measure.speed import Ratio
+from mlpmoe.measure.cost.bench import BenchLine
+from mlpmoe.measure.cost.speed import Ratio
 from tests.commands.common import strictly
 
 

@@ -13,10 +13,10 @@ from mlpmoe.__main__ import main
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import speed
-from mlpmoe.measure.encoding import encode_stream, scored_tokens, windows
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, measure, perplexity
+from mlpmoe.measure.cost import speed
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.quality.encoding import encode_stream, scored_tokens, windows
+from mlpmoe.measure.quality.perplexity import compare, measure, perplexity
 from mlpmoe.models import TEXTS, catalogue
 from mlpmoe.models import texts as named_texts
 from tests.commands.common import STORIES, TEXT, refused, row, strictly

@@ -12,13 +12,13 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import search as search_module
-from mlpmoe.measure import trials as trials_module
-from mlpmoe.measure.deadline import Deadline
-from mlpmoe.measure.encoding import encode_stream
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, measure, perplexity
-from mlpmoe.measure.search import Budget
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.quality.encoding import encode_stream
+from mlpmoe.measure.quality.perplexity import compare, measure, perplexity
+from mlpmoe.measure.runs import search as search_module
+from mlpmoe.measure.runs import trials as trials_module
+from mlpmoe.measure.runs.deadline import Deadline
+from mlpmoe.measure.runs.search import Budget
 from mlpmoe.measure.words import in_words
 from tests.commands.common import STORIES, TEXT, refused, strictly
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model

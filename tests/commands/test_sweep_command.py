@@ -20,10 +20,10 @@ from mlpmoe.commands import sweep as sweep_command
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import perplexity
-from mlpmoe.measure.recipes import recipes
-from mlpmoe.measure.sweep import comparison
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.quality.perplexity import perplexity
+from mlpmoe.measure.runs.recipes import recipes
+from mlpmoe.measure.runs.sweep import comparison
 from tests.commands.common import ROOT, STORIES, TEXT, refused, strictly
 from tests.forked import Forked
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model

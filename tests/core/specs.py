@@ -4,16 +4,11 @@ from hypothesis import strategies as st
 
 from mlpmoe.core.checks import MAX_PATTERN
 from mlpmoe.core.choices import ALLOCATIONS
-from mlpmoe.core.compensation import COMPENSATIONS
-from mlpmoe.core.order import ORDERS
-from mlpmoe.core.schedule import SCHEDULES
-from mlpmoe.core.scores import SCORES
-from mlpmoe.core.spec import (
-    MAX_EXPONENT,
-    MAX_FADE,
-    MAX_SEED,
-    ConversionSpec,
-)
+from mlpmoe.core.spec import MAX_EXPONENT, MAX_FADE, MAX_SEED, ConversionSpec
+from mlpmoe.core.static.compensation import COMPENSATIONS
+from mlpmoe.core.static.order import ORDERS
+from mlpmoe.core.static.schedule import SCHEDULES
+from mlpmoe.core.static.scores import SCORES
 
 
 @st.composite

@@ -9,12 +9,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlpmoe.core.allocation import FADE_STEPS, candidates, error_curve, share_out
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, convert_mlp, mlp_modules, observe
 from mlpmoe.core.mlps import read_mlps
-from mlpmoe.core.order import ORDERS, order_of
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static.allocation import FADE_STEPS, candidates, error_curve, share_out
+from mlpmoe.core.static.order import ORDERS, order_of
 from mlpmoe.core.visiting import visit_layers
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
 from tests.core.specs import static_specs
@@ -115,7 +115,7 @@ def test_the_curve_over_strengths_of_fade():
 def test_long_texts_are_measured_on_samples_evenly_spaced(monkeypatch):
     layer = layer_of(random_mlp())
     spec = ConversionSpec(branches=4, keep=2, compensation="none", allocation="sensitivity")
-    monkeypatch.setattr("mlpmoe.core.allocation.ERROR_TOKENS", 35)
+    monkeypatch.setattr("mlpmoe.core.static.allocation.ERROR_TOKENS", 35)
     curve = error_curve(spec, layer)
     x = layer.x[::3].flatten(0, 1).double()  # 40 of the 120 tokens: 4 of the 12 samples
     h = gated_and_h(layer.weights, x)[1]

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mlpmoe.core.branched import BranchedMLP, LoopedMLP, branch_sizes, keep_neurons
-from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.conversion import convert_mlp
 from mlpmoe.core.mlps import MLPWeights
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static.branched import BranchedMLP, LoopedMLP, branch_sizes, keep_neurons
+from mlpmoe.core.static.compensation import COMPENSATIONS
 
 MATRICES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from mlpmoe.core.branched import BranchedMLP
 from mlpmoe.core.conversion import convert, loop_over_branches, mlp_modules
 from mlpmoe.core.errors import SpecError, UnsupportedModelError
 from mlpmoe.core.mlps import read_mlps
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static.branched import BranchedMLP
 from tests.families import FAMILIES, LAYERS, build
 
 TOKENS = torch.arange(1, 13).view(1, 12)

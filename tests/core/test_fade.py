@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlpmoe.core.branched import branch_sizes
-from mlpmoe.core.fade import (
+from mlpmoe.core.mlps import MLPWeights
+from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static.branched import branch_sizes
+from mlpmoe.core.static.fade import (
     QUANTILE_LIMIT,
     MagnitudeCounts,
     fade_projection,
     magnitude_threshold,
 )
-from mlpmoe.core.mlps import MLPWeights
-from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.core.static import build_static
+from mlpmoe.core.static.pipeline import build_static
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.conversion import convert, convert_mlp
 from mlpmoe.core.errors import SpecError
-from mlpmoe.core.order import DAMPING, ORDERS, order_of, permute
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static.compensation import COMPENSATIONS
+from mlpmoe.core.static.order import DAMPING, ORDERS, order_of, permute
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
 from tests.families import build
 
@@ -105,7 +105,7 @@ def test_contiguous_is_as_stored():
 
 def test_an_order_of_activations_is_found_once(layer, monkeypatch):
     first = rank("least-squares", layer)
-    monkeypatch.setattr("mlpmoe.core.order.damped", None)
+    monkeypatch.setattr("mlpmoe.core.static.order.damped", None)
     assert rank("least-squares", layer) is first
 
 
@@ -129,7 +129,7 @@ def loss_without(layer, dropped):
 def test_by_least_squares_drops_what_is_made_up_for_best(kind, seed, together, monkeypatch):
     """Every single choice against trying all, by fitting the whole anew each time; however many
     neurons go before their rows are taken out."""
-    monkeypatch.setattr("mlpmoe.core.order.COMPACTED_AFTER", together)
+    monkeypatch.setattr("mlpmoe.core.static.order.COMPACTED_AFTER", together)
     layer = layer_of(random_mlp(kind, seed=seed), seed=seed)
     order = rank("least-squares", layer).tolist()
     dropped = []

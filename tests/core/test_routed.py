@@ -18,7 +18,7 @@ from mlpmoe.core.routed import ROUTED_METHODS, NeuronMLP, RoutedMLP
 from mlpmoe.core.routed.partition import expert_count, split_counts
 from mlpmoe.core.routed.routed_mlp import choose
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.decoding import read_on
+from mlpmoe.measure.text.decoding import read_on
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
 from tests.families import FAMILIES, LAYERS, VOCABULARY, build
 from tests.tiny import tiny_model

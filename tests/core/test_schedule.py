@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.core.schedule import DEFAULT_EXPONENT, SCHEDULES, branch_sparsities
 from mlpmoe.core.spec import MAX_EXPONENT, MAX_FADE
+from mlpmoe.core.static.schedule import DEFAULT_EXPONENT, SCHEDULES, branch_sparsities
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 counts = st.integers(1, 300)

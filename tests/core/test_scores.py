@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mlpmoe.core import scores
 from mlpmoe.core.errors import SpecError
-from mlpmoe.core.order import DAMPING, ORDERS
-from mlpmoe.core.scores import SCORES, Cut, zero_weights
+from mlpmoe.core.static import scores
+from mlpmoe.core.static.order import DAMPING, ORDERS
+from mlpmoe.core.static.scores import SCORES, Cut, zero_weights
 
 each_score = pytest.mark.parametrize("score", SCORES)
 each_axis = pytest.mark.parametrize("axis", [0, 1], ids=["gate-like", "down-like"])

@@ -11,8 +11,8 @@ from mlpmoe.core.errors import SpecError
 from mlpmoe.core.mlps import read_mlps
 from mlpmoe.core.routed.expertweaver import variation
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.routing import routing
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.quality.routing import routing
 from tests.families import VOCABULARY, build
 
 LAYERS = 4

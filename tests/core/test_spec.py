@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe.core.choices import ALLOCATIONS, METHODS, PROFILES, SELECTIONS
-from mlpmoe.core.compensation import COMPENSATIONS, FILLS
 from mlpmoe.core.errors import SpecError, UserError
-from mlpmoe.core.order import ORDERS
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.core.schedule import SCHEDULES
-from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import ConversionSpec, fields_of
+from mlpmoe.core.static.compensation import COMPENSATIONS, FILLS
+from mlpmoe.core.static.order import ORDERS
+from mlpmoe.core.static.schedule import SCHEDULES
+from mlpmoe.core.static.scores import SCORES
 from tests.core.specs import patterns, spared, static_specs
 
 HUGE = 10**6000  # Python refuses to print it, and it overflows a float

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from mlpmoe.core.activations import LayerActivations
-from mlpmoe.core.branched import BranchedMLP, LoopedMLP
-from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.errors import SpecError, UserError
-from mlpmoe.core.order import DAMPING, ORDERS, order_of
-from mlpmoe.core.schedule import SCHEDULES
-from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.core.static import build_static
+from mlpmoe.core.static.branched import BranchedMLP, LoopedMLP
+from mlpmoe.core.static.compensation import COMPENSATIONS
+from mlpmoe.core.static.order import DAMPING, ORDERS, order_of
+from mlpmoe.core.static.pipeline import build_static
+from mlpmoe.core.static.schedule import SCHEDULES
+from mlpmoe.core.static.scores import SCORES
 from tests.core.layers import D_FF, D_MODEL, KINDS, gated_and_h, layer_of, output, random_mlp
 
 each_kind = pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from mlpmoe.explorer.turns import Turns
+from mlpmoe.explorer.server.turns import Turns
 
 SOON = 30  # seconds after which a test that hangs fails
 

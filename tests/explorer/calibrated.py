@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer.loaded import LoadedModel
+from mlpmoe.explorer.server.loaded import LoadedModel
 from mlpmoe.models import default_calibration, named_calibration
 
 CALIBRATED = {

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.opening import OpeningHandlers
-from mlpmoe.explorer.workbench import Workbench
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.server.workbench import Workbench
+from mlpmoe.explorer.shell.handlers import Handlers
+from mlpmoe.explorer.shell.opening import OpeningHandlers
 from mlpmoe.models import catalogue
 from tests.tiny import BOS, CONTEXT, D_FF, VOCABULARY, byte_tokenizer, save_tiny_model
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from mlpmoe.explorer.front import FRONT
-from mlpmoe.explorer.settings import CONTROLS, USED
+from mlpmoe.explorer.shell.front import FRONT
+from mlpmoe.explorer.shell.settings import CONTROLS, USED
 
 UNTOUCHED = {
     "method": "mlpmoe",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from mlpmoe.core.choices import ALLOCATIONS, unit_choices
-from mlpmoe.core.compensation import COMPENSATIONS
-from mlpmoe.core.order import ORDERS
 from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.routed.routers import ROUTERS
-from mlpmoe.core.schedule import SCHEDULES
-from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import MAX_FADE, PROJECTIONS
-from mlpmoe.explorer.settings import LEAST_ACTIVE, MAX_BRANCHES, MAX_EXPERTS, OWN, read_spec
+from mlpmoe.core.static.compensation import COMPENSATIONS
+from mlpmoe.core.static.order import ORDERS
+from mlpmoe.core.static.schedule import SCHEDULES
+from mlpmoe.core.static.scores import SCORES
+from mlpmoe.explorer.shell.settings import LEAST_ACTIVE, MAX_BRANCHES, MAX_EXPERTS, OWN, read_spec
 from tests.explorer.controls import controls
 
 branch_counts = st.integers(1, 48)  # of the tiny model's 48 neurons

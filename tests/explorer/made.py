@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mlpmoe import ConversionSpec
-from mlpmoe.explorer.records import Record
-from mlpmoe.measure.speed import Ratio
-from mlpmoe.measure.sweep import Run
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.measure.cost.speed import Ratio
+from mlpmoe.measure.runs.sweep import Run
 
 FIGURES = {
     "perplexity": 12.0, "ratio": 1.2, "stderr": 0.01, "bits_per_byte": 1.1, "nonzero": 900,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import plotly.graph_objects as go
 
 from mlpmoe import ConversionSpec
-from mlpmoe.measure.sweep import Run
+from mlpmoe.measure.runs.sweep import Run
 
 
 def a_run(cost=0.5, ratio=1.1, spec=None, stderr=0.01, macs=None) -> Run:

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError, write_side_by_side
-from mlpmoe.explorer import answer as module
-from mlpmoe.explorer.answer import AnswerHandlers, check_writing
-from mlpmoe.explorer.answer_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, STORIES
-from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.settings import read_spec
-from mlpmoe.explorer.tint import LEAST
-from mlpmoe.measure.generation import Writing
-from mlpmoe.measure.routing import routing
-from mlpmoe.measure.tokens import text_changes
+from mlpmoe.explorer.shell import answer as module
+from mlpmoe.explorer.shell.answer import AnswerHandlers, check_writing
+from mlpmoe.explorer.shell.answer_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, STORIES
+from mlpmoe.explorer.shell.handlers import Handlers
+from mlpmoe.explorer.shell.settings import read_spec
+from mlpmoe.explorer.shell.tint import LEAST
+from mlpmoe.measure.quality.routing import routing
+from mlpmoe.measure.quality.tokens import text_changes
+from mlpmoe.measure.text.generation import Writing
 from tests.explorer.calibrated import CALIBRATED, at_the_end, direct
 from tests.explorer.controls import controls, preview_values, settings, shown_values
 

@@ -8,8 +8,8 @@ from itertools import islice
 import pytest
 
 from mlpmoe.core.stopping import may_stop
-from mlpmoe.explorer import background as module
-from mlpmoe.explorer.background import in_thread
+from mlpmoe.explorer.server import background as module
+from mlpmoe.explorer.server.background import in_thread
 from tests.explorer.asking import SOON
 
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec
-from mlpmoe.explorer.cards import (
+from mlpmoe.explorer.server.loaded import Evaluation
+from mlpmoe.explorer.server.structure import Zeros
+from mlpmoe.explorer.server.texts import SHIPPED, text_name
+from mlpmoe.explorer.shell.cards import (
     Card,
     compute_card,
     mlp_share,
@@ -23,14 +26,11 @@ from mlpmoe.explorer.cards import (
     speed_card,
     status_line,
 )
-from mlpmoe.explorer.loaded import Evaluation
-from mlpmoe.explorer.structure import Zeros
-from mlpmoe.explorer.texts import SHIPPED, text_name
-from mlpmoe.measure.encoding import Window
+from mlpmoe.measure.cost.parameters import ParameterReport
+from mlpmoe.measure.cost.speed import Ratio, SpeedReport
 from mlpmoe.measure.notation import NBSP, NO_CHANGE, count
-from mlpmoe.measure.parameters import ParameterReport
-from mlpmoe.measure.perplexity import compare, summarise
-from mlpmoe.measure.speed import Ratio, SpeedReport
+from mlpmoe.measure.quality.encoding import Window
+from mlpmoe.measure.quality.perplexity import compare, summarise
 
 HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>&amp;"
 ZEROS = Zeros("gate and up", 0.421875, 0.4307)

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmoe import ConversionSpec
-from mlpmoe.explorer.cost_plot import LEAST_INCREASE, increase_axis, shown_increase
-from mlpmoe.explorer.curve import LINES, Here, curve
-from mlpmoe.explorer.labels import Box, along_line, around, beside, columns
-from mlpmoe.explorer.page import launch_kwargs
-from mlpmoe.explorer.shipped import shipped
-from mlpmoe.measure.families import along, cost_of, lines
-from mlpmoe.measure.sweep import Run
+from mlpmoe.explorer.app import launch_kwargs
+from mlpmoe.explorer.plots.cost_plot import LEAST_INCREASE, increase_axis, shown_increase
+from mlpmoe.explorer.plots.curve import LINES, Here, curve
+from mlpmoe.explorer.plots.labels import Box, along_line, around, beside, columns
+from mlpmoe.explorer.shell.shipped import shipped
+from mlpmoe.measure.runs.families import along, cost_of, lines
+from mlpmoe.measure.runs.sweep import Run
 from mlpmoe.models import assets_folder
 from tests.explorer.made import made_run
 

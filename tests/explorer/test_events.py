@@ -14,9 +14,9 @@ from gradio.route_utils import Request
 from gradio.state_holder import SessionState
 
 from mlpmoe import UserError
-from mlpmoe.explorer.events import readable, sentence
-from mlpmoe.explorer.page import build_demo
-from mlpmoe.explorer.pushing import PushHandlers, PushPanel, wire_push
+from mlpmoe.explorer.app import build_demo
+from mlpmoe.explorer.server.events import readable, sentence
+from mlpmoe.explorer.tabs.pushing import PushHandlers, PushPanel, wire_push
 
 
 def test_readable_passes_on_what_a_user_can_mend():

@@ -19,19 +19,26 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, UserError, convert
-from mlpmoe.checkpoints.export import SAVED
+from mlpmoe.checkpoints.write.export import SAVED
 from mlpmoe.commands.arguments import read_spec as read_flags
 from mlpmoe.commands.convert import add_arguments
 from mlpmoe.core.conversion import spec_of
-from mlpmoe.explorer import export_plan, exporting, handed_out, pushing
-from mlpmoe.explorer.asked import Calibrated
-from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.export_plan import MEASURED, Wanted, check_room, command, folder_name, plan
-from mlpmoe.explorer.exporting import ExportHandlers
-from mlpmoe.explorer.links import Link, read_link
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.pushing import PushHandlers, can_push
-from mlpmoe.explorer.settings import read_asked
+from mlpmoe.explorer.server.asked import Calibrated
+from mlpmoe.explorer.server.events import readable
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.shell.links import Link, read_link
+from mlpmoe.explorer.shell.settings import read_asked
+from mlpmoe.explorer.tabs import export_plan, exporting, handed_out, pushing
+from mlpmoe.explorer.tabs.export_plan import (
+    MEASURED,
+    Wanted,
+    check_room,
+    command,
+    folder_name,
+    plan,
+)
+from mlpmoe.explorer.tabs.exporting import ExportHandlers
+from mlpmoe.explorer.tabs.pushing import PushHandlers, can_push
 from mlpmoe.models import CALIBRATIONS, named_calibration
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import settings

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mlpmoe.explorer import first_model as module
-from mlpmoe.explorer.first_model import FirstModel
-from mlpmoe.explorer.opening import OpeningHandlers
+from mlpmoe.explorer.server import first_model as module
+from mlpmoe.explorer.server.first_model import FirstModel
+from mlpmoe.explorer.shell.opening import OpeningHandlers
 from mlpmoe.models import ModelError
 from tests.explorer.asking import SOON
 from tests.explorer.controls import opened_link

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from mlpmoe import ConversionSpec, convert, parameter_report
-from mlpmoe.explorer.cost_plot import shown_increase
-from mlpmoe.explorer.front import FRONT, Front, axis_for, front
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.shipped import shipped
-from mlpmoe.measure.families import estimate
+from mlpmoe.explorer.plots.cost_plot import shown_increase
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.shell.front import FRONT, Front, axis_for, front
+from mlpmoe.explorer.shell.shipped import shipped
 from mlpmoe.measure.notation import count
+from mlpmoe.measure.runs.families import estimate
 from tests.explorer.calibrated import direct
 from tests.explorer.made import made_record
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
-from mlpmoe.explorer.cost_plot import COST_TITLES, LEAST_INCREASE
-from mlpmoe.explorer.front_plot import front_plot
+from mlpmoe.explorer.plots.cost_plot import COST_TITLES, LEAST_INCREASE
+from mlpmoe.explorer.plots.front_plot import front_plot
 from mlpmoe.measure.notation import change
-from mlpmoe.measure.search import Budget, best
+from mlpmoe.measure.runs.search import Budget, best
 from mlpmoe.measure.words import in_words
 from tests.explorer.searched import a_run, beaten, compute, nonzero, trace
 

@@ -18,16 +18,16 @@ from mlpmoe import ConversionSpec, convert, named_text, parameter_report
 from mlpmoe import perplexity as measure_perplexity
 from mlpmoe.core.calibration import MAX_TOKENS, Calibration
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.explorer import handlers as module
-from mlpmoe.explorer.convert_panel import CUSTOM
-from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.front import FRONT
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.preview import preset_name
-from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.settings import USED, read_spec, within_reach
+from mlpmoe.explorer.server.events import readable
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.shell import handlers as module
+from mlpmoe.explorer.shell.convert_panel import CUSTOM
+from mlpmoe.explorer.shell.front import FRONT
+from mlpmoe.explorer.shell.preview import preset_name
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.explorer.shell.settings import USED, read_spec, within_reach
 from mlpmoe.measure.notation import count, number
-from mlpmoe.measure.routing import routing
+from mlpmoe.measure.quality.routing import routing
 from mlpmoe.models import ModelError, named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.calibrated import CALIBRATED, at_the_end, direct
@@ -151,7 +151,7 @@ def test_a_measurement_sharpens_by_itself_and_ends_with_a_run(handlers, demo, vi
 def test_a_measurement_ends_by_itself_and_goes_on_to_the_end_on_the_button(
     handlers, demo, visitor, monkeypatch
 ):
-    monkeypatch.setattr("mlpmoe.explorer.loaded.LIVE_TOKENS", 600)
+    monkeypatch.setattr("mlpmoe.explorer.server.loaded.LIVE_TOKENS", 600)
     previewed(handlers, visitor(), fade=0.9)
     *_, last = live(handlers, visitor(), fade=0.9)
     some = demo.known_evaluation(FADED, "proxy")
@@ -166,7 +166,7 @@ def test_a_measurement_ends_by_itself_and_goes_on_to_the_end_on_the_button(
 
 def test_another_view_goes_on_with_what_is_measured(handlers, demo, visitor, monkeypatch):
     """One measurement per visitor, with what is looked at now; on the button still to the end."""
-    monkeypatch.setattr("mlpmoe.explorer.loaded.LIVE_TOKENS", 1)
+    monkeypatch.setattr("mlpmoe.explorer.server.loaded.LIVE_TOKENS", 1)
     previewed(handlers, visitor(), fade=0.9)
     going = handlers.measure(visitor(), *shown_values(fade=0.9))
     next(going)
@@ -261,7 +261,7 @@ def test_keep_above_branches_is_all_of_them(handlers, visitor):
 
 
 def test_few_visitors_are_remembered(handlers, visitor, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.looks.VISITORS_REMEMBERED", 3)
+    monkeypatch.setattr("mlpmoe.explorer.server.looks.VISITORS_REMEMBERED", 3)
     for session in "abcdea":
         previewed(handlers, visitor(session))
     assert list(handlers.looks._latest) == ["d", "e", "a"]

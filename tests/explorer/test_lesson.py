@@ -13,17 +13,17 @@ import torch
 
 from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.errors import UserError
-from mlpmoe.explorer.convert_panel import convert_panel
-from mlpmoe.explorer.lesson import LEAVE, PRESENT, LessonHandlers, plan
-from mlpmoe.explorer.lesson_panel import lesson_panel, wire_lesson
-from mlpmoe.explorer.lesson_steps import STEPS, Reading, feedback, read_layers
-from mlpmoe.explorer.lesson_steps.cut import addition
-from mlpmoe.explorer.lesson_steps.fade import faded
-from mlpmoe.explorer.lesson_steps.keep import kept
-from mlpmoe.explorer.lesson_steps.route import routed
-from mlpmoe.explorer.lesson_turn import PUBLISHED
-from mlpmoe.explorer.links import read_link
-from mlpmoe.explorer.loaded import LoadedModel
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.shell.convert_panel import convert_panel
+from mlpmoe.explorer.shell.links import read_link
+from mlpmoe.explorer.tabs.lesson import LEAVE, PRESENT, LessonHandlers, plan
+from mlpmoe.explorer.tabs.lesson_panel import lesson_panel, wire_lesson
+from mlpmoe.explorer.tabs.lesson_steps import STEPS, Reading, feedback, read_layers
+from mlpmoe.explorer.tabs.lesson_steps.cut import addition
+from mlpmoe.explorer.tabs.lesson_steps.fade import faded
+from mlpmoe.explorer.tabs.lesson_steps.keep import kept
+from mlpmoe.explorer.tabs.lesson_steps.route import routed
+from mlpmoe.explorer.tabs.lesson_turn import PUBLISHED
 
 CUT, FADE, KEEP, ROUTE = STEPS
 MOST_WORDS = 65  # of running text in a step
@@ -312,7 +312,7 @@ def test_experts_are_fewer_where_the_neurons_forbid_sixteen(one_layer):
 )
 def test_the_verdict_on_routing_follows_the_errors(reading, monkeypatch, error, fixed, answer):
     found = replace(routed(reading, 4), error=error, fixed_error=fixed)
-    monkeypatch.setattr("mlpmoe.explorer.lesson_steps.route.routed", lambda *_: found)
+    monkeypatch.setattr("mlpmoe.explorer.tabs.lesson_steps.route.routed", lambda *_: found)
     assert ROUTE.judge(reading)[0] == answer
 
 

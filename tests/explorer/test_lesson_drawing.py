@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mlpmoe.core.branched import branch_sizes
-from mlpmoe.explorer.lesson_drawing import ALL_GAPS, HEIGHT, LENGTH, TOP, WIDTH, mlp_drawing
+from mlpmoe.core.static.branched import branch_sizes
+from mlpmoe.explorer.tabs.lesson_drawing import ALL_GAPS, HEIGHT, LENGTH, TOP, WIDTH, mlp_drawing
 
 D_FF, D_MODEL = 768, 256
 

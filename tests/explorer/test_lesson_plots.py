@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlpmoe.explorer.lesson_plots import (
+from mlpmoe.explorer.plots.lesson_plots import (
     SLIDE_HEIGHT,
     enlarged,
     fade_ridges,
     keep_curves,
     routed_words,
 )
-from mlpmoe.explorer.lesson_steps.fade import Faded, FadedBranch
-from mlpmoe.explorer.lesson_steps.keep import Kept
+from mlpmoe.explorer.tabs.lesson_steps.fade import Faded, FadedBranch
+from mlpmoe.explorer.tabs.lesson_steps.keep import Kept
 
 
 def faded(thresholds: tuple[float, ...]) -> Faded:

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.explorer.lesson_turn import (
+from mlpmoe.explorer.shell.shipped import shipped
+from mlpmoe.explorer.tabs.lesson_turn import (
     ANY_MODEL,
     PUBLISHED,
     Challenge,
@@ -16,8 +17,7 @@ from mlpmoe.explorer.lesson_turn import (
     verdict,
     words,
 )
-from mlpmoe.explorer.shipped import shipped
-from mlpmoe.measure.families import cost_of, family_of
+from mlpmoe.measure.runs.families import cost_of, family_of
 
 MODELS = ("demo", "smollm2-135m")
 ASKED = Challenge(0.52, 3.2)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec, UserError
-from mlpmoe.explorer.links import FORMER_TABS, LONGEST, START, TABS, Link, read_link
-from mlpmoe.explorer.opening import LOADED
-from mlpmoe.explorer.settings import check_shown, read_spec
+from mlpmoe.explorer.shell.links import FORMER_TABS, LONGEST, START, TABS, Link, read_link
+from mlpmoe.explorer.shell.opening import LOADED
+from mlpmoe.explorer.shell.settings import check_shown, read_spec
 from mlpmoe.models import CATALOGUE, default_calibration
 from tests.explorer.controls import Opened, chosen, controls, opened_link
 from tests.explorer.drawn import specs

@@ -7,9 +7,9 @@ import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer import loaded as loaded_module
-from mlpmoe.explorer.asked import Calibrated, Conversion
-from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD, LoadedModel
+from mlpmoe.explorer.server import loaded as loaded_module
+from mlpmoe.explorer.server.asked import Calibrated, Conversion
+from mlpmoe.explorer.server.loaded import SMALL_CONVERSIONS_HELD, LoadedModel
 from mlpmoe.measure.words import joined
 from mlpmoe.models import CALIBRATIONS, named_calibration, named_text
 from tests.tiny import D_MODEL

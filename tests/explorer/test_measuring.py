@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, named_text, perplexity
-from mlpmoe.explorer import loaded as module
-from mlpmoe.explorer import structure
-from mlpmoe.explorer.asked import Calibrated
-from mlpmoe.explorer.front import front
-from mlpmoe.explorer.weights import histograms
-from mlpmoe.measure import estimate
+from mlpmoe.explorer.server import loaded as module
+from mlpmoe.explorer.server import structure
+from mlpmoe.explorer.server.asked import Calibrated
+from mlpmoe.explorer.shell.front import front
+from mlpmoe.explorer.tabs.weights import histograms
+from mlpmoe.measure.quality import estimate
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.asking import SOON, AskedTurns, started

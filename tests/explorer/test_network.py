@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.explorer.network import (
+from mlpmoe.explorer.plots.style import CONVERTED, DENSE
+from mlpmoe.explorer.shell.network import (
     Column,
     cells_used,
     network_component,
@@ -19,8 +20,7 @@ from mlpmoe.explorer.network import (
     routed_columns,
     static_columns,
 )
-from mlpmoe.explorer.style import CONVERTED, DENSE
-from mlpmoe.measure.routing import LayerRouting
+from mlpmoe.measure.quality.routing import LayerRouting
 from mlpmoe.models import assets_folder
 
 # of the page and of blocks on it; the dark ones are those of Gradio's usual greys

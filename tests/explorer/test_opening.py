@@ -11,12 +11,12 @@ import pytest
 
 from mlpmoe import PRESETS, ConversionSpec, UserError
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.explorer.convert_panel import CUSTOM
-from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.links import Link
-from mlpmoe.explorer.opening import LOADED, OpeningHandlers
-from mlpmoe.explorer.settings import (
+from mlpmoe.explorer.server.events import readable
+from mlpmoe.explorer.shell.convert_panel import CUSTOM
+from mlpmoe.explorer.shell.handlers import Handlers
+from mlpmoe.explorer.shell.links import Link
+from mlpmoe.explorer.shell.opening import LOADED, OpeningHandlers
+from mlpmoe.explorer.shell.settings import (
     AS_THEY_ARE,
     CONTROLS,
     MAX_BRANCHES,
@@ -161,7 +161,7 @@ def test_a_broken_link_is_said_to_be_broken(opening, visitor, notices, query, re
 
 def test_more_branches_than_the_page_offers(opening, visitor, notices, monkeypatch):
     """d_ff would allow them, the slider does not."""
-    monkeypatch.setattr("mlpmoe.explorer.settings.MAX_BRANCHES", 20)
+    monkeypatch.setattr("mlpmoe.explorer.shell.settings.MAX_BRANCHES", 20)
     assert opened(opening, visitor, branches="24")[1] == AT_FIRST
     assert "at most 20" in notices[0][1]
     assert opened(opening, visitor, branches="20")[1] == controls(branches=20, keep=20)

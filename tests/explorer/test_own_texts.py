@@ -11,10 +11,17 @@ import pytest
 from mlpmoe import ConversionSpec, UserError, named_text
 from mlpmoe import perplexity as measure_perplexity
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer import texts as module
-from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.texts import MOST_OWN, OWN_PREFIX, SHIPPED, Texts, text_choices, text_name
+from mlpmoe.explorer.server import texts as module
+from mlpmoe.explorer.server.events import readable
+from mlpmoe.explorer.server.texts import (
+    MOST_OWN,
+    OWN_PREFIX,
+    SHIPPED,
+    Texts,
+    text_choices,
+    text_name,
+)
+from mlpmoe.explorer.shell.handlers import Handlers
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import MAX_OWN_TEXT, TEXTS, text_digest
 from tests.explorer.calibrated import direct

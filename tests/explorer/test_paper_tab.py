@@ -19,15 +19,16 @@ import torch
 from mlpmoe import UserError, convert, named_text
 from mlpmoe.__main__ import main
 from mlpmoe.core.stopping import may_stop
-from mlpmoe.explorer import loaded as loaded_models
-from mlpmoe.explorer import paper as page
-from mlpmoe.explorer.paper import PaperHandlers
-from mlpmoe.explorer.paper_table import published_tables
-from mlpmoe.explorer.workbench import Workbench
-from mlpmoe.measure import paper, speed
-from mlpmoe.measure.encoding import encode_text, windows
+from mlpmoe.explorer.server import loaded as loaded_models
+from mlpmoe.explorer.server.workbench import Workbench
+from mlpmoe.explorer.tabs import paper as page
+from mlpmoe.explorer.tabs.paper import PaperHandlers
+from mlpmoe.explorer.tabs.paper_table import published_tables
+from mlpmoe.measure.cost import speed
 from mlpmoe.measure.notation import NBSP
-from mlpmoe.measure.paper import DENSE, FADED, TABLES, VARIANTS
+from mlpmoe.measure.quality.encoding import encode_text, windows
+from mlpmoe.measure.runs import paper
+from mlpmoe.measure.runs.paper import DENSE, FADED, TABLES, VARIANTS
 from mlpmoe.models.texts import TEXTS
 from tests.commands.common import strictly
 from tests.explorer.conftest import load

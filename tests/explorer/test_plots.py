@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmoe import ConversionSpec
-from mlpmoe.explorer import style
-from mlpmoe.explorer.plots import RIDGES_HEIGHT, branch_histograms
-from mlpmoe.explorer.weights import histograms
-from mlpmoe.measure.magnitudes import Magnitudes, magnitudes
+from mlpmoe.explorer.plots import style
+from mlpmoe.explorer.plots.ridges import RIDGES_HEIGHT, branch_histograms
+from mlpmoe.explorer.tabs.weights import histograms
+from mlpmoe.measure.cost.magnitudes import Magnitudes, magnitudes
 
 BINS = 10
 UPPER = 2.0

@@ -9,7 +9,7 @@ import pytest
 
 from mlpmoe import PRESETS, ConversionSpec, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer.preview import preset_name, summary
+from mlpmoe.explorer.shell.preview import preset_name, summary
 from mlpmoe.models import named_calibration
 
 SPECS = [

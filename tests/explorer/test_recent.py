@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mlpmoe.explorer.recent import Recent
+from mlpmoe.explorer.server.recent import Recent
 from tests.explorer.asking import SOON
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mlpmoe import ConversionSpec, UserError, parameter_report
 from mlpmoe import perplexity as measure_perplexity
-from mlpmoe.explorer.links import read_link
-from mlpmoe.explorer.records import (
+from mlpmoe.explorer.shell.links import read_link
+from mlpmoe.explorer.shell.records import (
     LONGEST_NAME,
     MOST_RECORDS,
     SOURCES,
@@ -26,8 +26,8 @@ from mlpmoe.explorer.records import (
     read_records,
     write_records,
 )
-from mlpmoe.explorer.runs_table import comparison_table, runs_table
-from mlpmoe.measure.speed import Ratio
+from mlpmoe.explorer.tabs.runs_table import comparison_table, runs_table
+from mlpmoe.measure.cost.speed import Ratio
 from mlpmoe.models import assets_folder, named_text
 from tests.core.specs import static_specs
 from tests.explorer.calibrated import direct

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
-from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.run_words import model_name, recipe_of, short_recipe
-from mlpmoe.explorer.runs_table import EMPTY, NOTHING_PINNED, comparison_table, runs_table
-from mlpmoe.explorer.texts import text_name
-from mlpmoe.measure.speed import Ratio
+from mlpmoe.explorer.server.texts import text_name
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.explorer.shell.run_words import model_name, recipe_of, short_recipe
+from mlpmoe.explorer.tabs.runs_table import EMPTY, NOTHING_PINNED, comparison_table, runs_table
+from mlpmoe.measure.cost.speed import Ratio
 from mlpmoe.models import assets_folder
 from tests.explorer.made import made_record
 
@@ -106,8 +106,8 @@ def test_buttons_carry_what_page_js_does():
 
 
 def test_names_of_others_are_escaped(monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.runs_table.short_recipe", lambda spec: HOSTILE)
-    monkeypatch.setattr("mlpmoe.explorer.runs_table.recipe_of", lambda spec: HOSTILE)
+    monkeypatch.setattr("mlpmoe.explorer.tabs.runs_table.short_recipe", lambda spec: HOSTILE)
+    monkeypatch.setattr("mlpmoe.explorer.tabs.runs_table.recipe_of", lambda spec: HOSTILE)
     hostile = made_record(model=HOSTILE, text=HOSTILE, when=HOSTILE)
     plain = [made_record(), made_record(ConversionSpec(keep=3))]
     for html in (

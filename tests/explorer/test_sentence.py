@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
-from mlpmoe.explorer.sentence import cost_axis, sentence
-from mlpmoe.explorer.shipped import shipped
-from mlpmoe.measure.estimate import Evaluation
-from mlpmoe.measure.families import Estimate, Shares, cost_of, estimate, expected_shares
+from mlpmoe.explorer.shell.sentence import cost_axis, sentence
+from mlpmoe.explorer.shell.shipped import shipped
 from mlpmoe.measure.notation import NO_CHANGE
-from mlpmoe.measure.perplexity import PerplexityChange
-from mlpmoe.measure.sweep import Run, comparison
+from mlpmoe.measure.quality.estimate import Evaluation
+from mlpmoe.measure.quality.perplexity import PerplexityChange
+from mlpmoe.measure.runs.families import Estimate, Shares, cost_of, estimate, expected_shares
+from mlpmoe.measure.runs.sweep import Run, comparison
 from tests.explorer.made import made_run
 
 RUNS = {key: [record.run for record in shipped(key)] for key in ("smollm2-135m", "demo")}

@@ -15,16 +15,12 @@ from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec, UserError, convert, parameter_report
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.core.compensation import COMPENSATIONS
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.explorer import settings
-from mlpmoe.explorer.convert_panel import (
-    AWAY,
-    convert_panel,
-    show_method,
-)
-from mlpmoe.explorer.preview import preset_name
-from mlpmoe.explorer.settings import (
+from mlpmoe.core.static.compensation import COMPENSATIONS
+from mlpmoe.explorer.shell import settings
+from mlpmoe.explorer.shell.convert_panel import AWAY, convert_panel, show_method
+from mlpmoe.explorer.shell.preview import preset_name
+from mlpmoe.explorer.shell.settings import (
     ACTIVE_STEP,
     ARRIVING,
     AS_THEY_ARE,
@@ -40,7 +36,7 @@ from mlpmoe.explorer.settings import (
     settle,
     show_spec,
 )
-from mlpmoe.measure.families import expected_shares
+from mlpmoe.measure.runs.families import expected_shares
 from tests.explorer.calibrated import direct
 from tests.explorer.controls import UNTOUCHED, Previewed, chosen, controls, preview_values
 from tests.explorer.drawn import (
@@ -620,7 +616,7 @@ def test_what_is_no_number_is_said(panel, slider, sent):
 
 def test_no_more_branches_than_the_slider_or_the_model_has(tiny, monkeypatch):
     assert most_branches(tiny) == 48
-    monkeypatch.setattr("mlpmoe.explorer.settings.MAX_BRANCHES", 20)
+    monkeypatch.setattr("mlpmoe.explorer.shell.settings.MAX_BRANCHES", 20)
     assert most_branches(tiny) == 20
     check_shown(ConversionSpec(branches=20))
     with pytest.raises(UserError, match="at most 20 branches"):

@@ -17,11 +17,11 @@ import torch
 from mlpmoe import ConversionSpec, convert, load, named_text
 from mlpmoe.__main__ import main
 from mlpmoe.commands.arguments import add_spec, read_spec
-from mlpmoe.explorer.asked import Calibrated, Conversion, spec_of
-from mlpmoe.explorer.handlers import Handlers
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.preview import snippet
-from mlpmoe.explorer.workbench import Workbench
+from mlpmoe.explorer.server.asked import Calibrated, Conversion, spec_of
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.server.workbench import Workbench
+from mlpmoe.explorer.shell.handlers import Handlers
+from mlpmoe.explorer.shell.preview import snippet
 from mlpmoe.models import named_calibration
 from mlpmoe.models.texts import TEXTS
 from tests.explorer.controls import Previewed, preview_values

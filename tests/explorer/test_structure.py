@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlpmoe import ConversionSpec, convert, magnitudes, parameter_report
 from mlpmoe.core.mlps import read_mlps
-from mlpmoe.explorer.structure import Structure
-from mlpmoe.measure.magnitudes import branch_weights, branched_mlps
+from mlpmoe.explorer.server.structure import Structure
+from mlpmoe.measure.cost.magnitudes import branch_weights, branched_mlps
 from tests.tiny import tiny_model
 
 SPECS = [

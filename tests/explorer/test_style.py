@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.explorer.style import DAMAGE
+from mlpmoe.explorer.plots.style import DAMAGE
 from mlpmoe.measure.notation import NBSP, change, count, number, signed_percent
 from mlpmoe.models import assets_folder
 

@@ -18,22 +18,22 @@ from mlpmoe import PRESETS, ConversionSpec, UserError, convert, named_text, para
 from mlpmoe.core import conversion
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.stopping import may_stop
-from mlpmoe.explorer import loaded as loaded_module
-from mlpmoe.explorer import suggest as module
-from mlpmoe.explorer.events import readable
-from mlpmoe.explorer.links import read_link
-from mlpmoe.explorer.opening import OpeningHandlers
-from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.settings import CONTROLS, check_shown, read_spec
-from mlpmoe.explorer.suggest import SuggestHandlers, _Found, read_budget, sentence
-from mlpmoe.explorer.suggest_panel import COLUMNS, GOALS
-from mlpmoe.measure.deadline import Deadline
-from mlpmoe.measure.encoding import encode_text
+from mlpmoe.explorer.server import loaded as loaded_module
+from mlpmoe.explorer.server.events import readable
+from mlpmoe.explorer.shell.links import read_link
+from mlpmoe.explorer.shell.opening import OpeningHandlers
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.explorer.shell.settings import CONTROLS, check_shown, read_spec
+from mlpmoe.explorer.tabs import suggest as module
+from mlpmoe.explorer.tabs.suggest import SuggestHandlers, _Found, read_budget, sentence
+from mlpmoe.explorer.tabs.suggest_panel import COLUMNS, GOALS
 from mlpmoe.measure.notation import change, signed_percent
-from mlpmoe.measure.perplexity import compare, measure
-from mlpmoe.measure.search import ALLOWANCE, Budget, search
-from mlpmoe.measure.sweep import Run
-from mlpmoe.measure.trials import Trials
+from mlpmoe.measure.quality.encoding import encode_text
+from mlpmoe.measure.quality.perplexity import compare, measure
+from mlpmoe.measure.runs.deadline import Deadline
+from mlpmoe.measure.runs.search import ALLOWANCE, Budget, search
+from mlpmoe.measure.runs.sweep import Run
+from mlpmoe.measure.runs.trials import Trials
 from mlpmoe.measure.words import in_words
 from mlpmoe.models import named_calibration
 from tests.explorer.asking import SOON

@@ -16,10 +16,11 @@ from mlpmoe import ConversionSpec, UserError, named_text
 from mlpmoe import perplexity as measure_perplexity
 from mlpmoe.core import conversion
 from mlpmoe.core.stopping import may_stop
-from mlpmoe.explorer import loaded, sweeping
-from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.settings import read_spec
-from mlpmoe.explorer.sweep_panel import (
+from mlpmoe.explorer.server import loaded
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.explorer.shell.settings import read_spec
+from mlpmoe.explorer.tabs import sweeping
+from mlpmoe.explorer.tabs.sweep_panel import (
     CHOSEN,
     ROUTED,
     ROUTED_CHOSEN,
@@ -27,8 +28,8 @@ from mlpmoe.explorer.sweep_panel import (
     STATIC,
     WRITTEN,
 )
-from mlpmoe.explorer.sweeping import SENT_AGAIN, SweepHandlers
-from mlpmoe.measure.grid import grid, read_values
+from mlpmoe.explorer.tabs.sweeping import SENT_AGAIN, SweepHandlers
+from mlpmoe.measure.runs.grid import grid, read_values
 from tests.explorer.asking import SOON
 from tests.explorer.calibrated import direct
 from tests.explorer.controls import controls

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.explorer.tint import LEAST, SHADES, Tint
-from mlpmoe.measure.tokens import TokenChange
+from mlpmoe.explorer.shell.tint import LEAST, SHADES, Tint
+from mlpmoe.measure.quality.tokens import TokenChange
 from mlpmoe.models import assets_folder
 
 HOSTILE = "<img src=x onerror='alert(1)'>&\""

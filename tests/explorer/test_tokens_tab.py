@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError
-from mlpmoe.explorer import tokens as module
-from mlpmoe.explorer.settings import read_spec
-from mlpmoe.explorer.tint import LEAST, Tint
-from mlpmoe.explorer.tokens import (
+from mlpmoe.explorer.shell.settings import read_spec
+from mlpmoe.explorer.shell.tint import LEAST, Tint
+from mlpmoe.explorer.tabs import tokens as module
+from mlpmoe.explorer.tabs.tokens import (
     NOT_OPEN,
     TokenHandlers,
     branches_html,
     text_html,
     worst_html,
 )
-from mlpmoe.explorer.tokens_panel import EMPTY
-from mlpmoe.measure.tokens import Sentence, TokenChange, sentences, token_changes, worst
+from mlpmoe.explorer.tabs.tokens_panel import EMPTY
+from mlpmoe.measure.quality.tokens import Sentence, TokenChange, sentences, token_changes, worst
 from tests.explorer.controls import controls, settings
 
 SKIPPED = gr.skip()

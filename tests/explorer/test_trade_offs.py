@@ -13,15 +13,15 @@ import pytest
 
 from mlpmoe import ConversionSpec, UserError, convert, write_side_by_side
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer.links import read_link
-from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.run_words import short_recipe
-from mlpmoe.explorer.runs_table import EMPTY, NOTHING_PINNED
-from mlpmoe.explorer.shipped import shipped
-from mlpmoe.explorer.trade_offs import COMPARED_TOKENS, TradeOffHandlers
-from mlpmoe.explorer.tradeoff_plot import LAYERS
-from mlpmoe.explorer.weights import histograms
-from mlpmoe.measure.speed import Ratio
+from mlpmoe.explorer.plots.tradeoff_plot import LAYERS
+from mlpmoe.explorer.shell.links import read_link
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.explorer.shell.run_words import short_recipe
+from mlpmoe.explorer.shell.shipped import shipped
+from mlpmoe.explorer.tabs.runs_table import EMPTY, NOTHING_PINNED
+from mlpmoe.explorer.tabs.trade_offs import COMPARED_TOKENS, TradeOffHandlers
+from mlpmoe.explorer.tabs.weights import histograms
+from mlpmoe.measure.cost.speed import Ratio
 from mlpmoe.models import assets_folder, named_calibration
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.made import made_record
@@ -195,7 +195,7 @@ def pair(first: ConversionSpec, second: ConversionSpec, **change) -> str:
 
 
 def test_two_pinned_runs_write_what_the_library_writes(tab, demo, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.trade_offs.UPDATES_PER_SECOND", inf)
+    monkeypatch.setattr("mlpmoe.explorer.tabs.trade_offs.UPDATES_PER_SECOND", inf)
     first, second = ConversionSpec(keep=12), ConversionSpec(branches=8, fade=0.9)
     text = pair(first, second)
     assert tab.show(text, "demo", "stories", "macs", "nonzero", ALL)[-1]["visible"] is True

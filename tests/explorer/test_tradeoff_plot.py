@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
-from mlpmoe.explorer.published import Published, published
-from mlpmoe.explorer.records import Record
-from mlpmoe.explorer.style import CONVERTED
-from mlpmoe.explorer.tradeoff_plot import AXES, LAYERS, PALE, STYLES, front, tradeoff_plot
-from mlpmoe.measure.speed import Ratio
+from mlpmoe.explorer.plots.style import CONVERTED
+from mlpmoe.explorer.plots.tradeoff_plot import AXES, LAYERS, PALE, STYLES, front, tradeoff_plot
+from mlpmoe.explorer.shell.records import Record
+from mlpmoe.explorer.tabs.published import Published, published
+from mlpmoe.measure.cost.speed import Ratio
 from tests.explorer.made import made_record
 
 NAMES = list(AXES)

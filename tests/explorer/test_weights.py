@@ -14,10 +14,10 @@ import torch
 
 from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.explorer.loaded import LoadedModel
-from mlpmoe.explorer.settings import read_spec
-from mlpmoe.explorer.weights import HISTOGRAM_BINS, SHOWN, WeightsHandlers, histograms
-from mlpmoe.measure.routing import routing
+from mlpmoe.explorer.server.loaded import LoadedModel
+from mlpmoe.explorer.shell.settings import read_spec
+from mlpmoe.explorer.tabs.weights import HISTOGRAM_BINS, SHOWN, WeightsHandlers, histograms
+from mlpmoe.measure.quality.routing import routing
 from mlpmoe.models import named_calibration
 from tests.explorer.calibrated import direct
 from tests.explorer.controls import controls, settings

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError, convert, named_text, parameter_report, perplexity
-from mlpmoe.explorer import workbench as module
-from mlpmoe.explorer.front import front
-from mlpmoe.explorer.loaded import SMALL_CONVERSIONS_HELD
-from mlpmoe.explorer.weights import histograms
-from mlpmoe.explorer.workbench import Workbench, model_key
+from mlpmoe.explorer.server import workbench as module
+from mlpmoe.explorer.server.loaded import SMALL_CONVERSIONS_HELD
+from mlpmoe.explorer.server.workbench import Workbench, model_key
+from mlpmoe.explorer.shell.front import front
+from mlpmoe.explorer.tabs.weights import histograms
 from mlpmoe.models import CATALOGUE
 
 SPEC = ConversionSpec(branches=6, fade=0.9, keep=4)

@@ -7,14 +7,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from mlpmoe.core.branched import BranchedMLP
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.mlps import read_mlps
 from mlpmoe.core.routed import NeuronMLP, RoutedMLP
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import bench
-from mlpmoe.measure.bench import BenchLine, bench_model, machine, new_bytes, published_fade
-from mlpmoe.measure.speed import Ratio
+from mlpmoe.core.static.branched import BranchedMLP
+from mlpmoe.measure.cost import bench
+from mlpmoe.measure.cost.bench import BenchLine, bench_model, machine, new_bytes, published_fade
+from mlpmoe.measure.cost.speed import Ratio
 from tests.tiny import D_FF, D_MODEL, LAYERS, tiny_model
 
 

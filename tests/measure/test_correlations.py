@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mlpmoe import ConversionSpec, UserError, convert
-from mlpmoe.core.branched import branch_sizes
-from mlpmoe.measure.correlations import branch_statistics
+from mlpmoe.core.static.branched import branch_sizes
+from mlpmoe.measure.quality.correlations import branch_statistics
 from tests.tiny import D_FF, tiny_model
 
 IDS = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(0))

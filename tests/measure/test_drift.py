@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.core.branched import BranchedMLP
 from mlpmoe.core.mlps import decoder_layers
-from mlpmoe.measure.drift import drift
+from mlpmoe.core.static.branched import BranchedMLP
+from mlpmoe.measure.quality.drift import drift
 from tests.families import FAMILIES, LAYERS, VOCABULARY, build
 from tests.tiny import tiny_model
 

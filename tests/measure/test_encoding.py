@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe.core.errors import UserError
-from mlpmoe.measure.encoding import (
+from mlpmoe.measure.quality.encoding import (
     DEFAULT_WINDOW,
     STREAM_WINDOW,
     EncodedText,

@@ -12,10 +12,10 @@ import torch
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.encoding import encode_text
-from mlpmoe.measure.engines import Job, _gpus_each, run_locally, run_on_ray
-from mlpmoe.measure.runs_file import RunsFile
-from mlpmoe.measure.sweep import AT_ONCE, Run, sweep
+from mlpmoe.measure.quality.encoding import encode_text
+from mlpmoe.measure.runs.engines import Job, _gpus_each, run_locally, run_on_ray
+from mlpmoe.measure.runs.file import RunsFile
+from mlpmoe.measure.runs.sweep import AT_ONCE, Run, sweep
 from mlpmoe.models import ModelError, load
 from tests.tiny import VOCABULARY, byte_tokenizer, save_tiny_model, tiny_model
 

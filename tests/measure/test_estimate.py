@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlpmoe import ConversionSpec, convert, perplexity
-from mlpmoe.measure.encoding import encode_stream, encode_text
-from mlpmoe.measure.estimate import (
+from mlpmoe.measure.quality.encoding import encode_stream, encode_text
+from mlpmoe.measure.quality.estimate import (
     LOOK_PIECES,
     LOOK_TOKENS,
     Evaluation,
@@ -23,8 +23,8 @@ from mlpmoe.measure.estimate import (
     sharpen,
     spread,
 )
-from mlpmoe.measure.head import token_losses
-from mlpmoe.measure.perplexity import Perplexity, PerplexityChange, compare
+from mlpmoe.measure.quality.head import token_losses
+from mlpmoe.measure.quality.perplexity import Perplexity, PerplexityChange, compare
 from tests.tiny import byte_tokenizer, tiny_model
 
 # documents of one, one, three and two windows of the tiny model's 256 tokens

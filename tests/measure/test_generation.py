@@ -8,7 +8,7 @@ import torch
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.generation import TOP_P, encode_prompt, parted_at, write_side_by_side
+from mlpmoe.measure.text.generation import TOP_P, encode_prompt, parted_at, write_side_by_side
 from tests.tiny import VOCABULARY, byte_tokenizer, tiny_model
 
 PROMPT = "Once upon a time"

@@ -12,8 +12,8 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import grid as grid_module
-from mlpmoe.measure.grid import MOST_SPECS, Grid, grid, read_grid, read_values
+from mlpmoe.measure.runs import grid as grid_module
+from mlpmoe.measure.runs.grid import MOST_SPECS, Grid, grid, read_grid, read_values
 from tests.tiny import VOCABULARY, tiny_model
 
 

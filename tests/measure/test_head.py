@@ -10,8 +10,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import head
-from mlpmoe.measure.head import token_losses
+from mlpmoe.measure.quality import head
+from mlpmoe.measure.quality.head import token_losses
 from tests.families import REFUSED_FAMILIES, VOCABULARY, build
 from tests.tiny import tiny_model
 

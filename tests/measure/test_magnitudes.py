@@ -7,7 +7,7 @@ import torch
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.magnitudes import branch_sums, magnitudes
+from mlpmoe.measure.cost.magnitudes import branch_sums, magnitudes
 from tests.families import build
 from tests.tiny import D_FF, D_MODEL, LAYERS, tiny_model
 

@@ -5,10 +5,10 @@ import torch
 
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import pace as pace_module
-from mlpmoe.measure.encoding import EncodedText
-from mlpmoe.measure.pace import Pace, about, forecast
-from mlpmoe.measure.perplexity import measure
+from mlpmoe.measure.quality.encoding import EncodedText
+from mlpmoe.measure.quality.perplexity import measure
+from mlpmoe.measure.runs import pace as pace_module
+from mlpmoe.measure.runs.pace import Pace, about, forecast
 from tests.tiny import VOCABULARY, tiny_model
 
 

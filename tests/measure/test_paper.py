@@ -5,10 +5,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mlpmoe.core.branched import LoopedMLP
 from mlpmoe.core.conversion import convert, mlp_modules
-from mlpmoe.measure import paper, speed
-from mlpmoe.measure.paper import (
+from mlpmoe.core.static.branched import LoopedMLP
+from mlpmoe.measure.cost import speed
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.cost.speed import LEAST_ROUNDS
+from mlpmoe.measure.runs import paper
+from mlpmoe.measure.runs.paper import (
     ASKED,
     DENSE,
     FADED,
@@ -18,8 +21,6 @@ from mlpmoe.measure.paper import (
     generation_rounds,
     published_table,
 )
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.speed import LEAST_ROUNDS
 from mlpmoe.models import find_entry
 from tests.tiny import tiny_model
 

@@ -8,7 +8,7 @@ import torch
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.parameters import parameter_report
+from mlpmoe.measure.cost.parameters import parameter_report
 from tests.families import build
 from tests.tiny import D_FF, D_MODEL, LAYERS, VOCABULARY, tiny_model
 

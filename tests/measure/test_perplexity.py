@@ -8,8 +8,8 @@ import torch
 from tokenizers import processors
 
 from mlpmoe.core.errors import UserError
-from mlpmoe.measure.encoding import encode_stream, encode_text
-from mlpmoe.measure.perplexity import measure, perplexity, window_losses
+from mlpmoe.measure.quality.encoding import encode_stream, encode_text
+from mlpmoe.measure.quality.perplexity import measure, perplexity, window_losses
 from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
 
 TEXT = "Two cats sat on the wall, and a third – the grey one – slept below it."  # 74 bytes

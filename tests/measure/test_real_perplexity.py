@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmoe import convert, load
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.encoding import encode_stream
-from mlpmoe.measure.perplexity import measure
+from mlpmoe.measure.quality.encoding import encode_stream
+from mlpmoe.measure.quality.perplexity import measure
 from mlpmoe.models.catalogue import find_entry
 from mlpmoe.models.texts import named_text
 

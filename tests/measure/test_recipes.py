@@ -7,10 +7,10 @@ import torch
 
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert_all, mlp_modules
-from mlpmoe.core.order import ORDERS
-from mlpmoe.core.scores import SCORES
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.recipes import recipes
+from mlpmoe.core.static.order import ORDERS
+from mlpmoe.core.static.scores import SCORES
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.runs.recipes import recipes
 from tests import families
 from tests.tiny import D_MODEL, LAYERS, VOCABULARY, tiny_model
 

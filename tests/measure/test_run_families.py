@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from mlpmoe import PRESETS, ConversionSpec
 from mlpmoe.core.routed import ROUTED_METHODS
-from mlpmoe.explorer.shipped import shipped
-from mlpmoe.measure.families import (
+from mlpmoe.explorer.shell.shipped import shipped
+from mlpmoe.measure.runs.families import (
     AMONG,
     LEVEL,
     along,
@@ -28,7 +28,7 @@ from mlpmoe.measure.families import (
     recipe_of,
     removed_by,
 )
-from mlpmoe.measure.sweep import BOUND, ROUTED, STATIC, Run, comparison
+from mlpmoe.measure.runs.sweep import BOUND, ROUTED, STATIC, Run, comparison
 
 REAL, DEMO = ([record.run for record in shipped(key)] for key in ("smollm2-135m", "demo"))
 COACTIVATION = {

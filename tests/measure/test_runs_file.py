@@ -11,8 +11,8 @@ import pytest
 
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.runs_file import RunsFile
-from mlpmoe.measure.sweep import Run
+from mlpmoe.measure.runs.file import RunsFile
+from mlpmoe.measure.runs.sweep import Run
 from tests.forked import Forked
 
 SETTING = {

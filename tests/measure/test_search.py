@@ -12,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlpmoe.core.branched import BranchedMLP
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, observe
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.presets import PRESETS
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure import trials as trials_module
-from mlpmoe.measure.deadline import Deadline
-from mlpmoe.measure.encoding import EncodedText, encode_text
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, measure
-from mlpmoe.measure.search import (
+from mlpmoe.core.static.branched import BranchedMLP
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.quality.encoding import EncodedText, encode_text
+from mlpmoe.measure.quality.perplexity import compare, measure
+from mlpmoe.measure.runs import trials as trials_module
+from mlpmoe.measure.runs.deadline import Deadline
+from mlpmoe.measure.runs.search import (
     ALLOWANCE,
     COSTS,
     FINALISTS,
@@ -33,9 +33,9 @@ from mlpmoe.measure.search import (
     front,
     search,
 )
-from mlpmoe.measure.search_space import AROUND, Space
-from mlpmoe.measure.sweep import Run
-from mlpmoe.measure.trials import TooSlow, Trials
+from mlpmoe.measure.runs.search_space import AROUND, Space
+from mlpmoe.measure.runs.sweep import Run
+from mlpmoe.measure.runs.trials import TooSlow, Trials
 from tests import families
 from tests.tiny import VOCABULARY, byte_tokenizer, tiny_model
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlpmoe.measure import speed
-from mlpmoe.measure.speed import Ratio, decode, decode_speed, forward, ratio, time_in_turn
+from mlpmoe.measure.cost import speed
+from mlpmoe.measure.cost.speed import Ratio, decode, decode_speed, forward, ratio, time_in_turn
 from tests.tiny import tiny_model
 
 

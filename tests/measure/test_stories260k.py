@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mlpmoe.core.calibration import DOCUMENT_SEPARATOR, Calibration, check_disjoint
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.encoding import encode_text
-from mlpmoe.measure.perplexity import compare, perplexity
-from mlpmoe.measure.recipes import recipes
-from mlpmoe.measure.sweep import sweep
+from mlpmoe.measure.quality.encoding import encode_text
+from mlpmoe.measure.quality.perplexity import compare, perplexity
+from mlpmoe.measure.runs.recipes import recipes
+from mlpmoe.measure.runs.sweep import sweep
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MODEL = SHARED / "models" / "stories260K"

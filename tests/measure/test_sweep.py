@@ -13,10 +13,10 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all
 from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.encoding import encode_text
-from mlpmoe.measure.parameters import parameter_report
-from mlpmoe.measure.perplexity import compare, perplexity
-from mlpmoe.measure.sweep import (
+from mlpmoe.measure.cost.parameters import parameter_report
+from mlpmoe.measure.quality.encoding import encode_text
+from mlpmoe.measure.quality.perplexity import compare, perplexity
+from mlpmoe.measure.runs.sweep import (
     AT_ONCE,
     BOUND,
     ROUTED,

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.sweep import Run
-from mlpmoe.measure.tables import to_csv
+from mlpmoe.measure.runs.sweep import Run
+from mlpmoe.measure.runs.tables import to_csv
 
 RUNS = [
     Run(ConversionSpec(keep=8), 12.5, 1.25, 0.01, 1.1, 900, 0.9, 0.8, 850, 0.85, 0.7),

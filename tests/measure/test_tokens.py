@@ -13,16 +13,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from mlpmoe import ConversionSpec, UserError, convert
-from mlpmoe.measure.encoding import (
+from mlpmoe.measure.quality.encoding import (
     EncodedText,
     encode_stream,
     encode_text,
     scored_tokens,
     windows,
 )
-from mlpmoe.measure.perplexity import Perplexity, measure, summarise
-from mlpmoe.measure.tokens import HALF_A_CHARACTER as HALF
-from mlpmoe.measure.tokens import LONGEST, Sentence, TokenChange, sentences, token_changes, worst
+from mlpmoe.measure.quality.perplexity import Perplexity, measure, summarise
+from mlpmoe.measure.quality.tokens import HALF_A_CHARACTER as HALF
+from mlpmoe.measure.quality.tokens import (
+    LONGEST,
+    Sentence,
+    TokenChange,
+    sentences,
+    token_changes,
+    worst,
+)
 from tests.parts import parts_of
 from tests.tiny import byte_tokenizer, tiny_model
 

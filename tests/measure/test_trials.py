@@ -12,11 +12,11 @@ from mlpmoe.core.conversion import convert_all, convert_mlp
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.stopping import may_stop
-from mlpmoe.measure import trials as module
-from mlpmoe.measure.deadline import Deadline, TimeUp
-from mlpmoe.measure.encoding import encode_text
-from mlpmoe.measure.perplexity import measure
-from mlpmoe.measure.trials import (
+from mlpmoe.measure.quality.encoding import encode_text
+from mlpmoe.measure.quality.perplexity import measure
+from mlpmoe.measure.runs import trials as module
+from mlpmoe.measure.runs.deadline import Deadline, TimeUp
+from mlpmoe.measure.runs.trials import (
     LEAST_CALIBRATION,
     LEAST_SCORING,
     SCORING_TOKENS,

@@ -11,8 +11,8 @@ from mlpmoe.core.calibration import DOCUMENT_SEPARATOR
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.encoding import EncodedText, windows
-from mlpmoe.measure.perplexity import BLOCK, compare, perplexity, student_t, summarise
+from mlpmoe.measure.quality.encoding import EncodedText, windows
+from mlpmoe.measure.quality.perplexity import BLOCK, compare, perplexity, student_t, summarise
 from mlpmoe.models import named_text
 from tests.parts import parts_of
 from tests.tiny import byte_tokenizer, tiny_model

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 
 from mlpmoe.core.choices import ALLOCATIONS
-from mlpmoe.core.compensation import COMPENSATIONS
-from mlpmoe.core.order import ORDERS
 from mlpmoe.core.presets import PRESETS
-from mlpmoe.core.schedule import SCHEDULES
-from mlpmoe.core.scores import SCORES
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static.compensation import COMPENSATIONS
+from mlpmoe.core.static.order import ORDERS
+from mlpmoe.core.static.schedule import SCHEDULES
+from mlpmoe.core.static.scores import SCORES
 from mlpmoe.measure.words import in_short, in_words
 from tests.core.specs import static_specs
 

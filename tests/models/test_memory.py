@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from mlpmoe.measure.head import LOGITS_AT_ONCE
+from mlpmoe.measure.quality.head import LOGITS_AT_ONCE
 from mlpmoe.models.architecture import Architecture
 from mlpmoe.models.memory import LOGITS, memory_needed
 from tests.gguf_writing import write_gguf

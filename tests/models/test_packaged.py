@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from mlpmoe import ConversionSpec
-from mlpmoe.checkpoints.file_export import export_files
+from mlpmoe.checkpoints.write.file_export import export_files
 from mlpmoe.core.errors import UserError
 from mlpmoe.models import catalogue, default_model, hub, packaged, preflight
 from mlpmoe.models.catalogue import REAL_KEY, find_entry

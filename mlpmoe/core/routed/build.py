@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
-from ..order import permute
+from ..static.order import permute
 from ..stopping import may_stop
 from . import neurons
 from .method import Request, RoutedMethod

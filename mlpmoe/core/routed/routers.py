@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..activations import PRODUCT_ROWS, LayerActivations
 from ..mlps import MLPWeights
-from ..order import permute
 from ..registry import Choice
+from ..static.order import permute
 from ..stopping import may_stop
 from .partition import Partition
 

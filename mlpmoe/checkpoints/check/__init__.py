@@ -1,0 +1,1 @@
+"""Opening a checkpoint again, and what is recorded of it."""

@@ -1,0 +1,226 @@
+"""Proof that a checkpoint is the model that was measured: reload it elsewhere and compare."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...core.conversion import twin_of
+from ...core.errors import UserError
+from ...measure.quality.encoding import EncodedText, Window, encode_text, windows
+from ...measure.quality.perplexity import Perplexity, summarise
+from ..forms.form import EXACT
+from . import reload
+
+Progress = Callable[[str, "float | None"], None]
+# Where a token may get another expert, that token's logits say nothing about the others: the
+# difference of the median token counts, and how many keep their likeliest next token.
+TYPICAL, AGREEMENT = 2e-3, 0.97
+# What rounding to 16 bits may add: some times the rounding step of the dtype (2^-8 and 2^-11),
+# since it grows over the layers. Random models have near ties where trained ones are sure.
+ROUNDING, ROUNDED_AGREEMENT = {torch.bfloat16: 0.05, torch.float16: 0.007}, 0.85
+RANDOM_TOKENS = 128  # compared where no text is given
+POLL = 0.2  # seconds between looks at the other process
+
+
+class ExportError(UserError):
+    """A checkpoint was not made, or is not what it should be; the message says why."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How exactly a checkpoint, opened in a fresh process, repeats the model in memory.
+
+    Differences are relative to the largest logit of all compared tokens, but for the first.
+    """
+
+    max_logit_difference: float  # max|Δlogit|
+    relative_difference: float  # the same, relative
+    typical_difference: float  # max|Δlogit| of the median token, relative
+    argmax_agreement: float  # share of the compared tokens whose likeliest next token is the same
+    kl: float  # nats per token, from the model in memory to the reloaded one
+    compared_tokens: int
+    strict: bool  # whether every token counts; else the median one and the agreement
+    allowed: float  # of the relative, or of the typical difference
+    allowed_agreement: float
+    perplexity: float | None  # of the model in memory; None without a text
+    reloaded_perplexity: float | None
+    stderr: float | None  # of the first
+    scored_tokens: int
+    saved_dtypes: str  # of the matrices on disk, as safetensors calls them: F32, BF16, ...
+    dtype: str  # that both computed in
+
+    @property
+    def passed(self) -> bool:
+        judged = self.relative_difference if self.strict else self.typical_difference
+        return judged <= self.allowed and self.argmax_agreement >= self.allowed_agreement
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def verify(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: str | EncodedText | None = None,
+    *,
+    exact: bool = True,
+    trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
+) -> Verification:
+    """Open the checkpoint in `folder` in a fresh process with transformers alone, and compare it
+    with `model` on the same tokens, both in the dtype of `model`.
+
+    text: what perplexity is taken on, with the tokenizer; without, random tokens are compared.
+    exact: whether the checkpoint is to compute the same, which is max|Δlogit| at most EXACT of the
+    largest logit; where it is not, and where something was rounded to 16 bits, the median token
+    and the agreement count, see TYPICAL and ROUNDING. trust_remote_code: whether the checkpoint
+    may run its own code. Raises ExportError if it cannot be opened.
+    """
+    encoded = encode_text(tokenizer, text) if isinstance(text, str) and tokenizer else text
+    return verify_and_score(
+        model, folder, encoded if isinstance(encoded, EncodedText) else None, exact=exact,
+        trust_remote_code=trust_remote_code, on_progress=on_progress,
+    )[0]  # fmt: skip
+
+
+def verify_and_score(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    text: EncodedText | None,
+    *,
+    exact: bool = True,
+    trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
+) -> tuple[Verification, Perplexity | None]:
+    """`verify`, and the perplexity of the model in memory that it takes on the way."""
+    parts = None if text is None else windows(model, text)
+    pieces = pieces_of(parts, model)
+    theirs, dtypes = answers_of(
+        folder, pieces, model.dtype, str(model.device), trust_remote_code, on_progress
+    )
+    report = on_progress or (lambda message, share: None)
+    mine = reload.answers(
+        twin_of(model).eval(),
+        pieces,
+        model.device,
+        partial(report, "comparing with the model in memory"),
+    )
+    found = compared(mine, theirs, dtypes, model.dtype, exact, parts)
+    return found, None if parts is None else summarise(mine["losses"], parts)
+
+
+def pieces_of(parts: Sequence[Window] | None, model: PreTrainedModel) -> list[tuple[Tensor, int]]:
+    """Ids and first scored token of each window; without a text, of random tokens."""
+    if parts is None:
+        return [(random_ids(model), 1)]
+    return [(part.ids, part.first) for part in parts]
+
+
+def compared(
+    mine: dict[str, Tensor], theirs: dict[str, Tensor], dtypes: str, dtype: torch.dtype,
+    exact: bool = True, parts: Sequence[Window] | None = None,
+) -> Verification:  # fmt: skip
+    """The two sets of answers side by side; parts: the windows of the text they are for, if any."""
+    logits, other = mine["logits"], theirs["logits"]
+    by_token = (logits - other).abs().amax(-1)  # (tokens,)
+    largest = logits.abs().max().item() or 1.0
+    same = (logits.argmax(-1) == other.argmax(-1)).float().mean().item()
+    values: list[Perplexity | None] = [None, None]
+    if parts is not None:
+        values = [summarise(said["losses"], parts) for said in (mine, theirs)]
+    rounding = _rounding(dtypes, dtype)
+    strict = exact and not rounding
+    return Verification(
+        max_logit_difference=by_token.max().item(),
+        relative_difference=by_token.max().item() / largest,
+        typical_difference=by_token.median().item() / largest,
+        argmax_agreement=same,
+        kl=F.kl_div(
+            other.log_softmax(-1), logits.log_softmax(-1), reduction="batchmean", log_target=True
+        ).item(),
+        compared_tokens=len(logits),
+        strict=strict,
+        allowed=(EXACT if strict else TYPICAL) + rounding,
+        allowed_agreement=0.0 if strict else ROUNDED_AGREEMENT if rounding else AGREEMENT,
+        perplexity=values[0] and values[0].value,
+        reloaded_perplexity=values[1] and values[1].value,
+        stderr=values[0] and values[0].stderr,
+        scored_tokens=0 if parts is None else len(mine["losses"]),
+        saved_dtypes=dtypes,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def answers_of(
+    folder: str | os.PathLike[str],
+    pieces: Sequence[tuple[Tensor, int]],
+    dtype: torch.dtype,
+    device: str,
+    code: bool,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], str]:
+    """Losses and logits of a checkpoint opened in a fresh process, and its dtypes on disk. An
+    exception from `on_progress` ends the process. Raises ExportError if it fails."""
+    with tempfile.TemporaryDirectory(prefix="mlpmoe-verify-") as room:
+        asked, answered = Path(room, "windows.safetensors"), Path(room, "answers.safetensors")
+        tensors = {f"ids.{index}": ids.clone() for index, (ids, _) in enumerate(pieces)}
+        save_file(tensors | {"firsts": torch.tensor([first for _, first in pieces])}, asked)
+        command = [
+            sys.executable, "-P", reload.__file__, os.path.abspath(folder), str(asked),
+            str(answered), str(dtype).removeprefix("torch."), device, "yes" if code else "no",
+        ]  # fmt: skip
+        # its own module cache: code of a checkpoint leaves nothing behind
+        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
+        with open(Path(room, "errors"), "w+b") as errors:
+            process = Popen(
+                command, cwd=room, env=os.environ | settings, stdout=errors, stderr=errors
+            )
+            try:
+                while process.poll() is None:
+                    if on_progress:
+                        on_progress("opening the checkpoint in a fresh process", None)
+                    try:
+                        process.wait(POLL)
+                    except TimeoutExpired:
+                        continue
+            finally:
+                process.kill()
+                process.wait()
+            if process.returncode:
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").split("\n")
+                reason = next((line for line in reversed(said) if line.strip()), "no reason given")
+                raise ExportError(f"the checkpoint cannot be opened again: {reason.strip():.300}")
+        with safe_open(answered, framework="pt") as found:
+            dtypes = found.metadata()["dtypes"]
+            return {name: found.get_tensor(name) for name in ("losses", "logits")}, dtypes
+
+
+def _rounding(dtypes: str, dtype: torch.dtype) -> float:
+    """What rounding may do: the coarsest of the formats on disk and the one computed in."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16}
+    formats = [dtype, *(names[name] for name in dtypes.split(",") if name in names)]
+    return max(ROUNDING.get(format, 0.0) for format in formats)
+
+
+def random_ids(model: PreTrainedModel) -> Tensor:
+    """(RANDOM_TOKENS,) int64, always the same: what is compared without a text."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (RANDOM_TOKENS,), generator=generator)

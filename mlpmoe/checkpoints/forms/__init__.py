@@ -1,0 +1,1 @@
+"""The forms in which a converted model can leave."""

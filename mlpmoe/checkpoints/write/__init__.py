@@ -1,0 +1,1 @@
+"""Writing a checkpoint, from memory or file by file."""

@@ -1,0 +1,147 @@
+"""A dense checkpoint on disk, of which only what is looked at is in memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ...core.errors import UserError
+from ...core.mlps import MLPWeights, decoder_layers, located_mlps, read_mlp
+
+# Buffers that older checkpoints hold and models compute themselves.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+
+Replace = Callable[[str, MLPWeights], nn.Module]
+
+
+class PiecewiseError(UserError):
+    """A checkpoint whose files cannot be read piece by piece; as a whole they may."""
+
+
+class Source:
+    """The model of a checkpoint's folder without weights, and its tensors one at a time.
+
+    files: its safetensors files. Raises PiecewiseError if their tensors do not have the names and
+    shapes of the model: transformers may know how to turn them into it, but only as a whole.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[str]) -> None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with init_empty_weights(include_buffers=False):  # buffers are computed, not read
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+        self.dtypes: dict[str, torch.dtype] = {}  # by the model's names, without tied ones
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._tied = dict(self.model.all_tied_weights_keys)
+        expected = self.model.state_dict()
+        for file in files:
+            with safe_open(folder / file, framework="pt") as found:
+                for key in found.keys():
+                    self._place(folder / file, key, found.get_slice(key), expected)
+        missing = [n for n in expected if n not in self._places and n not in self._tied]
+        if missing:
+            raise _foreign(f"{missing[0]} is missing")
+
+    def _place(self, file: Path, key: str, part, expected: dict[str, Tensor]) -> None:
+        name = key if key in expected else f"{self.model.base_model_prefix}.{key}"
+        if name not in expected:
+            if COMPUTED.search(key):
+                return
+            raise _foreign(f"there is no place for {key} in a {type(self.model).__name__}")
+        if tuple(part.get_shape()) != tuple(expected[name].shape):
+            raise _foreign(f"{key} has another shape than the model's")
+        if part.get_dtype() not in DTYPES:
+            raise _foreign(f"{key} is stored as {part.get_dtype()}")
+        if name not in self._tied:
+            self.dtypes[name] = DTYPES[part.get_dtype()]
+        self._places[name] = file, key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor, and so of most."""
+        return next(iter(self.dtypes.values()))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors of the model, sorted."""
+        return sorted({file for file, _ in self._places.values()})
+
+    def read(self, name: str) -> Tensor:
+        """The tensor that the model calls `name`. It is a view of the file, which stays in memory
+        for as long as the tensor is used, and no longer."""
+        while name not in self._places:
+            name = self._tied[name]
+        file, key = self._places[name]
+        with safe_open(file, framework="pt") as found:
+            return found.get_tensor(key)
+
+    def mlps(self) -> Iterator[tuple[str, Callable[[], MLPWeights]]]:
+        """Path of each MLP, in order of the layers, and what reads its weights."""
+        for path, (module, layout) in located_mlps(self.model).items():
+            yield path, partial(self._read_mlp, path, module, layout)
+
+    def _read_mlp(self, path: str, module: nn.Module, layout) -> MLPWeights:
+        twin = copy.deepcopy(module)
+        names = module.state_dict()
+        twin.load_state_dict({n: self.read(f"{path}.{n}") for n in names}, assign=True)
+        return read_mlp(path, twin, layout)
+
+    def running(self, replace: Replace | None = None) -> PreTrainedModel:
+        """A model that reads a layer when it is needed and forgets it again, with its own MLPs or
+        those that `replace(path, weights)` makes of them. It computes in the dtype of the files."""
+        dtype = self.dtype
+        model = copy.deepcopy(self.model)
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+        for path, read in self.mlps() if replace else ():
+            model.set_submodule(path, _OnDemand(path, read, replace))
+        path, layers = decoder_layers(model)
+        inside = f"{path}."
+        units = {f"{inside}{index}": layer for index, layer in enumerate(layers)}
+        units |= {
+            name: module
+            for name, module in model.named_modules()
+            if not name.startswith(inside) and any(True for _ in module.parameters(recurse=False))
+        }
+        for name, module in units.items():
+            module.register_forward_pre_hook(partial(self._fill, name, dtype))
+            module.register_forward_hook(_forget)
+        return model
+
+    def _fill(self, path: str, dtype: torch.dtype, module: nn.Module, *_: object) -> None:
+        tensors = {n: self.read(f"{path}.{n}").to(dtype) for n in module.state_dict()}
+        module.load_state_dict(tensors, assign=True)
+
+
+class _OnDemand(nn.Module):
+    """Stands in for an MLP and makes it anew each time it runs."""
+
+    def __init__(self, path: str, read: Callable[[], MLPWeights], replace: Replace) -> None:
+        super().__init__()
+        self.path, self.read, self.replace = path, read, replace
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.replace(self.path, self.read())(*inputs)
+
+
+def _forget(module: nn.Module, *_: object) -> None:
+    module.load_state_dict({n: t.to("meta") for n, t in module.state_dict().items()}, assign=True)
+
+
+def _foreign(reason: str) -> PiecewiseError:
+    return PiecewiseError(
+        f"this checkpoint cannot be converted file by file ({reason}); it has to fit into memory."
+    )

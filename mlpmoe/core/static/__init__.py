@@ -1,0 +1,1 @@
+"""The static pipeline: order, split, fade, keep, compensate; the same branches for every token."""

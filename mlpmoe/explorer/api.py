@@ -1,0 +1,147 @@
+"""The four endpoints for programs: /models, /preview, /evaluate, /generate.
+
+Signatures and docstrings are what `gradio_client` users see. Values are checked here, because a
+program can send anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from ..core.errors import UserError
+from ..core.routed import ROUTED_METHODS
+from ..core.spec import ConversionSpec
+from ..measure.text.generation import parted_at, write_side_by_side
+from ..models import CATALOGUE, default_text
+from .server.asked import Conversion, spec_of
+from .server.events import IN_TURNS, MODEL_QUEUE, readable
+from .server.loaded import LoadedModel
+from .server.workbench import Workbench
+from .shell.answer import check_writing
+from .shell.preview import summary
+
+USUAL = {"branches": 16, "fade": 0.0, "keep": None, "compensation": "sqrt"}
+
+
+def add_endpoints(workbench: Workbench) -> None:
+    """Register the endpoints on the Blocks under construction."""
+
+    def models() -> list[dict]:
+        """The models on offer: key, label, parameters, note, needs_gpu, loaded."""
+        return [
+            {
+                "key": entry.key,
+                "label": entry.label,
+                "parameters": entry.parameters,
+                "note": entry.note,
+                "needs_gpu": entry.needs_gpu,
+                "loaded": workbench.holds(entry.key),
+            }
+            for entry in CATALOGUE
+        ]
+
+    def find(
+        model: str, branches: int, fade: float, keep: int | None, compensation: str,
+        more: dict[str, Any] | None,
+    ) -> tuple[LoadedModel, Conversion]:  # fmt: skip
+        if not isinstance(more, dict | None):
+            raise UserError("more must be an object: further fields of ConversionSpec by name.")
+        more = more or {}
+        common = {
+            "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
+        }  # fmt: skip
+        if more.get("method") in ROUTED_METHODS:  # what stands there unasked is no part of it
+            common = {name: value for name, value in common.items() if value != USUAL[name]}
+        spec = ConversionSpec.from_dict(common | more)
+        loaded = workbench.loaded(model)
+        loaded.check_fits(spec)
+        return loaded, loaded.asked(spec)
+
+    @readable
+    def preview(
+        model: str = "demo",
+        branches: int = 16,
+        fade: float = 0.0,
+        keep: int | None = None,
+        compensation: str = "sqrt",
+        more: dict | None = None,
+    ) -> dict:
+        """Parameters, zeros and compute of a conversion.
+
+        more: further fields of ConversionSpec by name, such as {"order": "norm"} or
+        {"method": "cmoe", "active": 0.5}. Quick, unless a stage looks at a calibration text.
+        """
+        return summary(*find(model, branches, fade, keep, compensation, more))
+
+    @readable
+    def evaluate(
+        model: str = "demo",
+        branches: int = 16,
+        fade: float = 0.0,
+        keep: int | None = None,
+        compensation: str = "sqrt",
+        text: str | None = None,
+        more: dict | None = None,
+    ) -> Iterator[dict]:
+        """Perplexity of both models on a text: "stories", "prose", "proxy", "wikitext2" or "c4";
+        None is the one of the model's kind.
+
+        Streams {"done", "total"} tokens; the last message holds the result.
+        """
+        loaded, asked = find(model, branches, fade, keep, compensation, more)
+        text = default_text(loaded.key) if text is None else text
+        for step in loaded.evaluate(asked, text):
+            if step.complete:
+                yield {
+                    "spec": spec_of(asked).to_dict(),
+                    "text": text,
+                    "tokens": step.dense.tokens,
+                    "dense": step.dense.value,
+                    "dense_stderr": step.dense.stderr,
+                    "converted": step.converted.value,
+                    "converted_stderr": step.converted.stderr,
+                    "ratio": step.change.ratio,
+                    "ratio_stderr": step.change.stderr,
+                    "measurable": step.change.measurable,
+                    "bits_per_byte": step.converted.bits_per_byte,
+                }
+            else:
+                yield {"done": 0 if step.look else step.dense.tokens, "total": step.total}
+
+    @readable
+    def generate(
+        prompt: str,
+        model: str = "demo",
+        branches: int = 16,
+        fade: float = 0.0,
+        keep: int | None = None,
+        compensation: str = "sqrt",
+        tokens: int = 64,
+        temperature: float = 0.0,
+        more: dict | None = None,
+    ) -> Iterator[dict]:
+        """Dense and converted model continue a prompt in lockstep.
+
+        Streams {"dense", "converted", "tokens", "parted_at"}; parted_at is the index of the first
+        token that differs, or null.
+        """
+        check_writing(prompt, tokens, temperature)
+        loaded, asked = find(model, branches, fade, keep, compensation, more)
+        pair = (loaded.model, loaded.converted(asked))
+        for dense, converted in write_side_by_side(
+            pair, loaded.tokenizer, prompt, tokens, temperature
+        ):
+            yield {
+                "dense": dense.text,
+                "converted": converted.text,
+                "tokens": [len(dense.tokens), len(converted.tokens)],
+                "parted_at": parted_at(dense.tokens, converted.tokens),
+            }
+
+    gr.api(models, api_name="models")
+    gr.api(preview, api_name="preview", concurrency_limit=2)
+    gr.api(evaluate, api_name="evaluate", **IN_TURNS)
+    gr.api(generate, api_name="generate", **MODEL_QUEUE)

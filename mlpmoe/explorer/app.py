@@ -1,0 +1,360 @@
+"""build_demo(): the page, its panels put together and their events wired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+from plotly.offline import get_plotlyjs
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from ..models import assets_folder, host_allows_any_model
+from .api import add_endpoints
+from .plots.style import CSS_VARIABLES
+from .server.events import IN_TURNS, PRIVATE, QUIET, readable
+from .server.first_model import FirstModel
+from .server.looks import Looks
+from .server.workbench import Workbench
+from .shell.answer import AnswerHandlers
+from .shell.answer_panel import answer_panel, wire_answer
+from .shell.components import ModelPanel, PicturesPanel, cards_panel, model_panel, pictures_panel
+from .shell.convert_panel import ConvertPanel, convert_panel
+from .shell.glossary import WORDS
+from .shell.handlers import Handlers
+from .shell.links import FIRST_TAB, TABS
+from .shell.opening import OpeningHandlers
+from .shell.settings import within_reach
+from .tabs.export_panel import export_panel, wire_export
+from .tabs.exporting import ExportHandlers
+from .tabs.lesson import LessonHandlers
+from .tabs.lesson_panel import lesson_panel, wire_lesson
+from .tabs.paper import PaperHandlers
+from .tabs.paper_panel import wire_paper
+from .tabs.suggest import SuggestHandlers
+from .tabs.suggest_panel import suggest_panel, wire_suggest
+from .tabs.sweep_panel import wire_sweep
+from .tabs.sweeping import SweepHandlers
+from .tabs.tokens import TokenHandlers
+from .tabs.tokens_panel import tokens_panel, wire_tokens
+from .tabs.trade_offs import TradeOffHandlers
+from .tabs.trade_offs_panel import run_fields, trade_offs_panel, wire_trade_offs
+from .tabs.weights import WeightsHandlers
+from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
+
+COMPONENTS = {"network"}  # scripts that a component of the page runs by itself
+QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
+ADDRESS = f"(query, tab) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}')"
+# Values set from here reach sliders later than other components, and long before this ends.
+ARRIVED = "() => new Promise(done => setTimeout(() => done(String(Date.now())), 100))"
+FOOTER = """Nothing is trained. Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
+Perplexity and speed are measured, parameters and compute are counted, on this server."""
+
+
+@dataclass(frozen=True)
+class PageState:
+    """What a visitor's page remembers beside its visible controls."""
+
+    model: gr.State  # key of the loaded model; "" until one is, so that the first is a change too
+    # The share that K stands for, see `settings.Share`. A component and no gr.State, because the
+    # page must send it together with the B and K it belongs to.
+    share: gr.Textbox
+    arrived: gr.Textbox  # changes once what was set has reached all controls: asks for a preview
+    taken: gr.Textbox  # a run, point or link to restore: a query string, see page.js
+    query: gr.Textbox  # of the link to the present settings
+    tab: gr.Textbox  # key of the open tab
+    budget: gr.Textbox  # that the visitor has set last, in per cent, and when: see page.js
+    mine: gr.State  # the runs that the browser keeps, as records
+
+
+def _page_state() -> PageState:
+    fields = (
+        gr.Textbox("", visible="hidden", elem_id=name)
+        for name in ("share-kept", "arrived", "taken", "query", "open-tab", "budget-asked")
+    )
+    return PageState(gr.State(""), *fields, gr.State([]))
+
+
+def launch_kwargs() -> dict[str, Any]:
+    """What every launch of the page passes, so that tests and hosts serve the same one."""
+    return {
+        "theme": _theme(),
+        "css": CSS_VARIABLES,
+        "css_paths": sorted(assets_folder().glob("*.css")),
+        "head": "".join(f"<script>{script}</script>" for script in _scripts()),
+        # a saved plot carries plotly with it, so that it opens without a network
+        "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
+        "footer_links": ["api", "settings"],
+        "enable_monitoring": False,
+        "run_history": False,  # it would keep all that events give, in the place of the runs
+        "max_file_size": "1mb",
+        "strict_cors": True,
+    }
+
+
+def _scripts() -> list[str]:
+    """page.js first, whose functions the others use."""
+    files = sorted(assets_folder().glob("*.js"), key=lambda file: (file.stem != "page", file))
+    return [file.read_text(encoding="utf-8") for file in files if file.stem not in COMPONENTS]
+
+
+def _plotly_js(_: object) -> PlainTextResponse:
+    return PlainTextResponse(get_plotlyjs(), media_type="text/javascript")
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the visitor's own system, and secondary text that stays readable on a projector."""
+    subdued = {"body_text_color_subdued": "#565b63", "block_info_text_color": "#565b63"}
+    subdued |= {f"{name}_dark": "#b6bbc4" for name in list(subdued)}
+    return gr.themes.Default(
+        primary_hue=gr.themes.colors.slate,
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(**subdued)
+
+
+def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
+    """The page over a workbench. Its first model is loaded meanwhile, see `FirstModel`."""
+    workbench = workbench or Workbench()
+    first = FirstModel(workbench)
+    first.start()
+    with gr.Blocks(
+        title="mlpmoe", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as demo:
+        state, fields = _page_state(), run_fields()
+        picker = model_panel(host_allows_any_model())
+        sentence = gr.HTML("", elem_id="sentence")
+        with gr.Row(elem_id="instrument"):
+            with gr.Column(scale=1, min_width=290, elem_id="controls"):
+                convert = convert_panel()
+            with gr.Column(scale=4, min_width=320, elem_id="front"):
+                pictures = pictures_panel()
+                cards = cards_panel()
+                answer = answer_panel()
+        with gr.Tabs(elem_id="tabs") as tabs:
+            opened = {key: gr.Tab(name, id=key) for key, name in TABS.items()}
+            with opened["weights"]:
+                weights = weights_panel()
+            with opened["tokens"]:
+                tokens = tokens_panel()
+            with opened["runs"]:
+                trade_offs = trade_offs_panel()
+            with opened["suggest"]:
+                suggestions = suggest_panel()
+            with opened["lesson"]:
+                lesson = lesson_panel()
+            with opened["export"]:
+                export = export_panel()
+        with gr.Accordion("Glossary", open=False, elem_id="words"):
+            gr.Markdown(WORDS)
+        gr.Markdown(FOOTER, elem_id="footer")
+        add_endpoints(workbench)  # first, since a listener's name would be taken from them
+        looks = Looks()
+        handlers, model = Handlers(workbench, looks), state.model
+        spec = [model, *convert.settings]
+        shown = [
+            cards.perplexity, cards.nonzero, cards.compute, cards.speed, sentence, pictures.curve,
+            pictures.network,
+        ]  # fmt: skip
+        _wire_opening(demo, OpeningHandlers(workbench, first), state, picker, convert, tabs)
+        _wire_address(state, picker, convert, opened)
+        changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
+        _wire_measurement(
+            handlers, state, convert, pictures, weights, spec, [*shown, fields.measured], changed
+        )
+        _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
+        wire_answer(
+            AnswerHandlers(workbench, looks), answer, model, spec, convert.text, weights.layer,
+            pictures.network, changed,
+        )  # fmt: skip
+        wire_weights(
+            WeightsHandlers(workbench), weights, model, spec, state.tab,
+            [state.query, fields.measured], opened["weights"],
+        )  # fmt: skip
+        wire_suggest(
+            SuggestHandlers(workbench), model, suggestions, opened["suggest"], state.taken,
+            fields.measured,
+        )  # fmt: skip
+        wire_trade_offs(
+            TradeOffHandlers(workbench), model, convert.text, trade_offs, opened["runs"], fields,
+            state.mine,
+        )  # fmt: skip
+        wire_sweep(
+            SweepHandlers(workbench), model, convert.text, fields.stored, fields.measured,
+            trade_offs.sweep,
+        )  # fmt: skip
+        wire_paper(PaperHandlers(workbench), model, trade_offs.paper, opened["runs"])
+        wire_tokens(
+            TokenHandlers(workbench), model, spec, convert.text, fields.measured, tokens,
+            opened["tokens"], state.tab,
+        )  # fmt: skip
+        wire_lesson(
+            LessonHandlers(workbench), lesson, model, convert, state.query, sentence,
+            opened["lesson"],
+        )  # fmt: skip
+        wire_export(
+            ExportHandlers(workbench), export, model, convert.text, convert.settings, state.tab,
+            state.taken, demo,
+        )  # fmt: skip
+    _report_progress_on(demo, picker.title)
+    return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
+
+
+def _report_progress_on(demo: gr.Blocks, component: gr.HTML) -> None:
+    """Let hidden progress be reported to one component instead of to every output.
+
+    At each message of any event, Gradio's page tells all components that ever had some progress of
+    their state, and looks for each through the whole tree: that took 0.7 s of every step of a
+    slider. The first component of the page is found at once.
+    """
+    for fn in demo.fns.values():
+        if fn.show_progress == "hidden":
+            fn.show_progress_on = [component]
+
+
+def _wire_opening(
+    demo: gr.Blocks, handlers: OpeningHandlers, state: PageState, picker: ModelPanel,
+    convert: ConvertPanel, tabs: gr.Tabs,
+) -> None:  # fmt: skip
+    """What sets the controls: the link, a run that is restored, a preset, a loaded model."""
+    controls = [*convert.settings[:-1], state.share]
+    texts = [convert.text, convert.calibration]
+    shown = [picker.status, state.model, picker.note]
+    restored = [picker.name, *texts, *controls, tabs]
+    asked = [state.model, convert.branches, convert.keep, *texts]
+    loads = [*shown, convert.branches, convert.keep, state.share, *texts]
+    loading = {"concurrency_id": "load", **QUIET}
+    opened = demo.load(
+        readable(handlers.open_link), None, [state.taken, *shown, *restored],
+        concurrency_limit=None,  # visitors wait for the same model
+        **QUIET,
+    )  # fmt: skip
+    opened.then(None, js="() => mlpmoe.show()", **PRIVATE)
+    convert.preset.input(
+        readable(handlers.choose_preset),
+        [state.model, convert.preset, *convert.settings],
+        controls,
+        **QUIET,
+    )
+    convert.method.change(
+        readable(handlers.choose_method),
+        [state.model, *convert.settings, state.share, convert.budget],
+        [
+            convert.method, *convert.static, *convert.routed, convert.experts, convert.shared,
+            convert.own_share, convert.router, convert.keep, convert.active,
+        ],
+        **QUIET,
+    )  # fmt: skip
+    by_name = picker.load.click(
+        readable(handlers.load), [picker.name, *asked], loads, trigger_mode="once",
+        **loading,
+    )  # fmt: skip
+    by_run = state.taken.change(
+        readable(handlers.load_taken), [state.taken, *asked], loads,
+        **loading,
+    )  # fmt: skip
+    by_run = by_run.success(
+        readable(handlers.restore_taken), [state.taken, state.model], restored, **QUIET
+    )
+    for loaded in (by_name, by_run):
+        loaded.failure(
+            readable(handlers.load_failed), state.model,
+            [picker.name, picker.status, state.share], **QUIET,
+        )  # fmt: skip
+    for done in (opened, by_name, by_run):
+        done.then(None, None, state.arrived, js=ARRIVED, **PRIVATE)
+    convert.use_calibration.click(
+        readable(handlers.use_calibration), convert.own_text, convert.calibration, **QUIET
+    )
+    convert.use_text.click(readable(handlers.use_text), convert.own_text, convert.text, **QUIET)
+    uploaded = convert.own_file.upload(
+        readable(handlers.use_file), convert.own_file, convert.text, **QUIET
+    )
+    uploaded.failure(lambda: None, None, convert.own_file, **QUIET)
+
+
+def _wire_address(
+    state: PageState, picker: ModelPanel, convert: ConvertPanel, tabs: dict[str, gr.Tab]
+) -> None:
+    """The address follows the settings and the open tab; undo and redo go through what it was."""
+    for key, tab in tabs.items():
+        tab.select(None, None, state.tab, js=f"() => '{key}'", **PRIVATE)
+    gr.on(
+        [state.query.change, state.tab.change], None, [state.query, state.tab], convert.link,
+        js=ADDRESS, **PRIVATE,
+    )  # fmt: skip
+    picker.undo.click(None, js="() => mlpmoe.step(-1)", **PRIVATE)
+    picker.redo.click(None, js="() => mlpmoe.step(1)", **PRIVATE)
+
+
+def _wire_preview(
+    handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
+    weights: WeightsPanel, spec: list, shown: list,
+) -> Dependency:  # fmt: skip
+    """Every change shows its structure at once. `change`, not `release`: the keyboard counts."""
+    choices = [convert.fade_unit, convert.fade_schedule]
+    gr.on(
+        [choice.change for choice in choices], within_reach, choices,
+        [convert.fade, convert.fade_exponent], **QUIET,
+    )  # fmt: skip
+    state.budget.change(
+        readable(handlers.budget), [*spec, state.budget], [convert.keep, convert.active],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    return gr.on(
+        [component.change for component in (state.arrived, *spec[1:], convert.text)],
+        readable(handlers.preview),
+        [
+            *spec, convert.text, pictures.axis, state.mine, weights.layer, state.share,
+            convert.budget,
+        ],
+        [
+            convert.branches, convert.fade, convert.keep, state.share, convert.shared,
+            convert.budget, convert.preset, state.query, convert.snippet, pictures.axis, *shown,
+        ],
+        trigger_mode="always_last",
+        # One after the other: setting several controls at once asks for several previews, and an
+        # older one that took longer would end up on the page.
+        concurrency_limit=1,
+        **QUIET,
+    )  # fmt: skip
+
+
+def _wire_measurement(
+    handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
+    weights: WeightsPanel, spec: list, shown: list, changed: Dependency,
+) -> None:  # fmt: skip
+    """Perplexity and speed, as they sharpen by themselves; to the end on the button."""
+    inputs = [*spec, convert.text, pictures.axis, state.mine, weights.layer]
+    by_itself = changed.success(
+        readable(handlers.measure_live), inputs, shown,
+        trigger_mode="multiple", **IN_TURNS, **QUIET,
+    )  # fmt: skip
+    on_button = convert.measure.click(
+        readable(handlers.measure), inputs, shown, trigger_mode="once", **IN_TURNS, **QUIET
+    )
+    convert.stop.click(
+        readable(handlers.stop_measuring), inputs, shown, cancels=[by_itself, on_button], **QUIET
+    )
+    for measured in (by_itself, on_button):
+        measured.failure(readable(handlers.measuring_failed), inputs, shown, **QUIET)
+
+
+def _wire_pictures(
+    handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
+    weights: WeightsPanel, spec: list, tabs: gr.Tabs,
+) -> None:  # fmt: skip
+    """A click in the network looks at a layer or spares it; the axis of the curve is a choice."""
+    gr.on(
+        [pictures.axis.input, weights.layer.change, state.mine.change],
+        readable(handlers.look),
+        [*spec, convert.text, pictures.axis, state.mine, weights.layer],
+        [pictures.curve, pictures.network],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    state.model.change(readable(handlers.another_model), state.model, pictures.network, **QUIET)
+    pictures.network.click(
+        readable(handlers.picked), convert.spared, [weights.layer, convert.spared, tabs], **QUIET
+    )

@@ -1,0 +1,1 @@
+"""What a server holds for its visitors: models, texts, turns."""

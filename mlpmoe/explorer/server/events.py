@@ -1,0 +1,68 @@
+"""What all listeners of the page share: how they are registered, and how errors are shown."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import wraps
+from html import escape
+from inspect import isgeneratorfunction
+from typing import Any
+
+import gradio as gr
+
+from ...core.errors import UserError
+
+PRIVATE = {"api_visibility": "private"}
+QUIET = {**PRIVATE, "show_progress": "hidden"}
+# one at a time: whatever runs a model over a text
+MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
+# what takes turns step by step (see `turns.Turns`) needs no queue of its own
+IN_TURNS = {"concurrency_id": "in-turns", "concurrency_limit": 16}
+# a plot that was redrawn while its tab was hidden had no width to fit into
+RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50) }"
+
+logger = logging.getLogger(__name__)
+
+
+def readable(handler: Callable) -> Callable:
+    """Turn what a user can mend into a message on the page; log anything else and say so. And
+    leave the page as it is where a generator has nothing to say: Gradio would clear its outputs."""
+
+    def shown(error: Exception) -> gr.Error:
+        if isinstance(error, UserError):  # toasts show HTML, and a link can name an image in it
+            return gr.Error(sentence(error), title="Not possible", print_exception=False)
+        logger.exception("%s failed", handler.__name__)
+        return gr.Error(
+            "Something went wrong on the server; nothing was changed. Please try again.",
+            print_exception=False,
+        )
+
+    @wraps(handler)
+    def call(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise shown(error) from error
+
+    @wraps(handler)
+    def stream(*args: Any) -> Iterator[Any]:
+        try:
+            with closing(handler(*args)) as steps:
+                yield next(steps, gr.skip())  # one is enough for all outputs
+                yield from steps
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise shown(error) from error
+
+    return stream if isgeneratorfunction(handler) else call
+
+
+def sentence(error: UserError) -> str:
+    """The error's message as HTML, beginning with a capital."""
+    message = str(error)
+    return escape(message[:1].upper() + message[1:], quote=False)

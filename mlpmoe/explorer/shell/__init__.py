@@ -1,0 +1,1 @@
+"""The first screen: controls, links, sentence, cards and the three pictures."""

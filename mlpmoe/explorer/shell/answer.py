@@ -1,0 +1,227 @@
+"""The answer: dense and converted model go on from one prompt, and each word is tinted by how much
+likelier or unlikelier the conversion made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from html import escape
+from numbers import Integral, Real
+from time import monotonic, sleep
+from typing import Any
+
+import gradio as gr
+import torch
+
+from ...core.errors import UserError
+from ...core.stopping import stoppable
+from ...measure.quality.routing import routing
+from ...measure.quality.tokens import TokenChange, text_changes
+from ...measure.text.generation import Writing, encode_prompt, parted_at, write_side_by_side
+from ...models.catalogue import DEMO_KEY
+from ..server.asked import Conversion, spec_of
+from ..server.loaded import LoadedModel
+from ..server.looks import Looks
+from ..server.workbench import Workbench
+from .answer_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, QUESTIONS, STORIES
+from .front import network_of
+from .network import cells_used
+from .settings import parted, read_asked
+from .tint import Tint
+
+SETTLED = 0.8  # seconds for which a visitor looks at a setting before it is written with
+TICK = 0.1
+TURN = 0.4  # seconds of writing before others have theirs
+WRITING_SECONDS = 120.0  # after that, writing stops
+UPDATES_PER_SECOND = 20  # of streamed text, where nobody waits for a turn
+TEMPERATURE = 0.6  # for stories, which repeat themselves at 0
+SHOWN = 4  # outputs of `write`
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What both models wrote, with what each token of it is to both of them."""
+
+    writings: tuple[Writing, Writing]  # dense, converted
+    changes: tuple[list[TokenChange], list[TokenChange]]
+    # of the converted text, if the conversion routes: per token and layer the cells it ran
+    used: list[list[list[int]]] | None = field(default=None, repr=False)
+
+
+class AnswerHandlers:
+    """The events of the answer over one workbench."""
+
+    def __init__(self, workbench: Workbench, looks: Looks) -> None:
+        self.workbench, self.looks = workbench, looks
+
+    def another_model(self, model: str, prompt: str) -> tuple:
+        """Prompt and examples of the model's kind, and how it is best tried; empty panes. A prompt
+        of the visitor's own stays."""
+        loaded = self.workbench.loaded(model)
+        prompts = prompts_for(loaded)
+        ours = not prompt.strip() or prompt in (*STORIES, *QUESTIONS, *BEGINNINGS)
+        return (
+            prompts[0] if ours else gr.skip(),
+            gr.update(samples=[[example] for example in prompts]),
+            TEMPERATURE if prompts is STORIES else 0,
+            pane(""), pane(""), "",
+        )  # fmt: skip
+
+    def write(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple]:
+        """Dense text, converted text, report, and the network with what each token ran."""
+        yield from self._write(model, values, _never)
+
+    def write_by_itself(
+        self, request: gr.Request, follow: bool, model: str, *values: Any
+    ) -> Iterator[tuple]:
+        """The same once a setting has settled: the visitor looks at it for a while, and the
+        measurement, which converts, has begun. Nothing where they have gone on meanwhile, or do
+        not want it."""
+        settings, (text, *_) = parted(values)
+        loaded = self.workbench.loaded(model)
+        at = loaded.key, read_asked(loaded, settings), text
+        look = self.looks.of(request)
+        if not follow or look is None or look.at != at or look.stay.written:
+            return
+        look.stay.written = True
+        check, since = self.looks.check_stay(request, look.stay), monotonic()
+        with suppress(CancelledError):
+            while monotonic() - since < SETTLED or loaded.known_evaluation(*at[1:]) is None:
+                check()
+                if self.looks.of(request).failed:
+                    return
+                sleep(TICK)
+            yield from self._write(model, values, check)
+
+    def _write(self, model: str, values: tuple, check: Callable[[], None]) -> Iterator[tuple]:
+        """check: raises once nobody waits for it any more."""
+        settings, (_, prompt, tokens, temperature, layer) = parted(values)
+        check_writing(prompt, tokens, temperature)
+        loaded = self.workbench.loaded(model)
+        asked = read_asked(loaded, settings)
+        if not loaded.is_converted(asked):
+            for message in loaded.convert(asked):
+                yield gr.skip(), gr.skip(), f"<p>{escape(message)} …</p>", gr.skip()
+        for step in _answered(loaded, asked, (prompt, tokens, temperature), check):
+            if isinstance(step, Answer):
+                network = network_of(loaded, asked, layer, step.used) if step.used else gr.skip()
+                yield *_tinted(step), report(loaded, step), network
+            else:
+                yield *(pane(escape(text.lstrip())) for text in step), gr.skip(), gr.skip()
+
+
+def _never() -> None:
+    """Nobody has gone on."""
+
+
+def _answered(
+    loaded: LoadedModel,
+    asked: Conversion,
+    wish: tuple[str, int, float],
+    check: Callable[[], None],
+) -> Iterator[tuple[str, str] | Answer]:
+    """Both texts as they grow, then the answer. What the dense model wrote once is not written
+    again."""
+    known = loaded.answers.get((asked, wish))
+    if known is not None:
+        yield known
+        return
+    prompt, tokens, temperature = wish
+    dense, model = loaded.answers.get(wish), loaded.converted(asked)
+    models = (model,) if dense else (loaded.model, model)
+    started, writings, ended = monotonic(), (), False
+    steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
+    while not ended:
+        # nothing is yielded in it: a slow page would hold others up
+        with stoppable(check), loaded.turns.turn():
+            until = monotonic() + TURN
+            while not ended and monotonic() < until:
+                check()
+                step = next(steps, None)
+                ended = step is None
+                writings = writings if ended else (dense, *step) if dense else step
+        yield tuple(writing.text for writing in writings)
+        if monotonic() - started > WRITING_SECONDS:
+            gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
+            break
+    with stoppable(check), loaded.turns.turn():
+        answer = _scored(loaded, asked, prompt, writings)
+    if ended:  # else it may be written to its end another time
+        loaded.answers.put(wish, writings[0])
+        loaded.answers.put((asked, wish), answer)
+    yield answer
+
+
+def _scored(
+    loaded: LoadedModel, asked: Conversion, prompt: str, writings: tuple[Writing, Writing]
+) -> Answer:
+    """With the losses of both texts under both models."""
+    before = encode_prompt(loaded.tokenizer, prompt)[0].tolist()
+    pair = (loaded.model, loaded.converted(asked))
+    changes = tuple(
+        text_changes(pair, [*before, *writing.tokens], len(before), loaded.tokenizer)
+        for writing in writings
+    )
+    used = None
+    if spec_of(asked).routed and spec_of(asked).method != "neurons":
+        ids = torch.tensor([*before, *writings[1].tokens])
+        used = cells_used(routing(pair[1], ids))[len(before) :]
+    return Answer(writings, changes, used)
+
+
+def _tinted(answer: Answer) -> tuple[str, str]:
+    """Both texts with one scale. The words of a routed model carry their number: see answer.js."""
+    tint = Tint.of([change for some in answer.changes for change in some])
+    numbered = answer.used is not None
+    return (
+        pane(tint.spans(answer.changes[0])),
+        pane(
+            tint.spans(answer.changes[1], lambda n: f' data-token="{n}"' if numbered else "")
+        ),
+    )  # fmt: skip
+
+
+def pane(inner: str) -> str:
+    """A text as HTML, which `inner` is already."""
+    return f'<p class="loss">{inner.strip() or "…"}</p>'
+
+
+def report(loaded: LoadedModel, answer: Answer) -> str:
+    """The scale, and the first token in which the texts part."""
+    dense, converted = (writing.tokens for writing in answer.writings)
+    at = parted_at(dense, converted)
+    if at is None:
+        parting = "Both wrote the same, token for token."
+    else:
+        first, second = (
+            escape(repr(loaded.tokenizer.decode([tokens[at]]))) for tokens in (dense, converted)
+        )
+        parting = (
+            f"They part at token {at + 1}: dense writes <code>{first}</code>, converted "
+            f"<code>{second}</code>."
+        )
+    tint = Tint.of([change for some in answer.changes for change in some])
+    return f"{tint.legend()}<p>{parting}</p>"
+
+
+def prompts_for(loaded: LoadedModel) -> tuple[str, ...]:
+    """What the model can go on from."""
+    if loaded.key == DEMO_KEY:
+        return STORIES
+    return QUESTIONS if loaded.tokenizer.chat_template else BEGINNINGS
+
+
+def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:
+    """Raise UserError for what the components forbid, since the API can send anything."""
+    if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
+        raise UserError(f"the prompt must be a text of at most {MAX_PROMPT:,} characters.")
+    if not _is(Integral, tokens) or not 1 <= tokens <= MAX_NEW_TOKENS:
+        raise UserError(f"tokens must be a whole number between 1 and {MAX_NEW_TOKENS}.")
+    if not _is(Real, temperature) or not 0 <= temperature <= 2:
+        raise UserError("temperature must be a number between 0 and 2.")
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,0 +1,210 @@
+"""The plain sentence above the pictures: what was removed, what that costs, and what would do
+better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import floor, hypot, isfinite, log10
+
+from ...core.routed import ROUTED_METHODS
+from ...core.spec import PROJECTIONS, ConversionSpec
+from ...measure.notation import NBSP, NO_CHANGE, number
+from ...measure.quality.estimate import Evaluation
+from ...measure.runs.families import LEVEL, Estimate, Shares, best_at, family_of, removed_by
+from ...measure.runs.sweep import Run
+from ...measure.words import joined, spared_in_words
+
+TOO_MUCH = 1e5  # a ratio of perplexity beyond which a model says nothing any more
+SURE = 2.0  # standard errors
+
+
+def sentence(
+    spec: ConversionSpec,
+    shares: Shares | None,
+    known: Evaluation | Estimate | None,
+    runs: Sequence[Run] = (),
+    *,
+    toy: bool = False,
+    calibration: str = "",
+) -> str:
+    """HTML, about two lines of 120 characters.
+
+    shares: what the conversion leaves of the dense MLPs, counted or expected; None: not known yet.
+    known: what was measured so far, or an estimate, or nothing yet. runs: of the same model and
+    text. toy: whether the model hides most of the damage. calibration: what the page calls the
+    text that the conversion looks at.
+    """
+    if removed_by(spec) == 0:
+        if spec.routed:
+            return _html("Nothing is left out: every token meets all neurons.")
+        return _html("Nothing is removed: the branches add up to the dense model.")
+    cost = cost_axis(spec)
+    words = f"{_what(spec, shares)}{_spared(spec)}: {_damage(spec, known)}"
+    if spec.needs_calibration and calibration:
+        words += f", calibrated on {calibration}"
+    found = [f"{words}."]
+    if shares is not None:
+        found += _others(spec, known, runs, cost, shares.of(cost))
+    if toy:
+        found.append("A toy model hides most of the damage.")
+    return _html(" ".join(found))
+
+
+def cost_axis(spec: ConversionSpec) -> str:
+    """The cost that a spec saves, "compute" or "nonzero": single zeros save no multiply-adds, and
+    who routes keeps all weights."""
+    zeros = not spec.routed and spec.fades and spec.fade_unit != "neuron"
+    return "nonzero" if zeros else "compute"
+
+
+def _html(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _what(spec: ConversionSpec, shares: Shares | None) -> str:
+    """What the conversion does, as the beginning of a sentence."""
+    if spec.routed:
+        who = {"oracle": "An oracle (a bound)", "neurons": "The gate"}
+        who = who.get(family_of(spec), "A router")
+        return f"{who} picks {_percent(spec.active)} of the neurons for each token"
+    dropped, neurons = spec.branches - spec.kept, spec.fade_unit == "neuron"
+    gone = f"{_percent(1 - shares.nonzero)} of the MLP weights" if shares else ""
+    comma = f", {gone}" if gone else ""
+    if dropped and spec.fades:
+        verb = "fade drops neurons" if neurons else "fade zeroes weights"
+        return f"K drops {dropped} of {spec.branches} branches and {verb} of the others{comma}"
+    if dropped:
+        return f"K drops {dropped} of {spec.branches} branches{comma}"
+    if spec.pattern:
+        return f"{spec.fade_unit} zeros take {gone or 'MLP weights'}"
+    return f"Fade drops neurons{comma}" if neurons else f"Fade zeroes {gone or 'MLP weights'}"
+
+
+def _spared(spec: ConversionSpec) -> str:
+    layers = spec.spared_layers
+    if len(layers) > 3:
+        return f" ({len(layers)} layers kept dense)"
+    return f" ({spared_in_words(spec)})" if layers else ""
+
+
+def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
+    """What it costs in perplexity, and how sure that is."""
+    if known is None:
+        return "what that costs is not measured yet"
+    measured = _measured(spec, known)
+    if measured is None:
+        return (
+            f"perplexity about × {_short(known.ratio)} ({_short(known.low)} to "
+            f"{_short(known.high)}), estimated from neighbouring runs"
+        )
+    ratio, stderr, measurable = measured
+    if not measurable:
+        early = isinstance(known, Evaluation) and not known.settled
+        return f"{NO_CHANGE} of perplexity{' so far' if early else ''}"
+    if not isfinite(ratio) or ratio >= TOO_MUCH:
+        return f"it breaks the model, perplexity × {number(ratio)}"
+    value, error = _figures(ratio, stderr)
+    if ratio >= 2:
+        return f"this model is {value} times as perplexed{f' (±{NBSP}{error})' if error else ''}"
+    return f"perplexity × {value}{f' ±{NBSP}{error}' if error else ''}"
+
+
+def _measured(
+    spec: ConversionSpec, known: Evaluation | Estimate | None
+) -> tuple[float, float, bool] | None:
+    """Ratio, its error, and whether there is a change to speak of; None for a true estimate. One
+    that comes from a single run of this very spec is that run."""
+    if isinstance(known, Evaluation):
+        return known.change.ratio, known.change.stderr, known.change.measurable
+    if known is not None and [run.spec for run in known.of] == [spec]:
+        return known.of[0].ratio, known.of[0].stderr, _measurable(known.of[0])
+    return None
+
+
+def _measurable(run: Run) -> bool:
+    return not abs(run.ratio - 1) < SURE * run.stderr
+
+
+def _others(
+    spec: ConversionSpec, known: Evaluation | Estimate | None, runs: Sequence[Run], cost: str,
+    share: float,
+) -> list[str]:  # fmt: skip
+    """What the best other recipes at the same budget cost: of all; beside a router, of the static
+    ones; and without a calibration text, where the spec looks at none and the best does."""
+    others = [run for run in runs if run.spec != spec]
+    best = best_at(others, cost, share)
+    if best is None or share > 1 - LEVEL:
+        return []
+    budget = "at this compute" if cost == "compute" else "with as many zeros"
+    static = best_at(others, cost, share, "static") if spec.routed else None
+    beside = f"the best static recipe: {_ratio(static)}" if static else ""
+    if not _beaten(spec, known, best):
+        found = [f"No run {budget} is better."] if _measured(spec, known) else []
+        return [*found, f"{beside[:1].upper()}{beside[1:]}."] if beside else found
+    text = f"Best {budget}: {_name(best)}, {_ratio(best)}"
+    if best.spec.needs_calibration:
+        text += " (calibrated)"
+    if static is not None and static is not best:
+        return [f"{text}; {beside}."]
+    if best.spec.needs_calibration and not spec.needs_calibration:
+        plain = best_at(others, cost, share, "uncalibrated")
+        if plain is not None and known is not None and _beaten(spec, known, plain):
+            text += f"; uncalibrated: {_ratio(plain)}"
+    return [f"{text}."]
+
+
+def _beaten(spec: ConversionSpec, known: Evaluation | Estimate | None, run: Run) -> bool:
+    """Whether a run is better, as far as the errors tell; what cannot be deployed always is."""
+    if known is None or spec.router == "oracle":
+        return True
+    measured = _measured(spec, known)
+    if measured is None:
+        return run.ratio < known.ratio
+    errors = [error for error in (measured[1], run.stderr) if isfinite(error)]
+    return run.ratio < measured[0] - SURE * hypot(*errors, 0.0)
+
+
+def _figures(ratio: float, stderr: float) -> tuple[str, str]:
+    """A ratio and its error, to the first digit of that; "" for an error that is not known."""
+    if not (isfinite(stderr) and stderr > 0):
+        return _short(ratio), ""
+    digits = min(4, max(0, -floor(log10(stderr))))
+    return f"{ratio:,.{digits}f}", f"{stderr:,.{digits}f}"
+
+
+def _short(ratio: float) -> str:
+    """A ratio that is not known well."""
+    return f"{ratio:.2f}" if ratio < 2 else number(ratio, 2)
+
+
+def _ratio(run: Run) -> str:
+    if not _measurable(run):
+        return NO_CHANGE
+    return f"× {number(run.ratio) if run.ratio >= TOO_MUCH else _figures(run.ratio, run.stderr)[0]}"
+
+
+def _name(run: Run) -> str:
+    """A recipe in few words; how much it removes is known from the budget."""
+    spec = run.spec
+    if spec.routed:
+        return ROUTED_METHODS[spec.method].label
+    parts = []
+    if spec.kept < spec.branches:
+        order = "" if spec.order == "contiguous" else f" by {spec.order.replace('-', ' ')}"
+        parts.append(f"{spec.kept} of {spec.branches} branches{order}")
+    if spec.fades:
+        schedule = {"linear": "", "uniform": "evenly "}.get(spec.fade_schedule, "unevenly ")
+        where = (
+            "everywhere" if spec.projections == PROJECTIONS else f"in {joined(spec.projections)}"
+        )
+        parts.append(f"fade {schedule}{where}")
+        if spec.fade_score != "magnitude":
+            parts.append({"wanda": "Wanda", "sparsegpt": "SparseGPT"}[spec.fade_score])
+    if spec.compensation == "refit":
+        parts.append("refitted")
+    return ", ".join(parts)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}{NBSP}%"

@@ -1,0 +1,1 @@
+"""The tabs, a panel and its handlers each."""

@@ -1,0 +1,227 @@
+"""What happens on the tab Export: a conversion becomes a checkpoint, verified, zipped, handed out;
+and a conversion.json sets the controls again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from time import monotonic, time_ns
+from typing import Any
+
+import gradio as gr
+
+from ...checkpoints.check.record import read_spec_file
+from ...checkpoints.write.export import SAVED, Exported, export
+from ...core.calibration import check_disjoint
+from ...core.errors import UserError
+from ...models import CALIBRATIONS, find_entry, format_bytes
+from ..server.asked import Calibrated
+from ..server.background import in_thread
+from ..server.events import sentence
+from ..server.loaded import LoadedModel
+from ..server.texts import OWN_PREFIX, text_name
+from ..server.workbench import Workbench
+from ..shell.links import Link
+from ..shell.run_words import model_name, short_recipe
+from ..shell.settings import check_shown, read_asked
+from .export_panel import TAB
+from .export_plan import Wanted, check_room, command, dtype_choices, folder_name, plan
+from .export_result import Made, result, stale_note, zipped_files
+from .handed_out import HandedOut, workspace, zip_folder
+
+SHOWN = 5  # outputs of `make`
+SHOW_SECONDS = 2.0  # from which the time so far is shown
+OWN_CALIBRATION = "a text of its maker's own"
+
+
+@dataclass
+class _Job:
+    """A visitor's checkpoint that is being made."""
+
+    started: bool = False  # else it waits for its turn
+    stopping: bool = False
+
+
+class ExportHandlers:
+    """The events of the tab over one workbench."""
+
+    def __init__(self, workbench: Workbench) -> None:
+        self.workbench = workbench
+        self.handed_out = HandedOut()
+        self._jobs: dict[str, _Job] = {}  # by session
+
+    def describe(self, request: gr.Request, tab: str, model: str, *values: Any) -> tuple:
+        """What will be exported, the command, the number formats, and whether the result is of
+        other settings; all left alone while another tab is open."""
+        if tab != TAB:
+            return (gr.skip(),) * 4
+        loaded = self.workbench.loaded(model)
+        (form, dtype, text), settings = values[:3], values[3:]
+        try:
+            wanted = _wanted(loaded, form, dtype, settings)
+        except UserError as error:
+            problem = f'<p class="problem">{sentence(error)}</p>'
+            return problem, gr.skip(), gr.skip(), gr.skip()
+        made = self.handed_out.get(request.session_hash)
+        return (
+            plan(loaded, wanted),
+            command(loaded, wanted, text),
+            gr.update(choices=dtype_choices(loaded)),
+            stale_note(made) if made and made.wanted != wanted else "",
+        )
+
+    def begin(self, request: gr.Request) -> str:
+        """Take this visitor's turn; UserError if they have one already."""
+        if request.session_hash in self._jobs:
+            raise UserError("a checkpoint is being made for you already. Press Stop to end that.")
+        self._jobs[request.session_hash] = _Job()
+        return _status("waiting for its turn …")
+
+    def stop(self, request: gr.Request) -> str:
+        job = self._jobs.get(request.session_hash)
+        if job is None:
+            return ""
+        if not job.started:
+            del self._jobs[request.session_hash]
+            return _status("Stopped.")
+        job.stopping = True
+        return _status("stopping …")
+
+    def leave(self, request: gr.Request) -> None:
+        """The visitor has closed the page."""
+        self._jobs.pop(request.session_hash, _Job()).stopping = True
+        self.handed_out.forget(request.session_hash)
+
+    def failed(self) -> str:
+        return _status("Not made.")
+
+    def make(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple]:
+        """Status, note on other settings, result, download, how to open it. Stopped or failed, it
+        leaves what was there before."""
+        session = request.session_hash
+        job = self._jobs.get(session)
+        if job is None:  # stopped before its turn
+            yield _status("Stopped."), *(gr.skip(),) * (SHOWN - 1)
+            return
+        job.started = True
+        try:
+            last = yield from self._make(session, job, model, values)
+        finally:
+            if self._jobs.get(session) is job:
+                del self._jobs[session]
+        yield last  # no sooner: whoever reads it may press the button again
+
+    def _make(
+        self, session: str, job: _Job, model: str, values: tuple
+    ) -> Generator[tuple, None, tuple]:
+        """What is shown on the way; returns what is shown at the end."""
+        loaded = self.workbench.loaded(model)
+        (form, dtype, text), settings = values[:3], values[3:]
+        wanted = _wanted(loaded, form, dtype, settings)
+        started, unchanged = monotonic(), (gr.skip(),) * (SHOWN - 1)
+        found: list[Made] = []
+        with workspace() as folder, closing(_work(loaded, wanted, text, folder, found)) as work:
+            for message in work:
+                if job.stopping:
+                    return _status("Stopped."), *unchanged
+                yield _status(f"{message} …{_since(started)}"), *unchanged
+        made = found[0]
+        self.handed_out.put(session, made)
+        download = f"Download {made.zip.name} ({format_bytes(made.bytes)})"
+        return (
+            _status(f"Made and verified in {monotonic() - started:.0f} s."),
+            "",
+            result(made),
+            gr.update(value=str(made.zip), label=download, visible=True),
+            gr.update(value=made.record.opening(made.name), visible=True),
+        )
+
+    def open_record(self, path: str | None, model: str, text: str) -> tuple:
+        """What is to be restored (see `Link`), and a sentence; of a conversion.json that somebody
+        chose. UserError for other files."""
+        if path is None:
+            return (gr.skip(),) * 2
+        spec, base = read_spec_file(path), base_model(path)
+        check_shown(spec)
+        key = self._key_of(base, model)
+        if key == model or self.workbench.holds(key):
+            self.workbench.loaded(key).check_fits(spec)
+        shown = f"{model_name(key)}, {short_recipe(spec)}"
+        said = f"Set as in {Path(path).name}: {shown}."
+        if base and key != self._key_of(base, base):
+            said += f" It was made from {base:.80}, which is not loaded."
+        query = Link(key, spec, text, TAB).to_query()
+        return f"{query} {time_ns()}", _status(said)
+
+    def _key_of(self, base: str | None, otherwise: str) -> str:
+        """The key of the base model that a file names, where it can be loaded without asking."""
+        entry = find_entry(base) if base else None
+        if entry:
+            return entry.key
+        return base if base and self.workbench.holds(base) else otherwise
+
+
+def _wanted(loaded: LoadedModel, form: str, dtype: str, settings: tuple) -> Wanted:
+    """What the controls ask for; UserError for what cannot be."""
+    wanted = Wanted(loaded.key, read_asked(loaded, settings), form, dtype)
+    wanted.check()
+    return wanted
+
+
+def _work(
+    loaded: LoadedModel, wanted: Wanted, text: str, folder: Path, found: list[Made]
+) -> Iterator[str]:
+    """Convert, export below `folder`, zip; yields what is being done and adds to `found`."""
+    asked, name = wanted.asked, folder_name(wanted)
+    check_room(loaded, wanted, folder)
+    if isinstance(asked, Calibrated):
+        if text.startswith(OWN_PREFIX):
+            check_disjoint(asked.text, loaded.texts.read(text))
+        yield from loaded.convert(asked)
+        check_room(loaded, wanted, folder)
+    yield "reading the text"
+    encoded = yield from in_thread(lambda report: loaded.text(text))
+    exported = yield from _exported(loaded, wanted, text, encoded, folder / name)
+    yield "packing the zip"
+    file = yield from in_thread(lambda report: zip_folder(exported.folder))
+    found.append(Made(wanted, name, file, exported.bytes, zipped_files(file), exported.record))
+
+
+def _exported(
+    loaded: LoadedModel, wanted: Wanted, text: str, encoded: Any, folder: Path
+) -> Generator[str, None, Exported]:
+    calibration = None
+    if isinstance(wanted.asked, Calibrated) and wanted.spec.needs_calibration:
+        ours = CALIBRATIONS.get(wanted.asked.key)
+        calibration = f"{ours.label} of mlpmoe" if ours else OWN_CALIBRATION
+
+    def work(report: Any) -> Exported:
+        report("converting", None)
+        return export(
+            loaded.converted(wanted.asked), folder, tokenizer=loaded.tokenizer, text=encoded,
+            text_name=text_name(text), dense=loaded.model, calibration_name=calibration,
+            form=wanted.form, dtype=SAVED if wanted.dtype == SAVED else None, on_progress=report,
+        )  # fmt: skip
+
+    return (yield from in_thread(work))
+
+
+def base_model(path: str | Path) -> str | None:
+    """The base model that a conversion.json names, which `read_spec_file` has accepted."""
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    base = values.get("base_model")
+    name = base.get("name") if isinstance(base, dict) else None
+    return name if isinstance(name, str) and name.strip() else None
+
+
+def _since(started: float) -> str:
+    seconds = monotonic() - started
+    return f" {seconds:.0f} s" if seconds >= SHOW_SECONDS else ""
+
+
+def _status(text: str) -> str:
+    return f"<p>{escape(text[:1].upper() + text[1:])}</p>" if text else ""

@@ -1,0 +1,84 @@
+"""The tab that shows where the text breaks: its components and events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from ..server.events import MODEL_QUEUE, QUIET, RESIZE, readable
+from ..shell.sliders import LimitedSlider
+
+if TYPE_CHECKING:
+    from .tokens import TokenHandlers
+
+EMPTY = (
+    '<p class="empty">Here the text will be coloured by what the conversion does to each token. '
+    "It appears once the settings at the left are measured.</p>"
+)
+
+
+@dataclass(frozen=True)
+class TokensPanel:
+    worst: gr.HTML
+    text: gr.HTML
+    drift: gr.Plot
+    assumed: gr.Column  # what follows, of static conversions
+    layer: gr.Slider
+    branches: gr.HTML
+    norms: gr.Plot
+    correlations: gr.Plot
+
+
+def tokens_panel() -> TokensPanel:
+    gr.Markdown(
+        "#### Where the text breaks\n"
+        "The darker a token, the more surprised the converted model is by it than the dense one. "
+        "<u>Underlined</u> tokens became easier. Hold the pointer over a token for its figures."
+    )
+    worst = gr.HTML(EMPTY, elem_id="worst-sentences")
+    with gr.Accordion("The whole text", open=False, elem_id="whole-text"):
+        text = gr.HTML("", elem_id="coloured-text")
+    gr.Markdown(
+        "#### Where in depth it starts\n"
+        "How far the state of the converted model has drifted from that of the dense one after "
+        "each layer. Without a conversion the cosine is 1 and the error 0."
+    )
+    drift = gr.Plot(show_label=False, elem_id="drift")
+    with gr.Column() as assumed:
+        gr.Markdown(
+            "#### What √(B/K) assumes, branch by branch\n"
+            "The factor is right if the outputs of the branches are uncorrelated and zero on "
+            "average."
+        )
+        layer = LimitedSlider(0, 1, 0, step=1, precision=0, label="Layer", elem_id="tokens-layer")
+        branches = gr.HTML("", elem_id="branch-figures")
+        with gr.Row():
+            norms = gr.Plot(show_label=False, elem_id="branch-norms", min_width=320)
+            correlations = gr.Plot(show_label=False, elem_id="branch-correlations", min_width=320)
+    return TokensPanel(worst, text, drift, assumed, layer, branches, norms, correlations)
+
+
+def wire_tokens(
+    handlers: TokenHandlers, model: gr.State, spec: list, text: gr.Dropdown,
+    measured: gr.Textbox, panel: TokensPanel, tab: gr.Tab, open_tab: gr.Textbox,
+) -> None:  # fmt: skip
+    """The tab is filled in when it is opened, and again whenever something new is measured."""
+    inputs = [open_tab, *spec, text, panel.layer]
+    branches = [panel.assumed, panel.branches, panel.norms, panel.correlations]
+    gr.on(
+        [open_tab.change, measured.change],
+        readable(handlers.show),
+        inputs,
+        [panel.worst, panel.text, panel.drift, *branches],
+        trigger_mode="always_last",
+        **MODEL_QUEUE,
+        **QUIET,
+    )
+    panel.layer.change(
+        readable(handlers.branches), inputs, branches, trigger_mode="always_last", **MODEL_QUEUE,
+        **QUIET,
+    )  # fmt: skip
+    model.change(readable(handlers.another_model), model, panel.layer, **QUIET)
+    tab.select(None, js=RESIZE, api_visibility="private")

@@ -1,0 +1,259 @@
+"""What the conversion promises about speed and memory, measured against the dense model.
+
+Everything runs on a random model of the shape of the paper's small one, Qwen2.5-0.5B, and is
+given as a ratio within one run: two machines, or two runs on a busy one, agree about ratios only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from ...core.conversion import convert, loop_over_branches
+from ...core.mlps import MLPWeights, read_mlps
+from ...core.spec import ConversionSpec
+from ...core.static.schedule import branch_sparsities
+from .speed import Ratio, decode, forward, ratio, time_in_turn
+
+LAYERS = 24
+BRANCHES = 16
+FADE = 0.9
+KEEP = 8
+EXPERTS = 64
+HALF = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.5)
+QUARTER = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.25)
+NEURONS = ConversionSpec(method="neurons", active=0.25)
+ROUTED = {  # branches kept by the static conversion of the same width -> what is timed beside it
+    8: {f"half of {EXPERTS} experts": HALF},
+    4: {f"a quarter of {EXPERTS} experts": QUARTER, "a quarter of the neurons": NEURONS},
+}
+PUBLISHED_LAYERS = 2  # that the published fade is timed on; all layers cost the same
+WRITTEN = 16  # tokens per timed generation
+READ = 512  # tokens per timed forward pass
+
+
+@dataclass(frozen=True)
+class BenchLine:
+    """One thing that was measured, and what was hoped for."""
+
+    dtype: str
+    what: str
+    measured: Ratio  # in `unit`; the quartiles equal the median for what was measured once
+    unit: str = "×"  # "×": a ratio, "%": a share, also stored as a ratio; "s": seconds
+    target: float | None = None  # in `unit`
+    at_least: bool = False  # whether the target is a lower bound
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median keeps the target; None without one."""
+        if self.target is None:
+            return None
+        if self.at_least:
+            return self.measured.median >= self.target
+        return self.measured.median <= self.target
+
+
+def machine() -> dict[str, object]:
+    """What timings depend on beside the code."""
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    known = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_features": [name for name in known if features.get(name)],
+    }
+
+
+def bench(
+    dtype: torch.dtype = torch.float32,
+    layers: int = LAYERS,
+    rounds: int = 7,
+    report: Callable[[str], None] = lambda message: None,
+) -> Iterator[BenchLine]:
+    """Measure, and yield the lines as they are known; `report` is told what is being timed.
+
+    dtype: of the model. layers: fewer than 24 for a quick look; the head then weighs more.
+    rounds: at least 3, of which median and quartiles are taken.
+    """
+    report("building a random model")
+    yield from bench_model(random_model(dtype, layers), rounds, report)
+
+
+def random_model(dtype: torch.dtype, layers: int) -> PreTrainedModel:
+    """Qwen2.5-0.5B with random weights."""
+    config = Qwen2Config(
+        num_hidden_layers=layers,
+        hidden_size=896,
+        intermediate_size=4864,
+        vocab_size=151936,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(config).to(dtype).eval()
+
+
+def bench_model(
+    dense: PreTrainedModel, rounds: int, report: Callable[[str], None] = lambda message: None
+) -> Iterator[BenchLine]:
+    """The lines for one model."""
+    dtype = str(dense.dtype).removeprefix("torch.")
+    fused_spec = ConversionSpec(branches=BRANCHES)
+    report("converting")
+    yield from _conversion(dense, fused_spec, dtype, rounds)
+    report("fading")
+    yield _fade(dense, dtype, rounds)
+    fused = convert(dense, fused_spec)
+    kept = convert(dense, ConversionSpec(branches=BRANCHES, keep=KEEP))
+    contestants = [  # with the targets of generation and forward pass
+        (f"{BRANCHES} branches fused", fused, (1.05, 1.05)),
+        (f"{BRANCHES} branches in a loop", loop_over_branches(fused), (None, None)),
+        (f"first {KEEP} of {BRANCHES} branches", kept, (0.8, None)),
+    ]
+    actions = [
+        (f"generation, {WRITTEN} tokens", lambda model: decode(model, WRITTEN)),
+        (f"forward, {READ} tokens", lambda model: forward(model, READ)),
+    ]
+    for index, (doing, action) in enumerate(actions):
+        report(f"{doing}, {rounds} rounds")
+        models = [dense, *(model for _, model, _ in contestants)]
+        baseline, *others = time_in_turn([partial(action, model) for model in models], rounds)
+        for (name, _, targets), seconds in zip(contestants, others, strict=True):
+            measured = ratio(seconds, baseline)
+            yield BenchLine(dtype, f"{doing}: {name}, to dense", measured, target=targets[index])
+    for keep, specs in ROUTED.items():  # in groups: each routed model holds its own MLP weights
+        report(f"routed, {rounds} rounds")
+        yield from _routed(dense, keep, specs, dtype, rounds)
+
+
+def _conversion(
+    dense: PreTrainedModel, spec: ConversionSpec, dtype: str, rounds: int
+) -> Iterator[BenchLine]:
+    start = perf_counter()
+    converted = convert(dense, spec)
+    first = perf_counter() - start
+    mlp_bytes = sum(
+        parameter.nbytes for mlp in read_mlps(dense) for parameter in mlp.module.parameters()
+    )
+    yield BenchLine(
+        dtype,
+        f"convert, {BRANCHES} branches, no fade: new memory, of the MLPs'",
+        _once(new_bytes(dense, converted) / mlp_bytes),
+        unit="%",
+        target=0.001,
+    )
+    yield BenchLine(
+        dtype, f"convert, {BRANCHES} branches, no fade: first time", _once(first), unit="s"
+    )
+    (again,) = time_in_turn([lambda: convert(dense, spec)], rounds)
+    yield BenchLine(
+        dtype,
+        f"convert, {BRANCHES} branches, no fade: again",
+        ratio(again, [1.0] * rounds),
+        unit="s",
+        note="layers are proved only once",
+    )
+
+
+def _routed(
+    dense: PreTrainedModel,
+    keep: int,
+    specs: Mapping[str, ConversionSpec],
+    dtype: str,
+    rounds: int,
+) -> Iterator[BenchLine]:
+    """Routed generation, and how much of the time that the static conversion of the same width
+    saves in the same rounds. A forward pass of many tokens, where half of the neurons run."""
+    static = convert(dense, ConversionSpec(branches=BRANCHES, keep=keep))
+    routed = [convert(dense, spec) for spec in specs.values()]
+    doing = f"generation, {WRITTEN} tokens"
+    baseline, ideal, *others = time_in_turn(
+        [partial(decode, model, WRITTEN) for model in (dense, static, *routed)], rounds
+    )
+    could_save = [a - b for a, b in zip(baseline, ideal, strict=True)]
+    for (name, spec), seconds in zip(specs.items(), others, strict=True):
+        measured = ratio(seconds, baseline)
+        if spec.experts is None:
+            yield BenchLine(dtype, f"{doing}: {name} by their gate, to dense", measured)
+            continue
+        yield BenchLine(dtype, f"{doing}: {name}, routed, to dense", measured, target=1.0)
+        saved = [a - b for a, b in zip(baseline, seconds, strict=True)]
+        yield BenchLine(
+            dtype,
+            f"{doing}: {name}, of the ideal gain",
+            ratio(saved, could_save),
+            unit="%",
+            note=f"ideal: first {keep} of {BRANCHES} branches",
+        )
+    if keep == KEEP:
+        doing = f"forward, {READ} tokens"
+        baseline, *others = time_in_turn(
+            [partial(forward, model, READ) for model in (dense, *routed)], rounds
+        )
+        for name, seconds in zip(specs, others, strict=True):
+            what = f"{doing}: {name}, routed, to dense"
+            yield BenchLine(dtype, what, ratio(seconds, baseline))
+
+
+def _fade(dense: PreTrainedModel, dtype: str, rounds: int) -> BenchLine:
+    mlps = [mlp.weights for mlp in read_mlps(dense)]
+    timed = mlps[:PUBLISHED_LAYERS]
+    spec = ConversionSpec(branches=BRANCHES, fade=FADE)
+    published, ours = time_in_turn(
+        [lambda: published_fade(timed, BRANCHES, FADE), lambda: convert(dense, spec)], rounds
+    )
+    scale = len(mlps) / len(timed)
+    return BenchLine(
+        dtype,
+        f"fade {FADE}, {BRANCHES} branches: published loop, to convert()",
+        ratio([scale * seconds for seconds in published], ours),
+        target=50,
+        at_least=True,
+        note=f"loop timed on {len(timed)} of {len(mlps)} layers",
+    )
+
+
+@torch.no_grad()
+def published_fade(mlps: Sequence[MLPWeights], branches: int, strength: float) -> list[Tensor]:
+    """Gate and up of each MLP, faded as the paper prints it: a quantile in float32 per branch."""
+    faded = []
+    for mlp in mlps:
+        for weight in (mlp.gate, mlp.up):
+            pieces = []
+            sparsities = branch_sparsities(branches, strength)
+            for piece, sparsity in zip(weight.tensor_split(branches), sparsities, strict=True):
+                if sparsity > 0:
+                    magnitude = piece.abs().float()
+                    piece = piece * (magnitude > torch.quantile(magnitude, sparsity))
+                pieces.append(piece)
+            faded.append(torch.cat(pieces))
+    return faded
+
+
+def new_bytes(dense: nn.Module, converted: nn.Module) -> int:
+    """Bytes of the tensors of `converted` that are not memory of `dense`."""
+    known = _storages(dense)
+    return sum(size for place, size in _storages(converted).items() if place not in known)
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """Bytes of each storage, by address."""
+    tensors = chain(model.parameters(), model.buffers())
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _once(value: float) -> Ratio:
+    return Ratio(value, value, value)

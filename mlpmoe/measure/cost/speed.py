@@ -1,0 +1,126 @@
+"""Speed of several models as ratios within one run: timings of one run share its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+from transformers import PreTrainedModel
+
+from ...core.stopping import may_stop
+from ..text.decoding import read_on
+
+ROUNDS = 7
+LEAST_ROUNDS = 3  # before a ratio and its quartiles say anything
+
+
+def time_in_turn(actions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each action in each round, (actions, rounds), as `rounds_in_turn` takes them."""
+    return [list(times) for times in zip(*rounds_in_turn(actions, rounds), strict=True)]
+
+
+def rounds_in_turn(
+    actions: Sequence[Callable[[], object]],
+    rounds: int,
+    turn: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[tuple[float, ...]]:
+    """Seconds of each action, round by round.
+
+    Actions take turns and every second round runs backwards, so a drift of the machine's speed
+    hits all alike. One round beforehand warms up and is not counted. Each action runs within
+    `turn()`; waiting for that is not timed.
+    """
+    for round_ in range(-1, rounds):
+        seconds = [0.0] * len(actions)
+        order = range(len(actions))
+        for index in order if round_ % 2 == 0 else reversed(order):
+            with turn():
+                start = perf_counter()
+                actions[index]()
+                seconds[index] = perf_counter() - start
+        if round_ >= 0:
+            yield tuple(seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long something takes relative to a baseline: median and quartiles over the rounds."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+
+    @property
+    def measurable(self) -> bool:
+        """Whether 1, no difference, lies outside the quartiles."""
+        return not self.low <= 1 <= self.high
+
+
+def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Time relative to a baseline, round by round."""
+    low, middle, high = quantiles([a / b for a, b in zip(seconds, baseline, strict=True)], n=4)
+    return Ratio(middle, low, high)
+
+
+@torch.inference_mode()
+def forward(model: PreTrainedModel, tokens: int) -> None:
+    """One forward pass over a sequence of `tokens` tokens."""
+    ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
+    model(ids, use_cache=False)
+    _wait(model)
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, tokens: int, prompt: int = 16) -> None:
+    """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache. It may
+    stop before each of them."""
+    current, cache = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size, None
+    for _ in range(tokens):
+        may_stop()
+        logits, cache = read_on(model, current, cache)
+        current = logits.argmax(-1, keepdim=True)
+    _wait(model)
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """Writing speed of two models, batch 1, measured in turn."""
+
+    dense: float  # tokens per second, median
+    converted: float  # tokens per second: the dense median times the ratio
+    speedup: Ratio  # converted / dense, as speeds: above 1 is faster
+
+
+def decode_speed(
+    dense: PreTrainedModel, converted: PreTrainedModel, tokens: int = 16, rounds: int = ROUNDS
+) -> SpeedReport:
+    """Measure how fast the two models write, `tokens` tokens in each of `rounds` rounds."""
+    *_, report = decode_rounds(dense, converted, tokens, rounds)
+    return report
+
+
+def decode_rounds(
+    dense: PreTrainedModel, converted: PreTrainedModel, tokens: int = 16, rounds: int = ROUNDS
+) -> Iterator[SpeedReport | None]:
+    """`decode_speed` round by round: what is known after each, None before LEAST_ROUNDS. Whoever
+    takes the rounds may do something else between them."""
+    actions = [lambda: decode(dense, tokens), lambda: decode(converted, tokens)]
+    seconds: list[list[float]] = [[], []]
+    for spent in rounds_in_turn(actions, rounds):
+        for times, new in zip(seconds, spent, strict=True):
+            times.append(new)
+        if len(seconds[0]) < LEAST_ROUNDS:
+            yield None
+            continue
+        speedup = ratio(*seconds)
+        base = tokens / median(seconds[0])
+        yield SpeedReport(base, base * speedup.median, speedup)
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,1 @@
+"""Many conversions measured: runs, grids and files of them, searches and experiments."""

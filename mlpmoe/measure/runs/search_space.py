@@ -1,0 +1,211 @@
+"""The specs that a search proposes, as choices that fit a budget by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from ...core.presets import PRESETS
+from ...core.routed import ROUTED_METHODS
+from ...core.spec import MAX_FADE, ConversionSpec
+from ...core.static.schedule import branch_sparsities
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+    from .search import Budget
+
+BRANCHES = (16, 32, 64)  # what the search cuts into
+EXPERTS = (16, 32, 64)
+LEAST_SHARE, MOST_SHARE = 0.2, 0.98  # of the dense cost; the search looks no further
+AROUND = 0.15  # of the dense cost, below and above the budget
+LEAST_ACTIVE = 0.02  # share of single neurons below which nothing is left to choose
+
+
+@dataclass(frozen=True)
+class Space:
+    """Around one budget, for one model."""
+
+    budget: Budget
+    calibrated: bool
+    d_ff: int
+    gated: bool
+
+    def presets(self) -> Iterator[ConversionSpec]:
+        """Those that may be within the budget and remove something."""
+        for spec in PRESETS.values():
+            allowed = self.calibrated or not spec.needs_calibration
+            allowed &= spec.branches <= self.d_ff
+            allowed &= not (spec.fades and self.budget.cost == "compute")  # zeros save nothing
+            left = self._left(spec)
+            if allowed and left < 1 and (self.budget.ratio or left <= self.budget.share + 0.01):
+                yield spec
+
+    def _left(self, spec: ConversionSpec) -> float:
+        """About what share of the dense cost a preset has."""
+        left = spec.kept / spec.branches
+        if self.budget.cost == "nonzero" and spec.fade:
+            matrices = 3 if self.gated else 2
+            faded = sum(name != "gate" or self.gated for name in spec.projections)
+            shares = branch_sparsities(spec.branches, spec.fade, spec.fade_schedule)[: spec.kept]
+            left *= 1 - faded / matrices * sum(shares) / len(shares)
+        return left
+
+    def starts(self) -> Iterator[dict[str, object]]:
+        """Good recipes at the budget itself; a trial takes of them what it asks for."""
+        shares = [self.budget.share] if self.budget.share else [0.9, 0.75, 0.6]
+        if self.calibrated:  # the best of those that take little time, and the best
+            recipes = [("fluctuation", "mean", "wanda"), ("least-squares", "refit", "sparsegpt")]
+        else:
+            recipes = [("norm", "none", "magnitude")]
+        usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
+        usual |= {"branches": max(self._branches()), "allocation": "uniform"}
+        for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
+            if by in ("experts", "gate"):
+                continue
+            recipe = {"order": order, "compensation": compensation, "score": score}
+            yield usual | recipe | {"by": by, "share": share}
+        for by, share in product(self._by(), shares):
+            if by in ("experts", "gate"):
+                yield self._routed_start(by) | {"by": by, "share": share}
+
+    def spec(self, trial: Trial) -> ConversionSpec:
+        """The spec of a trial's choices."""
+        low, high = LEAST_SHARE, MOST_SHARE
+        if self.budget.share:
+            low = max(low, self.budget.share - AROUND)
+            high = min(high, self.budget.share + AROUND)
+        by = trial.suggest_categorical("by", self._by())
+        share = trial.suggest_float("share", low, high)
+        if by == "gate":
+            return self._by_gate(trial, share)
+        if by == "experts":
+            return self._by_experts(trial, share)
+        fields: dict[str, object] = {"branches": min(BRANCHES[0], self.d_ff)}
+        if by == "keep and weights":
+            kept = share ** trial.suggest_float("part", 0.1, 0.9)
+        else:
+            kept = share if by == "keep" else 1.0
+        if by in ("keep", "keep and weights"):
+            branches = trial.suggest_categorical("branches", self._branches())
+            keep = max(1, min(int(branches * kept + 1e-9), branches - 1))
+            order = trial.suggest_categorical("order", self._orders())
+            fields |= {"branches": branches, "keep": keep, "order": order}
+            kept = keep / branches
+        if by in ("keep", "keep and weights") or self.calibrated:
+            fields["compensation"] = trial.suggest_categorical("compensation", self._fills())
+        if by != "keep":
+            keep = fields.get("keep", fields["branches"])
+            fields |= self._fade(trial, by, min(1.0, share / kept), fields["branches"], keep)
+        if self.calibrated:
+            fields["allocation"] = trial.suggest_categorical(
+                "allocation", ["uniform", "sensitivity"]
+            )
+        return ConversionSpec(**fields).canonical()
+
+    def _fade(
+        self, trial: Trial, by: str, left: float, branches: int, keep: int
+    ) -> dict[str, object]:
+        """The fields of a fade that leaves this share of the kept weights or neurons."""
+        schedule = trial.suggest_categorical("schedule", ["uniform", "linear"])
+        fields = {"fade_schedule": schedule}
+        fields["fade_score"] = trial.suggest_categorical("score", self._scores())
+        zeros = 1 - left
+        if by == "neurons":
+            fields["fade_unit"] = "neuron"
+        elif trial.suggest_categorical("projections", ["all", "gate and up"]) == "all":
+            fields["fade_projections"] = "gate-up-down"
+        else:
+            zeros *= 1.5 if self.gated else 2.0
+        return fields | {"fade": _strength(zeros, branches, keep, schedule)}
+
+    def _by(self) -> list[str]:
+        everything = ["weights", "keep", "keep and weights", "neurons"]
+        if self.budget.cost == "nonzero":  # who routes keeps all weights
+            return everything
+        return ["keep", "neurons", "gate", *(["experts"] if self._experts() else [])]
+
+    @property
+    def matrices(self) -> int:
+        """Of an MLP."""
+        return 3 if self.gated else 2
+
+    def _routed_start(self, by: str) -> dict[str, object]:
+        """The best that is known: what looks at a text, where it may."""
+        choice = {"selection": "threshold", "fill": "mean"} if self.calibrated else {}
+        if by == "gate":
+            return choice | {"gate": "gate-norm"}
+        method = self._methods()[0]
+        return choice | {"method": method, "experts": max(self._experts()), "fitted": True}
+
+    def _by_gate(self, trial: Trial, share: float) -> ConversionSpec:
+        """Single neurons: the first matrix is computed in full."""
+        active = (self.matrices * share - 1) / (self.matrices - 1)
+        return ConversionSpec(
+            method="neurons",
+            active=round(max(LEAST_ACTIVE, active), 6),
+            router=trial.suggest_categorical("gate", ["gate", "gate-norm"]),
+            **self._selection(trial),
+        )
+
+    def _by_experts(self, trial: Trial, share: float) -> ConversionSpec:
+        """Experts, of whose compute the router takes its part."""
+        method = trial.suggest_categorical("method", self._methods())
+        experts = trial.suggest_categorical("experts", self._experts())
+        running = max(1, int((share - experts / (self.matrices * self.d_ff)) * experts + 1e-9))
+        router = {}
+        if self.calibrated and trial.suggest_categorical("fitted", [True, False]):
+            router = {"router": "regression"}
+        return ConversionSpec(
+            method=method, experts=experts, active=min(1.0, running / experts),
+            **router, **self._selection(trial),
+        )  # fmt: skip
+
+    def _selection(self, trial: Trial) -> dict[str, object]:
+        if not self.calibrated:
+            return {}
+        return {
+            "selection": trial.suggest_categorical("selection", ["topk", "threshold"]),
+            "compensation": trial.suggest_categorical("fill", ["none", "mean"]),
+        }
+
+    def _methods(self) -> list[str]:
+        """That share neurons out to experts; what shares some always needs a calibration text."""
+        best = ["coactivation", "expertweaver"] if self.calibrated else []
+        plain = [
+            name for name, method in ROUTED_METHODS.items()
+            if method.partition and not method.calibrated
+        ]  # fmt: skip
+        return best or plain
+
+    def _experts(self) -> list[int]:
+        return [count for count in EXPERTS if self.d_ff % count == 0]
+
+    def _branches(self) -> list[int]:
+        return [b for b in BRANCHES if b <= self.d_ff] or [self.d_ff]
+
+    def _orders(self) -> list[str]:
+        more = ["activation", "fluctuation", "least-squares"] if self.calibrated else []
+        return ["contiguous", "norm", *more]
+
+    def _fills(self) -> list[str]:
+        return ["sqrt", "none", *(["mean", "refit", "alpha"] if self.calibrated else [])]
+
+    def _scores(self) -> list[str]:
+        return ["magnitude", *(["wanda", "sparsegpt"] if self.calibrated else [])]
+
+
+def _strength(zeros: float, branches: int, keep: int, schedule: str) -> float:
+    """The fade that zeroes this share in the mean over the kept branches, as far as there is one;
+    three digits are enough for a person to read."""
+    low, high = 0.0, MAX_FADE
+    for _ in range(30):
+        middle = (low + high) / 2
+        shares = branch_sparsities(branches, middle, schedule)[:keep]
+        if sum(shares) / keep < zeros:
+            low = middle
+        else:
+            high = middle
+    return min(MAX_FADE, round(high + 5e-4, 3))
