@@ -227,6 +227,21 @@ def wait_for_answer(page) -> None:
     page.wait_for_selector("#writing-report p:last-child")
 
 
+def wait_for_new_answer(page, old: str) -> None:
+    """The converted model has written something else than `old`, see `answer`, to its end: only
+    then are its words tinted, and nothing of the page is left to come."""
+    page.wait_for_function(
+        "old => { const text = document.querySelector('#converted-text .loss');"
+        " return text?.children.length && text.innerHTML !== old; }",
+        arg=old,
+    )
+
+
+def answer(page) -> str:
+    """What the converted model wrote, with its tints."""
+    return page.evaluate("document.querySelector('#converted-text .loss')?.innerHTML ?? ''")
+
+
 def answers(page) -> tuple[str, str]:
     """What the dense and the converted model wrote."""
     return page.inner_text("#dense-text"), page.inner_text("#converted-text")

@@ -13,6 +13,7 @@ from mlpmoe.core.static.order import ORDERS
 from tests.browser.on_the_page import (
     HERE,
     ON_THE_CURVE,
+    answer,
     answers,
     choose,
     click_in_network,
@@ -30,6 +31,7 @@ from tests.browser.on_the_page import (
     wait_for_choice,
     wait_for_exactly,
     wait_for_here,
+    wait_for_new_answer,
     wait_for_new_figure,
     wait_for_other_picture,
     wait_for_other_text,
@@ -179,6 +181,8 @@ def test_a_layer_is_spared(open_page, take_picture):
     keyboard."""
     page = open_page("?keep=8")
     costly = figure(page, "compute")
+    wait_for_answer(page)
+    written = answer(page)
     open_accordion(page, "more")
     page.locator("#spared input, #spared textarea").wait_for()
     click_in_network(page, 3, DEMO_LAYERS)
@@ -194,6 +198,7 @@ def test_a_layer_is_spared(open_page, take_picture):
     wait_for_value(page, "budget", 56)  # half of seven layers, and one
     wait_until_measured(page)
     spared = {card: figure(page, card) for card in ("perplexity", "nonzero", "compute")}
+    wait_for_new_answer(page, written)
     take_picture(page, "spared")
 
     page.reload()
@@ -233,7 +238,7 @@ def test_another_method(open_page, take_picture):
     headings = page.locator("h3, h4").all_inner_texts()
     assert len([words for words in headings if "perplexity" in words.lower()]) == 1
     wait_for_here(page, 76, near=4)  # with what the routers cost
-    page.wait_for_selector("#split .bars .point")
+    page.wait_for_selector("#split .bars .point", state="attached")  # some are of nothing
     assert page.locator("#words-by-expert [data-cells]").count() > 20
     take_picture(page, "routed")
 
@@ -263,6 +268,8 @@ def test_two_models_write(open_page, take_picture):
     """A teacher cuts the model in half and both go on by themselves; asks them something else;
     stops a long text; forgets the prompt and is told so."""
     page = open_page("?branches=16&keep=8")
+    open_accordion(page, "writing-options")
+    wait_for_value(page, "tokens", 48)
     wait_for_answer(page)
     first = answers(page)
     assert first[0] != first[1]
@@ -274,11 +281,12 @@ def test_two_models_write(open_page, take_picture):
     wait_until_still(page, "#converted-text")
     take_picture(page, "side-by-side")
 
-    open_accordion(page, "writing-options")
     slider(page, "tokens").focus()
     page.keyboard.press("End")
+    wait_for_value(page, "tokens", 256)
     slider(page, "temperature").focus()
     page.keyboard.press("End")
+    wait_for_value(page, "temperature", 1.5)
     before = answers(page)[0]
     page.click("#write")
     wait_for_other_text(page, "#dense-text", before)
