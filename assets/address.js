@@ -2,6 +2,7 @@
 // step that Back undoes. And the settings themselves can be undone and done again.
 (() => {
   const SETTLED = 2000; // milliseconds: changes that follow faster are one step
+  const ON_THE_WAY = 10000; // at most
   const WRITTEN_IN =
     "input:not([type=range], [type=radio], [type=checkbox]), textarea, [contenteditable=true]";
   const steps = []; // queries
@@ -9,7 +10,8 @@
   let changed = 0; // when the last step was changed
   let shownTab = null;
   let pushes = false; // whether what comes next is a step of the browser
-  let restored = null; // the query that is being gone back to
+  let restored = null; // the query, and the tab if it is known, that are being gone back to
+  let last = null; // what `address` was asked last
 
   // What hosts the page in a frame of its own shows this as its address.
   const tell = (search) => {
@@ -18,8 +20,6 @@
   };
 
   const remember = (query) => {
-    if (restored !== null && query !== restored) return; // on the way
-    restored = null;
     if (query === steps[at]) return;
     const now = Date.now();
     if (at > 0 && now - changed < SETTLED) steps[at] = query;
@@ -39,8 +39,12 @@
   // The link to what the page shows; tab: its key, first: of the tab that needs no name.
   const address = (query, tab, first) => {
     if (!query) return "";
-    remember(query);
+    last = [query, tab, first];
     const search = `?${query}${tab === first ? "" : `&tab=${tab}`}`;
+    const link = location.origin + location.pathname + search;
+    if (restored && (query !== restored.query || (restored.tab ?? tab) !== tab)) return link; // on the way
+    restored = null;
+    remember(query);
     const other = search !== location.search;
     if (other || !history.state?.query) { // a link that was opened has no state to go back to
       const further = other && (pushes || (shownTab !== null && shownTab !== tab));
@@ -49,14 +53,19 @@
     }
     pushes = false;
     shownTab = tab;
-    return location.origin + location.pathname + search;
+    return link;
   };
 
   // Until the page shows it, what it shows is on the way and no step of its own.
   const go = (query, tab) => {
-    restored = query;
+    const now = { query, tab };
+    restored = now;
     changed = 0;
-    setTimeout(() => { if (restored === query) restored = null; }, 5000);
+    setTimeout(() => {
+      if (restored !== now) return;
+      restored = null;
+      if (last) address(...last); // the visitor has gone on meanwhile
+    }, ON_THE_WAY);
     mlpmoe.send("taken", `${query}${tab ? `&tab=${tab}` : ""} ${Date.now()}`);
     mark();
   };
