@@ -35,7 +35,7 @@ ACCORDIONS = ("more", "text-choice", "share", "writing-options", "words")
 ORDER = [
     "model", "load", "undo", "redo", "method", "preset", "branches", "fade", "keep", "budget",
     "measure", "stop-measuring", "more", "text-choice", "share", "axis", "curve", "network",
-    "prompt", "write", "stop-writing", "examples", "writing-options", "tabs", "layer",
+    "prompt", "write", "stop-writing", "examples", "panes", "writing-options", "tabs", "layer",
     "projection", "words",
 ]  # fmt: skip
 UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, button, [role=button]')]

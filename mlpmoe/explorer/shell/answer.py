@@ -185,7 +185,8 @@ def _tinted(answer: Answer) -> tuple[str, str]:
 
 def pane(inner: str) -> str:
     """A text as HTML, which `inner` is already."""
-    return f'<p class="loss">{inner.strip() or "…"}</p>'
+    # with a place in the order of the keyboard, from which a long text is scrolled
+    return f'<p class="loss" tabindex="0">{inner.strip() or "…"}</p>'
 
 
 def report(loaded: LoadedModel, answer: Answer) -> str:
