@@ -132,7 +132,7 @@ def test_each_word_has_the_experts_that_it_runs(tab, demo, layer):
             chosen.shared + expert for expert in chosen.chosen[position].nonzero()[:, 0].tolist()
         }
         assert {*map(int, cells.split())} == ran
-        assert unescape(text) == demo.tokenizer.decode([token])
+        assert unescape(text) == demo.tokenizer.decode([token], skip_special_tokens=True)
     popular = chosen.favourite.bincount()
     assert f"expert {chosen.shared + int(popular.argmax())}," in about
 
