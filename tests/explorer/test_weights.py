@@ -125,14 +125,16 @@ def test_each_word_has_the_experts_that_it_runs(tab, demo, layer):
     words, about = tab.show("weights", *values(layer, **ROUTED))[5:]
     chosen = found[min(layer, 1)]
     spans = re.findall(r'<span data-cells="([\d ]*)">(.*?)</span>', words, re.DOTALL)
-    ids = demo.routing_ids[: len(spans)].tolist()
+    ids = demo.routing_ids.tolist()
+    special = demo.tokenizer.all_special_ids  # which are no words
+    shown = [(p, token) for p, token in enumerate(ids) if token not in special][: len(spans)]
     assert len(spans) > 100
-    for position, ((cells, text), token) in enumerate(zip(spans, ids, strict=True)):
+    for (cells, text), (position, token) in zip(spans, shown, strict=True):
         ran = {*range(chosen.shared)} | {
             chosen.shared + expert for expert in chosen.chosen[position].nonzero()[:, 0].tolist()
         }
         assert {*map(int, cells.split())} == ran
-        assert unescape(text) == demo.tokenizer.decode([token], skip_special_tokens=True)
+        assert unescape(text) == demo.tokenizer.decode([token])
     popular = chosen.favourite.bincount()
     assert f"expert {chosen.shared + int(popular.argmax())}," in about
 

@@ -69,7 +69,8 @@ def tokens_by_expert(
         ran = chosen.chosen[position].nonzero()[:, 0] + chosen.shared
         cells = " ".join(map(str, [*range(chosen.shared), *ran.tolist()]))
         text = escape(loaded.tokenizer.decode([token], skip_special_tokens=True))
-        spans.append(f'<span data-cells="{cells}">{text}</span>')
+        if text:
+            spans.append(f'<span data-cells="{cells}">{text}</span>')
     most = torch.bincount(chosen.favourite, minlength=experts)
     return (
         f'<div class="tokens" data-layer="{layer}">{"".join(spans)}</div>',
