@@ -47,16 +47,17 @@ UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, butto
 WATCH = """selectors => {
     window.heights = {};
     window.watcher?.disconnect();
+    const names = new Map();  // the page may draw attributes anew
     const seen = window.watcher = new ResizeObserver(entries => {
         for (const {target} of entries) {
             const now = target.getBoundingClientRect().height;
-            const [low, high] = heights[target.dataset.watched] ?? [now, now];
-            heights[target.dataset.watched] = [Math.min(low, now), Math.max(high, now)];
+            const [low, high] = heights[names.get(target)] ?? [now, now];
+            heights[names.get(target)] = [Math.min(low, now), Math.max(high, now)];
         }
     });
     for (const selector of selectors)
         document.querySelectorAll(selector).forEach((element, i) => {
-            element.dataset.watched = `${selector} ${i}`;
+            names.set(element, `${selector} ${i}`);
             seen.observe(element);
         });
 }"""
