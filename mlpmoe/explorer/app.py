@@ -348,7 +348,7 @@ def _wire_pictures(
 ) -> None:  # fmt: skip
     """A click in the network looks at a layer or spares it; the axis of the curve is a choice."""
     gr.on(
-        [pictures.axis.change, weights.layer.change, state.mine.change],
+        [pictures.axis.input, weights.layer.change, state.mine.change],
         readable(handlers.look),
         [*spec, convert.text, pictures.axis, state.mine, weights.layer],
         [pictures.curve, pictures.network],

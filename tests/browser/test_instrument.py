@@ -522,8 +522,8 @@ def focus_is_visible(page) -> bool:
 
 
 def test_by_keyboard(open_page):
-    """Somebody without a mouse moves K, looks into a layer, opens the runs, pins one and restores
-    another."""
+    """Somebody without a mouse moves K, looks over the other axis and into a layer, opens the
+    runs, pins one and restores another."""
     page = open_page("?fade=0.9")
     wait_for_stored_runs(page, 1)
     press_until(page, "Tab", "keep")
@@ -538,6 +538,15 @@ def test_by_keyboard(open_page):
     wait_for_stored_runs(page, 2)
     wait_until_measured(page)
 
+    press_until(page, "Tab", "axis")
+    while page.evaluate("document.activeElement.checked"):
+        page.keyboard.press("Tab")  # each choice is a stop of its own
+    assert focus_is_visible(page)
+    before = page.text_content("#curve .xtitle")
+    page.keyboard.press("Space")
+    page.wait_for_function(
+        "old => document.querySelector('#curve .xtitle')?.textContent !== old", arg=before
+    )
     press_until(page, "Tab", "network")
     assert focus_is_visible(page)
     for key in ("ArrowRight", "ArrowRight", "Enter"):
