@@ -26,6 +26,19 @@ METHOD = RoutedMethod(
 )
 
 
+def compute_share(active: float, matrices: int) -> float:
+    """What is left of an MLP's multiply-adds where this share of its neurons runs.
+
+    matrices: 3 of an MLP with a gate, 2 of one without. One is computed in full: it chooses."""
+    return (1 + (matrices - 1) * active) / matrices
+
+
+def active_share(compute: float, matrices: int) -> float:
+    """The share of the neurons that leaves this share of the multiply-adds; at most 0 where the
+    matrix that chooses takes more than that."""
+    return (matrices * compute - 1) / (matrices - 1)
+
+
 def build(weights: MLPWeights, spec, layer: LayerActivations | None) -> NeuronMLP:
     """The module for one MLP: |φ(gate x)| of a neuron is its score, with the router "gate-norm"
     times the length of its column of down."""

@@ -14,6 +14,7 @@ import gradio as gr
 from ...core.checks import layer_numbers
 from ...core.errors import UserError
 from ...core.routed import ROUTED_METHODS
+from ...core.routed.neurons import active_share, compute_share
 from ...core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from ...core.static.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..server.asked import Conversion
@@ -274,9 +275,8 @@ def _at_budget(loaded: LoadedModel, used: dict[str, Any], budget: float) -> floa
     share = (budget / 100 - spared) / (1 - spared) if spared < 1 else 1.0
     if used["method"] not in ROUTED_METHODS:
         return max(1, min(used["branches"], floor(used["branches"] * share + 0.5)))
-    if ROUTED_METHODS[used["method"]].partition is None:  # the gate is computed in full
-        matrices = len(loaded.projections)
-        share = (matrices * share - 1) / (matrices - 1)
+    if ROUTED_METHODS[used["method"]].partition is None:
+        share = active_share(share, len(loaded.projections))
     return max(LEAST_ACTIVE, min(1.0, round(round(share / ACTIVE_STEP) * ACTIVE_STEP, 4)))
 
 
@@ -287,8 +287,7 @@ def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
     if used["method"] not in ROUTED_METHODS:
         share /= used["branches"]
     elif ROUTED_METHODS[used["method"]].partition is None:
-        matrices = len(loaded.projections)
-        share = (1 + (matrices - 1) * share) / matrices
+        share = compute_share(share, len(loaded.projections))
     return spared + (1 - spared) * share
 
 

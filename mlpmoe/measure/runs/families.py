@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import exp, isfinite, log
 
+from ...core.routed.neurons import compute_share
 from ...core.spec import ConversionSpec
 from ...core.static.schedule import DEFAULT_EXPONENT, branch_sparsities
 from .search import Budget
@@ -68,15 +69,15 @@ def cost_of(run: Run, cost: str) -> float:
 def expected_shares(spec: ConversionSpec, gated: bool = True) -> Shares:
     """What the spec asks for, before anything is converted: biases, α and routers aside, and
     spared layers not reckoned with. gated: whether MLPs have a gate beside up and down."""
+    matrices = ("gate", "up", "down") if gated else ("up", "down")
+    if spec.method == "neurons":
+        return Shares(1.0, compute_share(spec.active, len(matrices)))
     if spec.routed:
-        matrices = 3 if gated else 2
-        full = 1 / matrices if spec.method == "neurons" else 0.0  # the gate, computed in full
-        return Shares(1.0, full + (1 - full) * spec.active)
+        return Shares(1.0, spec.active)
     kept = spec.kept / spec.branches
     left = kept * (1 - _sparsity(spec))
     if spec.fade_unit == "neuron":
         return Shares(left, left)
-    matrices = ("gate", "up", "down") if gated else ("up", "down")
     fading = sum(name in spec.projections for name in matrices) / len(matrices)
     return Shares(kept - (kept - left) * fading, kept)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...core.presets import PRESETS
 from ...core.routed import ROUTED_METHODS
+from ...core.routed.neurons import active_share
 from ...core.spec import MAX_FADE, ConversionSpec
 from ...core.static.schedule import branch_sparsities
 
@@ -141,11 +142,10 @@ class Space:
         return choice | {"method": method, "experts": max(self._experts()), "fitted": True}
 
     def _by_gate(self, trial: Trial, share: float) -> ConversionSpec:
-        """Single neurons: the first matrix is computed in full."""
-        active = (self.matrices * share - 1) / (self.matrices - 1)
+        """Single neurons."""
         return ConversionSpec(
             method="neurons",
-            active=round(max(LEAST_ACTIVE, active), 6),
+            active=round(max(LEAST_ACTIVE, active_share(share, self.matrices)), 6),
             router=trial.suggest_categorical("gate", ["gate", "gate-norm"]),
             **self._selection(trial),
         )

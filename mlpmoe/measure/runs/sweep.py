@@ -15,6 +15,7 @@ from ...core.checks import shown
 from ...core.conversion import convert_all
 from ...core.errors import SpecError, UserError
 from ...core.mlps import read_mlps
+from ...core.routed.neurons import active_share
 from ...core.spec import ConversionSpec
 from ...core.stopping import stoppable
 from ...core.visiting import Observed
@@ -241,8 +242,7 @@ def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, Conver
             "coactivation", BOUND, router="oracle", compensation="mean"
         ),
     }
-    matrices = 3 if gated else 2
-    share = (matrices * active - 1) / (matrices - 1)
+    share = active_share(active, matrices=3 if gated else 2)
     if share > 0.005:
         for name, choices in {
             "Neurons, top-k (AbsTopK-GLU)": {},
