@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from hashlib import sha256
 from math import inf
 from typing import Any
@@ -50,7 +51,7 @@ class Record:
         """The same for the same model, text and spec: measuring again replaces a run."""
         return sha256(self.query.encode()).hexdigest()[:12]
 
-    @property
+    @cached_property  # a curve asks for those of all its runs, several times a second
     def query(self) -> str:
         """The link's query string that restores the run; one that comes with the project was
         measured on a text that is not here, and is restored on the model's own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import PurePath
 
 from ...core.spec import ConversionSpec
@@ -15,6 +16,7 @@ def short_recipe(spec: ConversionSpec) -> str:
     return in_short(spec).replace(" · fade 0.00", "")
 
 
+@lru_cache(maxsize=1024)  # a curve asks for those of all its runs, several times a second
 def recipe_of(spec: ConversionSpec) -> str:
     """The whole recipe: the preset's name, if it is one, and what is done."""
     if spec.routed:
