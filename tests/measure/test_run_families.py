@@ -147,7 +147,7 @@ def test_a_line_passes_through_its_runs_and_meets_dense():
 
 @settings(max_examples=80)
 @given(
-    some_runs, st.sampled_from(["compute", "nonzero"]), st.floats(0.2, 1), st.sampled_from(AMONG)
+    some_runs, st.sampled_from(["compute", "nonzero"]), st.floats(0.2, 1), st.sampled_from([*AMONG])
 )
 def test_the_best_at_a_budget(runs, cost, share, among):
     allowed = [

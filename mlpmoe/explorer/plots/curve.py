@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, log10
+from math import log10
 
 import plotly.graph_objects as go
 
 from ...core.spec import ConversionSpec
 from ...measure.notation import change, number
-from ...measure.runs.families import along, cost_of, lines
+from ...measure.runs.families import along, cost_of, lines, saving
 from ...measure.runs.sweep import Run
 from ...models.catalogue import REAL_KEY
 from ..shell.run_words import recipe_of
@@ -35,7 +35,6 @@ NARROWEST, SHORTEST = 360, 300  # pixels that the names of the lines find room i
 MARGIN = {"l": 58, "r": 14, "t": 12, "b": 48}  # pixels
 ROOM = 35  # of the dense cost: to the left of the cheapest point, for labels
 STEPS = 60  # that a line is drawn in
-SAME = 0.005  # of the dense cost: what saves less than that has no place on the axis
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,15 @@ def curve(
     runs, the shape that SmolLM2-135M's runs have is drawn palely, and the plot says so.
     """
     queries = queries or {}
-    runs = _placed([*runs_shipped, *runs_mine], axis)
-    expected = not runs
-    found = lines(_placed([r.run for r in shipped(REAL_KEY)], axis) if expected else runs, axis)
+    placed, mine = saving(runs_shipped, axis), saving(runs_mine, axis)
+    expected = not placed and not mine
+    found = lines([r.run for r in shipped(REAL_KEY)] if expected else [*placed, *mine], axis)
     figure = go.Figure()
     on_lines = {id(run) for some in found.values() for run in some}
     if not expected:
         for some, colour, symbol, size, opacity in (
-            (_placed(runs_shipped, axis), GREY, "circle", 4, 0.5),
-            (_placed(runs_mine, axis), CONVERTED, "circle-open", 7, 0.9),
+            (placed, GREY, "circle", 4, 0.5),
+            (mine, CONVERTED, "circle-open", 7, 0.9),
         ):
             others = [run for run in some if id(run) not in on_lines]
             _add_runs(figure, others, axis, queries, colour, symbol, size, opacity)
@@ -101,12 +100,11 @@ def curve(
     add_dense(figure, showlegend=False)
     if here is not None:
         _add_here(figure, here)
-    heights = [run.ratio for some in found.values() for run in some]
+    seen = [*(run for some in found.values() for run in some), *mine]
+    heights = [run.ratio for run in seen]
     if here is not None and here.ratio is not None:
         heights.append(here.ratio)
-    mine = [run.ratio for run in _placed(runs_mine, axis)]
-    cheapest = [cost_of(run, axis) for some in found.values() for run in some]
-    cheapest += [cost_of(run, axis) for run in _placed(runs_mine, axis)]
+    cheapest = [cost_of(run, axis) for run in seen]
     left = 100 * min([0.6, *cheapest, *([here.cost_share] if here else [])])
     step = 10 if left > 45 else 20
     xaxis = {
@@ -118,18 +116,13 @@ def curve(
     }
     finish(figure, HEIGHT)
     figure.update_layout(
-        xaxis=xaxis, yaxis=increase_axis([*heights, *mine]), margin=MARGIN, showlegend=False,
+        xaxis=xaxis, yaxis=increase_axis(heights), margin=MARGIN, showlegend=False,
         hovermode="closest", dragmode=False,
     )  # fmt: skip
     for axes in (figure.update_xaxes, figure.update_yaxes):
         axes(tickfont={"size": SIZE}, title={"font": {"size": SIZE + 1}, "standoff": 8})
     _label(figure, found, axis, here, expected)
     return figure
-
-
-def _placed(runs: Sequence[Run], axis: str) -> list[Run]:
-    """The runs that have a place on the axis: they save something, and are not broken."""
-    return [run for run in runs if isfinite(run.ratio) and cost_of(run, axis) < 1 - SAME]
 
 
 def _add_runs(

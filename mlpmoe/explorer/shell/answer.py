@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from numbers import Integral, Real
 from time import monotonic, sleep
@@ -35,9 +36,7 @@ SETTLED = 0.8  # seconds for which a visitor looks at a setting before it is wri
 TICK = 0.1
 TURN = 0.4  # seconds of writing before others have theirs
 WRITING_SECONDS = 120.0  # after that, writing stops
-UPDATES_PER_SECOND = 20  # of streamed text, where nobody waits for a turn
 TEMPERATURE = 0.6  # for stories, which repeat themselves at 0
-SHOWN = 4  # outputs of `write`
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,11 @@ class Answer:
     changes: tuple[list[TokenChange], list[TokenChange]]
     # of the converted text, if the conversion routes: per token and layer the cells it ran
     used: list[list[list[int]]] | None = field(default=None, repr=False)
+
+    @cached_property
+    def tint(self) -> Tint:
+        """One scale for both texts."""
+        return Tint.of([change for some in self.changes for change in some])
 
 
 class AnswerHandlers:
@@ -172,13 +176,13 @@ def _scored(
 
 
 def _tinted(answer: Answer) -> tuple[str, str]:
-    """Both texts with one scale. The words of a routed model carry their number: see answer.js."""
-    tint = Tint.of([change for some in answer.changes for change in some])
+    """Both texts. The words of a routed model carry their number: see answer.js."""
     numbered = answer.used is not None
+    dense, converted = answer.changes
     return (
-        pane(tint.spans(answer.changes[0])),
+        pane(answer.tint.spans(dense)),
         pane(
-            tint.spans(answer.changes[1], lambda n: f' data-token="{n}"' if numbered else "")
+            answer.tint.spans(converted, lambda n: f' data-token="{n}"' if numbered else "")
         ),
     )  # fmt: skip
 
@@ -203,8 +207,7 @@ def report(loaded: LoadedModel, answer: Answer) -> str:
             f"They part at token {at + 1}: dense writes <code>{first}</code>, converted "
             f"<code>{second}</code>."
         )
-    tint = Tint.of([change for some in answer.changes for change in some])
-    return f"{tint.legend()}<p>{parting}</p>"
+    return f"{answer.tint.legend()}<p>{parting}</p>"
 
 
 def prompts_for(loaded: LoadedModel) -> tuple[str, ...]:

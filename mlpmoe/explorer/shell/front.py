@@ -11,7 +11,7 @@ import gradio as gr
 import plotly.graph_objects as go
 
 from ...measure.quality.estimate import Evaluation
-from ...measure.runs.families import Estimate, Shares, estimate, expected_shares
+from ...measure.runs.families import LEAST_SAVED, Estimate, Shares, estimate, expected_shares
 from ...models.catalogue import DEMO_KEY
 from ..plots.curve import Here, curve
 from ..server.asked import Calibrated, Conversion, spec_of
@@ -32,7 +32,6 @@ from .sentence import sentence
 from .shipped import shipped
 
 FRONT = 7  # outputs
-SAVES = 0.005  # of the dense cost: less is nothing on an axis
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def axis_for(axis: str, loaded: LoadedModel, asked: Conversion) -> str:
     alone."""
     other = "compute" if axis == "nonzero" else "nonzero"
     shares = shares_of(loaded, asked)
-    saves_here, saves_there = (shares.of(one) < 1 - SAVES for one in (axis, other))
+    saves_here, saves_there = (shares.of(one) < 1 - LEAST_SAVED for one in (axis, other))
     return other if saves_there and not saves_here else axis
 
 
@@ -124,16 +123,15 @@ def network_of(
     """The picture of the network; left as it is until the conversion is made. used: per token of
     the answer and layer the cells that it ran."""
     spec = spec_of(asked)
-    spared = {int(name) for name in spec.spared.split(",") if name}
     if not loaded.is_converted(asked):
         return gr.skip()
     if not spec.routed:
-        columns = static_columns(loaded.structure.left(asked, "nonzero"), spared)
+        columns = static_columns(loaded.structure.left(asked, "nonzero"), spec.spared_layers)
         return network_value("branches", columns, layer)
     found = loaded.known_routing(asked)
     if found is None:
         return gr.skip()
-    kind, columns = routed_columns(found, spared)
+    kind, columns = routed_columns(found, spec.spared_layers)
     return network_value(kind, columns, layer, used)
 
 

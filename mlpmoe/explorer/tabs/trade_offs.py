@@ -18,15 +18,16 @@ from ..server.asked import Calibrated, Conversion, spec_of
 from ..server.loaded import LoadedModel
 from ..server.texts import text_name
 from ..server.workbench import Workbench
-from ..shell.answer import UPDATES_PER_SECOND, WRITING_SECONDS, check_writing
+from ..shell.answer import WRITING_SECONDS, check_writing
 from ..shell.records import Record, pinned, read_records
 from ..shell.run_words import model_name, short_recipe
 from ..shell.shipped import shipped
 from .published import published
 from .runs_table import comparison_table, runs_table
-from .weights import histograms
+from .weights import histograms, layer_and_projection
 
 COMPARED_TOKENS = 96  # that both write
+UPDATES_PER_SECOND = 20  # of their text
 
 
 class TradeOffHandlers:
@@ -67,11 +68,7 @@ class TradeOffHandlers:
 
     def another_model(self, model: str) -> tuple:
         """Layer and projection of the comparison."""
-        loaded = self.workbench.loaded(model)
-        return (
-            gr.update(maximum=max(1, len(loaded.mlps) - 1), value=0),
-            gr.update(choices=loaded.projections, value=loaded.projections[0]),
-        )
+        return layer_and_projection(self.workbench.loaded(model))
 
     def csv(self, stored: str) -> tuple[str, str]:
         """What the file holds, and its name."""

@@ -50,11 +50,15 @@ class WeightsHandlers:
 
     def another_model(self, model: str) -> tuple:
         """Layer and projection."""
-        loaded = self.workbench.loaded(model)
-        return (
-            gr.update(maximum=max(1, len(loaded.mlps) - 1), value=0),
-            gr.update(choices=loaded.projections, value=loaded.projections[0]),
-        )
+        return layer_and_projection(self.workbench.loaded(model))
+
+
+def layer_and_projection(loaded: LoadedModel) -> tuple:
+    """What the choices of a layer and of a projection offer for a model; its first ones."""
+    return (
+        gr.update(maximum=max(1, len(loaded.mlps) - 1), value=0),
+        gr.update(choices=loaded.projections, value=loaded.projections[0]),
+    )
 
 
 def histograms(loaded: LoadedModel, asked: Any, layer: int, projection: str) -> Any:

@@ -13,7 +13,12 @@ from .search import Budget
 from .sweep import Run
 
 LEVEL = 0.015  # of the dense cost: runs that lie nearer than that cost the same
-AMONG = ("all", "static", "uncalibrated")
+LEAST_SAVED = 0.005  # of the dense cost: who saves less has no place on that axis
+AMONG: dict[str, Callable[[ConversionSpec], bool]] = {
+    "all": lambda spec: True,
+    "static": lambda spec: not spec.routed,
+    "uncalibrated": lambda spec: not spec.needs_calibration,  # look at no text
+}
 # How log(perplexity ratio) grows with what is removed: as a power, whose exponent two runs give.
 # Between the first run and dense it is not known, and a typical one is taken: larger where weights
 # or neurons go one by one, the least of them first, than where whole groups go. LEAST_EXPONENT and
@@ -54,9 +59,8 @@ def family_of(spec: ConversionSpec) -> str:
         return "oracle"
     if spec.routed:
         return "neurons" if spec.method == "neurons" else "routed"
-    spared = {"spared": spec.spared} if _spared(spec) else {}
     paper = ConversionSpec(
-        branches=spec.branches, keep=spec.keep, fade=spec.fade, seed=spec.seed, **spared
+        branches=spec.branches, keep=spec.keep, fade=spec.fade, seed=spec.seed, spared=spec.spared
     )
     return "published" if recipe_of(spec) == recipe_of(paper) else "static"
 
@@ -85,6 +89,11 @@ def expected_shares(spec: ConversionSpec, gated: bool = True) -> Shares:
 # lines
 
 
+def saving(runs: Iterable[Run], cost: str) -> list[Run]:
+    """The runs with a place on an axis of cost: they save some of it, and are not broken."""
+    return [r for r in runs if isfinite(r.ratio) and cost_of(r, cost) < 1 - LEAST_SAVED]
+
+
 def lines(runs: Iterable[Run], cost: str) -> dict[str, list[Run]]:
     """Label -> runs from cheap to dear, for the lines that have any; each of them meets the dense
     model at all of the cost and a ratio of 1, which is not among the runs.
@@ -95,11 +104,10 @@ def lines(runs: Iterable[Run], cost: str) -> dict[str, list[Run]]:
     only what drops branches saves compute, and of the parameters there are two lines, each
     with the runs that do nothing else.
     """
-    runs = [run for run in runs if isfinite(run.ratio) and cost_of(run, cost) < 1 - LEVEL / 3]
     of: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in saving(runs, cost):
         of.setdefault(family_of(run.spec), []).append(run)
-    paper = [run for run in of.get("published", []) if not _spared(run.spec)]
+    paper = [run for run in of.get("published", []) if not run.spec.spared]
     dropping = [run for run in paper if not run.spec.fades]
     static = _unbeaten([*of.get("published", []), *of.get("static", [])], cost)
     if all(family_of(run.spec) == "published" for run in static):
@@ -147,15 +155,10 @@ def _unbeaten(runs: Iterable[Run], cost: str) -> list[Run]:
 
 def best_at(runs: Iterable[Run], cost: str, share: float, among: str = "all") -> Run | None:
     """The run with the least perplexity at no more than this share of the dense MLPs' cost; never
-    an oracle. among: "all", "static", or "uncalibrated", which look at no calibration text."""
-    fits: Callable[[ConversionSpec], bool] = {
-        "all": lambda spec: True,
-        "static": lambda spec: not spec.routed,
-        "uncalibrated": lambda spec: not spec.needs_calibration,
-    }[among]
+    an oracle. among: a key of AMONG."""
     allowed = [
         run for run in runs
-        if fits(run.spec) and family_of(run.spec) != "oracle" and isfinite(run.ratio)
+        if AMONG[among](run.spec) and family_of(run.spec) != "oracle" and isfinite(run.ratio)
         and cost_of(run, cost) <= share + LEVEL
     ]  # fmt: skip
     return min(allowed, key=lambda run: run.ratio, default=None)
@@ -287,7 +290,3 @@ def _log(run: Run, errors: float) -> float:
 
 def _exp(value: float) -> float:
     return exp(min(value, MOST))
-
-
-def _spared(spec: ConversionSpec) -> str:
-    return getattr(spec, "spared", "")
