@@ -335,9 +335,7 @@ def _wire_measurement(
     on_button = convert.measure.click(
         readable(handlers.measure), inputs, shown, trigger_mode="once", **IN_TURNS, **QUIET
     )
-    convert.stop.click(
-        readable(handlers.stop_measuring), inputs, shown, cancels=[by_itself, on_button], **QUIET
-    )
+    convert.stop.click(readable(handlers.stop_measuring), inputs, shown, **QUIET)
     for measured in (by_itself, on_button):
         measured.failure(readable(handlers.measuring_failed), inputs, shown, **QUIET)
 

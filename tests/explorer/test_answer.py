@@ -45,10 +45,10 @@ def words(pane: str) -> str:
     return unescape(re.sub(r"<[^>]*>", "", pane))
 
 
-def written(demo, spec, tokens=24, temperature=0.0) -> tuple[Writing, ...]:
+def written(demo, spec, tokens=24, temperature=0.0, prompt="Hello") -> tuple[Writing, ...]:
     """As the library writes it."""
     pair = (demo.model, direct(demo, spec))
-    *_, last = write_side_by_side(pair, demo.tokenizer, "Hello", tokens, temperature)
+    *_, last = write_side_by_side(pair, demo.tokenizer, prompt, tokens, temperature)
     return last
 
 
@@ -80,7 +80,7 @@ def test_both_texts_are_the_library_s_and_tinted_by_both_models_losses(
     steps = list(writer.write(visitor(), *values(temperature=temperature, **change)))
     dense, converted, report, _ = at_the_end(steps)
     spec = read_spec(controls(**change))
-    assert any("calibrating" in s[2] for s in steps if s[2] != SKIPPED) == spec.needs_calibration
+    assert any("alibrating" in s[2] for s in steps if s[2] != SKIPPED) == spec.needs_calibration
     writings = written(demo, spec, temperature=temperature)
     pair, before = (demo.model, direct(demo, spec)), demo.tokenizer("Hello").input_ids
     for pane, writing in zip((dense, converted), writings, strict=True):
@@ -126,6 +126,45 @@ def test_a_text_grows_as_it_is_written(writer, visitor, token_by_token):
     assert all(len(later) >= len(before) for before, later in pairwise(panes))
     assert all(step[2:] == (SKIPPED, SKIPPED) for step in steps)
     assert "nats" in last[1] and "nats" not in steps[-1][1]  # tinted once it is whole
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_stop(handlers, writer, visitor, token_by_token, monkeypatch, by_itself):
+    """It ends the text after the token that is being written; what is there stays."""
+    monkeypatch.setattr(module, "SETTLED", -1)
+    looked_at(handlers, visitor(), fade=0.9)
+    wanted = values(fade=0.9, tokens=40)
+    running = in_own_contexts(
+        writer.write_by_itself(visitor(), True, *wanted)
+        if by_itself
+        else writer.write(visitor(), *wanted)
+    )
+    next(running)
+    writer.jobs.press_stop(visitor("b"))
+    assert words(next(running)[1])
+    writer.jobs.press_stop(visitor())
+    (last,) = running
+    assert "Stopped" in last[2]
+    assert last[:2] == (SKIPPED,) * 2
+
+
+def test_stop_while_a_setting_settles(handlers, writer, visitor, monkeypatch, asked_to_write):
+    looked_at(handlers, visitor(), fade=0.9)
+    monkeypatch.setattr(module, "sleep", lambda _: writer.jobs.press_stop(visitor()))
+    (last,) = writer.write_by_itself(visitor(), True, *values(fade=0.9))
+    assert "Stopped" in last[2]
+    assert asked_to_write == []
+
+
+def test_another_prompt_does_not_wait(writer, demo, visitor, token_by_token):
+    first = in_own_contexts(writer.write(visitor(), *values(fade=0.9, tokens=40)))
+    next(first)
+    second = in_own_contexts(writer.write(visitor(), *values(fade=0.9, prompt="A bird", tokens=4)))
+    next(second)
+    assert list(first) == []  # and leaves the panes to the new text
+    expected = written(demo, ConversionSpec(fade=0.9), prompt="A bird", tokens=4)
+    shown = at_the_end(second)
+    assert [words(p).strip() for p in shown[:2]] == [w.text.strip() for w in expected]
 
 
 def test_what_takes_too_long_is_cut_off_and_not_kept(

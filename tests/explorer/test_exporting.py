@@ -294,10 +294,10 @@ def test_one_at_a_time(exporter):
     exporter.begin(request("b"))
     with pytest.raises(UserError, match="already"):
         exporter.begin(request())
-    assert "Stopped" in exporter.stop(request())  # before its turn
+    assert "Stopped" in exporter.jobs.press_stop(request())  # before its turn
     (waited,) = exporter.make(request(), *asked_for())
     assert "Stopped" in waited[0]
-    assert exporter.stop(request()) == ""
+    assert exporter.jobs.press_stop(request()) == ""
     exporter.begin(request())
 
 
@@ -308,7 +308,7 @@ def test_stopped_it_leaves_nothing(exporter, served, unserved):
     making = exporter.make(request(), *asked_for(keep=2))
     shown = next(step for step in making if "Writing" in step[0])
     assert all(other == gr.skip() for other in shown[1:])
-    assert "topping" in exporter.stop(request())
+    assert "topping" in exporter.jobs.press_stop(request())
     *_, last = making
     assert "Stopped" in last[0]
     assert list(unserved.iterdir()) == []

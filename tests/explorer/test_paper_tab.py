@@ -223,27 +223,27 @@ def test_figures_are_known_one_by_one_those_of_the_longest_text_last(tab, demo):
 
 
 def test_stop_keeps_what_is_measured_and_is_for_one_visitor(tab, demo, visitor, within):
-    assert tab.stop(visitor()) == ""  # nothing is under way
+    assert tab.jobs.press_stop(visitor()) == ""  # nothing is under way
     parts = demo.plan("stories").windows
     said = []
 
     def press():
-        tab.stop(visitor("other"))
-        said.append(tab.stop(visitor()))
+        tab.jobs.press_stop(visitor("other"))
+        said.append(tab.jobs.press_stop(visitor()))
 
     calls = within(
         loaded_models, "token_losses", 5, press,
         lambda model, ids, first: any(ids is part.ids for part in parts),
     )  # fmt: skip
     *_, (status, html) = tab.reproduce(visitor(), "demo")
-    assert "stopping" in said[0] and "Stopped" in status
+    assert "topping" in said[0] and "Stopped" in status
     assert len(calls) == 5
     found = rows(html)
     measured = sum(parts[number].scored for number in demo.plan("stories").order[:2])
     assert f"{measured:,} of {demo.plan('stories').tokens:,} tokens" in found[WHOLE]["text"]
     assert found[FADED]["text"] == ["…"]
     assert found[FADED]["loop"] != ["…"]
-    assert tab.stop(visitor()) == ""
+    assert tab.jobs.press_stop(visitor()) == ""
 
 
 def test_a_stopped_run_goes_on(tab, demo, visitor):
@@ -262,7 +262,7 @@ def test_stop_acts_between_two_tokens_of_a_generation(tab, visitor, monkeypatch)
     def read_on(*given):
         read.append(given)
         if len(read) == 5:
-            tab.stop(visitor())
+            tab.jobs.press_stop(visitor())
             with suppress(CancelledError):  # this token is written to its end
                 wait_to_be_stopped()
         return original(*given)
@@ -383,7 +383,7 @@ def test_a_model_with_fewer_neurons_than_branches_is_refused(tmp_path, visitor):
     assert tab.show(visitor(), narrow.key)[0] == ""
     with pytest.raises(UserError, match="12 neurons"):
         next(tab.reproduce(visitor(), narrow.key))
-    assert tab._runs == {}
+    assert tab.jobs.of(visitor()) is None
 
 
 def test_the_commands_give_the_same_figures(tab, demo, visitor, capsys):

@@ -19,7 +19,7 @@ from mlpmoe.core import conversion
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.stopping import may_stop
 from mlpmoe.explorer.server import loaded as loaded_module
-from mlpmoe.explorer.server.events import readable
+from mlpmoe.explorer.server.events import readable, status
 from mlpmoe.explorer.shell.links import read_link
 from mlpmoe.explorer.shell.opening import OpeningHandlers
 from mlpmoe.explorer.shell.records import Record
@@ -210,9 +210,9 @@ def test_without_a_calibration_text_nothing_is_calibrated(tab, visitor, monkeypa
 def test_progress_is_told_and_points_appear(tab, visitor):
     steps = list(tab.suggest(visitor(), *order()))
     statuses = [re.sub(r"<[^>]*>", "", step[0]) for step in steps]
-    assert statuses[0].startswith("searching")
-    assert any("searching, calibrating" in status for status in statuses)
-    tried = [int(n) for s in statuses for n in re.findall(r"searching, (\d+) tried", s)]
+    assert statuses[0].startswith("Searching")
+    assert any("Searching, calibrating" in status for status in statuses)
+    tried = [int(n) for s in statuses for n in re.findall(r"Searching, (\d+) tried", s)]
     assert tried == sorted(tried) and tried[-1] >= 3
     finds = [tuple(map(int, m)) for s in statuses for m in re.findall(r"find (\d+) of (\d+)", s)]
     assert finds == sorted(finds)
@@ -234,7 +234,7 @@ def test_the_search_does_not_see_what_it_is_judged_by(tab, visitor, monkeypatch)
         tab.workbench.loaded("demo"), "text", lambda key: texts.append(key) or original(key)
     )
     for status, *_ in tab.suggest(visitor(), *order()):
-        if "searching" in status:
+        if "Searching" in status:
             assert texts == []
     assert set(texts) == {"proxy"}
 
@@ -268,9 +268,9 @@ def test_stop_ends_the_search_and_still_measures(tab, visitor, monkeypatch):
     trials_of(monkeypatch, None)
     running = tab.suggest(visitor(), *order())
     seen = until(running, "4 tried")
-    assert "stopping" in tab.stop(visitor())
+    assert "topping" in tab.jobs.press_stop(visitor())
     rest = list(running)
-    assert any("measuring find 1" in step[0] for step in rest)
+    assert any("Measuring find 1" in step[0] for step in rest)
     found = finished([*seen, *rest])
     assert found.status == ""
     assert "★" in "".join(row[3] for row in found.table)
@@ -282,9 +282,9 @@ def test_a_second_stop_ends_the_measuring_and_keeps_what_is_measured(tab, visito
     trials_of(monkeypatch, None)
     running = tab.suggest(visitor(), *order())
     until(running, "6 tried")
-    tab.stop(visitor())
-    until(running, "measuring find 2")
-    tab.stop(visitor())
+    tab.jobs.press_stop(visitor())
+    until(running, "Measuring find 2")
+    tab.jobs.press_stop(visitor())
     found = finished(running)
     assert found.status == ""
     assert len(found.specs) == len(found.records) == 1
@@ -304,11 +304,11 @@ def test_stop_ends_a_search_within_a_layer(tab, visitor, monkeypatch, weights_ha
     monkeypatch.setattr(conversion, "convert_mlp", endless)
     running = tab.suggest(visitor(), *order(calibrated=False))
     until(running, "0 tried")
-    tab.stop(visitor())
+    tab.jobs.press_stop(visitor())
     status, said, _, table, queries, new = at_the_end(running)
     assert (status, table, queries, new) == ("", [], [], SKIPPED)
     assert "Nothing was tried" in said
-    assert tab._running == tab._stopping == set()
+    assert tab.jobs.of(visitor()) is None
     assert (weights_hash(demo.model), threading.active_count()) == (before, threads)
 
 
@@ -316,12 +316,12 @@ def test_stop_ends_a_search_within_a_layer(tab, visitor, monkeypatch, weights_ha
 def test_stop_ends_measuring_within_a_layer_and_a_window(tab, visitor, monkeypatch, place):
     trials_of(monkeypatch, 2)
     running = tab.suggest(visitor(), *order(share=90))
-    seen = until(running, "measuring find 1")
+    seen = until(running, "Measuring find 1")
     if place == "layer":
         monkeypatch.setattr(conversion, "convert_mlp", endless)
     else:
         monkeypatch.setattr(loaded_module, "token_losses", endless)
-    tab.stop(visitor())
+    tab.jobs.press_stop(visitor())
     status, said, plot, table, queries, new = at_the_end([*seen, *running])
     assert (status, table, queries, new) == ("", [], [], SKIPPED)
     assert "Stopped before a find was measured on the proxy mixture" in said
@@ -345,9 +345,9 @@ def test_the_time_that_measuring_takes_is_said_and_decides_how_many_are_measured
 ):
     forecast(monkeypatch, 180.0, 100.0, 400.0)
     steps = list(tab.suggest(visitor(), *order(seconds=300)))
-    statuses = [step[0] for step in steps if "measuring find" in step[0]]
-    assert "measuring find 1 of 2, about 5 min left" in statuses[0]
-    assert any("measuring find 2 of 2, about 100 s left" in status for status in statuses)
+    statuses = [step[0] for step in steps if "Measuring find" in step[0]]
+    assert "Measuring find 1 of 2, about 5 min left" in statuses[0]
+    assert any("Measuring find 2 of 2, about 100 s left" in status for status in statuses)
     found = finished(steps)
     assert len(found.specs) == 2
     assert re.search(r"There was no time for \d more\.", found.said)
@@ -356,7 +356,7 @@ def test_the_time_that_measuring_takes_is_said_and_decides_how_many_are_measured
 def test_the_best_is_measured_however_long_it_takes(tab, visitor, monkeypatch):
     forecast(monkeypatch, 400.0)
     steps = list(tab.suggest(visitor(), *order(seconds=300)))
-    assert any("measuring find 1 of 1, about 7 min left" in step[0] for step in steps)
+    assert any("Measuring find 1 of 1, about 7 min left" in step[0] for step in steps)
     assert len(finished(steps).specs) == 1
 
 
@@ -370,17 +370,17 @@ def test_a_search_without_time_says_so_and_clears_what_was_there(tab, visitor, m
 
 
 def test_stop_without_a_search_says_nothing(tab, visitor):
-    assert tab.stop(visitor("idle")) == ""
+    assert tab.jobs.press_stop(visitor("idle")) == ""
     shown = finished(tab.suggest(visitor("idle"), *order(calibrated=False)))
     assert shown.specs  # and the next search is not stopped by it
 
 
 def test_stop_is_for_one_visitor_and_one_search(tab, visitor):
-    tab.stop(visitor())  # with nothing under way
-    tab.stop(visitor("other"))
+    tab.jobs.press_stop(visitor())  # with nothing under way
+    tab.jobs.press_stop(visitor("other"))
     running = tab.suggest(visitor(), *order())
     until(running, "2 tried")
-    tab.stop(visitor("other"))
+    tab.jobs.press_stop(visitor("other"))
     found = finished(running)
     assert len(trace(found.plot, "tried in the search").x) > 3
     assert len(found.specs) > 2
@@ -499,7 +499,7 @@ def test_words_of_others_are_escaped(demo, monkeypatch):
     assert "<img" not in said
     assert said.count("&lt;img") == 2
     assert "&amp;" in said
-    assert module._status(hostile).startswith("<p>&lt;img")
+    assert status(hostile).startswith("<p>&lt;img")
 
 
 def test_the_sentence_is_plain(demo):

@@ -239,7 +239,7 @@ def test_runs_come_as_records_and_are_the_library_s(tab, demo):
         )
         assert record.run.perplexity == pytest.approx(expected.value, rel=1e-6)
     statuses = [re.sub(r"<[^>]*>", "", step[0]) for step in steps if step[0] != SKIPPED]
-    numbers = [int(n) for s in statuses for n in re.findall(r"^run (\d) of 4", s)]
+    numbers = [int(n) for s in statuses for n in re.findall(r"^Run (\d) of 4", s)]
     assert numbers == sorted(numbers) and set(numbers) == {1, 2, 3, 4}
     assert re.match(r"Done: 4 measured in \d+ s, 0 were there before", statuses[-1])
     assert [s for s in statuses if " left" in s]  # from the second run on
@@ -299,7 +299,7 @@ def test_what_the_sliders_measured_counts_as_measured(tab):
         assert said.startswith("1 run, 1 of them measured before"), (change, said)
 
 
-def test_closed_in_the_middle_it_keeps_what_was_sent(tab, demo, weights_hash):
+def test_closed_in_the_middle_it_keeps_what_was_sent(tab, visitor, demo, weights_hash):
     before = weights_hash(demo.model)
     steps, seen = tab.sweep_of(one(branches="4, 8, 16")), []
     for step in steps:
@@ -309,19 +309,19 @@ def test_closed_in_the_middle_it_keeps_what_was_sent(tab, demo, weights_hash):
     steps.close()
     found = records_of(seen)
     assert [record.run.spec.branches for record in found] == [4, 8]
-    assert tab._running == set()
+    assert tab.jobs.of(visitor()) is None
     assert weights_hash(demo.model) == before
     rest = list(tab.sweep_of(one(branches="4, 8, 16"), stored(*found)))
     assert [record.run.spec.branches for record in records_of(rest)] == [16]
 
 
 def test_stop_keeps_what_is_measured_and_is_for_one_visitor(tab, visitor):
-    assert tab.stop(visitor()) == ""  # nothing is under way
+    assert tab.jobs.press_stop(visitor()) == ""  # nothing is under way
     seen, steps = [], tab.sweep_of(one(branches="4, 8, 16"))
     while not records_of(seen):
         seen.append(next(steps))
-    assert tab.stop(visitor("other")) == ""
-    assert "stopping" in tab.stop(visitor())
+    assert tab.jobs.press_stop(visitor("other")) == ""
+    assert "topping" in tab.jobs.press_stop(visitor())
     seen += steps
     assert len(records_of(seen)) == 1
     assert "Stopped: 1 measured" in seen[-1][0]
@@ -349,9 +349,9 @@ def test_stop_ends_a_run_within_a_layer_and_a_window(
         monkeypatch.setattr(conversion, "convert_mlp", endless)
     else:
         monkeypatch.setattr(loaded, "token_losses", endless)
-    while not any("run 2 of 3" in status for status, _ in seen if status != SKIPPED):
+    while not any("Run 2 of 3" in status for status, _ in seen if status != SKIPPED):
         seen.append(next(steps))
-    tab.stop(visitor())
+    tab.jobs.press_stop(visitor())
     seen += steps
     assert len(records_of(seen)) == 1
     assert "Stopped: 1 measured" in seen[-1][0]
@@ -369,7 +369,7 @@ def test_the_time_left_is_said_from_the_first_run_on(tab, demo, monkeypatch):
     for status, new in tab.sweep_of(one(branches="4, 8, 16")):
         if new != SKIPPED:
             now[0] += 10  # measuring takes so long
-        elif found := re.search(r"run (\d) of 3, (.*) left", status):
+        elif found := re.search(r"Run (\d) of 3, (.*) left", status):
             left.append(found.groups())
     assert list(dict.fromkeys(left)) == [
         ("1", "about 2 min"), ("2", "about 20 s"), ("3", "about 10 s")

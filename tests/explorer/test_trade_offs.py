@@ -194,12 +194,12 @@ def pair(first: ConversionSpec, second: ConversionSpec, **change) -> str:
     return stored(*records)
 
 
-def test_two_pinned_runs_write_what_the_library_writes(tab, demo, monkeypatch):
+def test_two_pinned_runs_write_what_the_library_writes(tab, visitor, demo, monkeypatch):
     monkeypatch.setattr("mlpmoe.explorer.tabs.trade_offs.UPDATES_PER_SECOND", inf)
     first, second = ConversionSpec(keep=12), ConversionSpec(branches=8, fade=0.9)
     text = pair(first, second)
     assert tab.show(text, "demo", "stories", "macs", "nonzero", ALL)[-1]["visible"] is True
-    steps = list(tab.compare(text, 1, "up", "Hello"))
+    steps = list(tab.compare(visitor(), text, 1, "up", "Hello"))
     status, seen, *plots, a, b = at_the_end(steps)
     assert status == ""
     assert seen["visible"] is True
@@ -211,10 +211,10 @@ def test_two_pinned_runs_write_what_the_library_writes(tab, demo, monkeypatch):
         assert plot["value"] == histograms(demo, spec, 1, "up")
 
 
-def test_a_routed_and_a_calibrated_run_are_compared(tab):
+def test_a_routed_and_a_calibrated_run_are_compared(tab, visitor):
     text = pair(ConversionSpec(method="contiguous", experts=8, active=0.5),
                 ConversionSpec(keep=12, order="activation"))  # fmt: skip
-    steps = list(tab.compare(text, 0, "gate", "Hello"))
+    steps = list(tab.compare(visitor(), text, 0, "gate", "Hello"))
     assert any("B: calibrating" in step[0] for step in steps if step[0] != SKIPPED)
     _, _, routed, static, a, b = at_the_end(steps)
     assert routed["visible"] is False  # it has no branches
@@ -222,14 +222,14 @@ def test_a_routed_and_a_calibrated_run_are_compared(tab):
     assert a and b
 
 
-def test_a_run_is_compared_as_it_was_calibrated(tab, demo):
+def test_a_run_is_compared_as_it_was_calibrated(tab, visitor, demo):
     """On another text than the model's own, what is written differs."""
     spec = ConversionSpec(keep=6, order="activation", compensation="mean")
     records = [
         replace(made_record(spec, pinned=at), calibration=calibration)
         for at, calibration in ((1, None), (2, "prose"))
     ]
-    *_, (*_, a, b) = (at_the_end(tab.compare(stored(*records), 0, "gate", "Hello")),)
+    *_, (*_, a, b) = (at_the_end(tab.compare(visitor(), stored(*records), 0, "gate", "Hello")),)
     models = [
         convert(demo.model, spec, Calibration.from_text(demo.tokenizer, named_calibration(name)))
         for name in ("stories", "prose")
@@ -239,19 +239,30 @@ def test_a_run_is_compared_as_it_was_calibrated(tab, demo):
     assert a != b
 
 
-def test_what_cannot_be_compared_is_said(tab, gateless_folder):
+def test_a_comparison_is_stopped(tab, visitor, monkeypatch):
+    monkeypatch.setattr("mlpmoe.explorer.tabs.trade_offs.UPDATES_PER_SECOND", inf)
+    text = pair(ConversionSpec(keep=12), ConversionSpec(keep=3))
+    running = tab.compare(visitor(), text, 0, "gate", "Hello")
+    seen = [next(running) for _ in range(4)]
+    tab.jobs.press_stop(visitor())
+    (last,) = running
+    assert "Stopped" in last[0]
+    assert seen[-1][-1] and last[1:] == (SKIPPED,) * 5  # what is written stays
+
+
+def test_what_cannot_be_compared_is_said(tab, visitor, gateless_folder):
     with pytest.raises(UserError, match="pin two runs"):
-        list(tab.compare(stored(made_record(pinned=True)), 0, "gate", "Hello"))
+        list(tab.compare(visitor(), stored(made_record(pinned=True)), 0, "gate", "Hello"))
     text = pair(ConversionSpec(keep=12), ConversionSpec(keep=3))
     with pytest.raises(UserError, match="prompt"):
-        list(tab.compare(text, 0, "gate", "x" * 10**5))
+        list(tab.compare(visitor(), text, 0, "gate", "x" * 10**5))
     absent = pair(ConversionSpec(keep=12), ConversionSpec(keep=3), model="owner/absent")
     with pytest.raises(UserError, match="not loaded"):
-        list(tab.compare(absent, 0, "gate", "Hello"))
+        list(tab.compare(visitor(), absent, 0, "gate", "Hello"))
     *_, guest = tab.workbench.load(str(gateless_folder))
     other = pair(ConversionSpec(keep=12), ConversionSpec(keep=3), model=guest.key)
     with pytest.raises(UserError, match="different models"):
-        list(tab.compare(other, 0, "gate", "Hello"))
+        list(tab.compare(visitor(), other, 0, "gate", "Hello"))
 
 
 def test_another_model_sets_layer_and_projection(tab, gateless_folder):

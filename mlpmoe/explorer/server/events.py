@@ -64,5 +64,13 @@ def readable(handler: Callable) -> Callable:
 
 def sentence(error: UserError) -> str:
     """The error's message as HTML, beginning with a capital."""
-    message = str(error)
-    return escape(message[:1].upper() + message[1:], quote=False)
+    return escape(_capital(str(error)), quote=False)
+
+
+def status(text: str) -> str:
+    """What is being done, or has been, as HTML; nothing where there is nothing to say."""
+    return f"<p>{escape(_capital(text))}</p>" if text else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -23,6 +22,8 @@ from ...measure.quality.tokens import TokenChange, text_changes
 from ...measure.text.generation import Writing, encode_prompt, parted_at, write_side_by_side
 from ...models.catalogue import DEMO_KEY
 from ..server.asked import Conversion, spec_of
+from ..server.events import status
+from ..server.jobs import Job, Jobs
 from ..server.loaded import LoadedModel
 from ..server.looks import Looks
 from ..server.workbench import Workbench
@@ -58,7 +59,7 @@ class AnswerHandlers:
     """The events of the answer over one workbench."""
 
     def __init__(self, workbench: Workbench, looks: Looks) -> None:
-        self.workbench, self.looks = workbench, looks
+        self.workbench, self.looks, self.jobs = workbench, looks, Jobs()
 
     def another_model(self, model: str, prompt: str) -> tuple:
         """Prompt and examples of the model's kind, and how it is best tried; empty panes. A prompt
@@ -74,8 +75,10 @@ class AnswerHandlers:
         )  # fmt: skip
 
     def write(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple]:
-        """Dense text, converted text, report, and the network with what each token ran."""
-        yield from self._write(model, values, _never)
+        """Dense text, converted text, report, and the network with what each token ran. What was
+        being written for this visitor stops."""
+        with self.jobs.doing(request) as job:
+            yield from self._until_stopped(request, job, self._write(job.check, model, values))
 
     def write_by_itself(
         self, request: gr.Request, follow: bool, model: str, *values: Any
@@ -90,34 +93,49 @@ class AnswerHandlers:
         if not follow or look is None or look.at != at or look.stay.written:
             return
         look.stay.written = True
-        check, since = self.looks.check_stay(request, look.stay), monotonic()
-        with suppress(CancelledError):
-            while monotonic() - since < SETTLED or loaded.known_evaluation(*at[1:]) is None:
-                check()
-                if self.looks.of(request).failed:
-                    return
-                sleep(TICK)
-            yield from self._write(model, values, check)
+        with self.jobs.doing(request) as job:
+            gone_on, since = self.looks.check_stay(request, look.stay), monotonic()
 
-    def _write(self, model: str, values: tuple, check: Callable[[], None]) -> Iterator[tuple]:
-        """check: raises once nobody waits for it any more."""
+            def check() -> None:
+                gone_on()
+                job.check()
+
+            def settled() -> Iterator[tuple]:
+                while monotonic() - since < SETTLED or loaded.known_evaluation(*at[1:]) is None:
+                    check()
+                    if self.looks.of(request).failed:
+                        return
+                    sleep(TICK)
+                yield from self._write(check, model, values)
+
+            yield from self._until_stopped(request, job, settled())
+
+    def _until_stopped(
+        self, request: gr.Request, job: Job, steps: Iterator[tuple]
+    ) -> Iterator[tuple]:
+        """The steps until the visitor goes on or presses Stop, and that it was Stop."""
+        try:
+            yield from steps
+        except CancelledError:
+            if job.stopped and self.jobs.of(request) is job:  # and not for another text
+                yield gr.skip(), gr.skip(), status("Stopped."), gr.skip()
+
+    def _write(self, check: Callable[[], None], model: str, values: tuple) -> Iterator[tuple]:
+        """check: raises CancelledError once nobody waits for it any more."""
         settings, (_, prompt, tokens, temperature, layer) = parted(values)
         check_writing(prompt, tokens, temperature)
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
         if not loaded.is_converted(asked):
             for message in loaded.convert(asked):
-                yield gr.skip(), gr.skip(), f"<p>{escape(message)} …</p>", gr.skip()
+                check()
+                yield gr.skip(), gr.skip(), status(f"{message} …"), gr.skip()
         for step in _answered(loaded, asked, (prompt, tokens, temperature), check):
             if isinstance(step, Answer):
                 network = network_of(loaded, asked, layer, step.used) if step.used else gr.skip()
                 yield *_tinted(step), report(loaded, step), network
             else:
                 yield *(pane(escape(text.lstrip())) for text in step), gr.skip(), gr.skip()
-
-
-def _never() -> None:
-    """Nobody has gone on."""
 
 
 def _answered(

@@ -103,15 +103,13 @@ def wire_answer(
         [panel.prompt, panel.examples, panel.temperature, *shown], **QUIET,
     )  # fmt: skip
     inputs = [*spec, text, *panel.wishes, layer]
-    written = gr.on(
+    gr.on(
         [panel.write.click, panel.prompt.submit],
         readable(handlers.write), inputs, [*shown, network],
-        trigger_mode="once", **WRITING, **QUIET,
+        trigger_mode="multiple", **WRITING, **QUIET,
     )  # fmt: skip
-    by_itself = changed.success(
+    changed.success(
         readable(handlers.write_by_itself), [panel.follow, *inputs], [*shown, network],
         trigger_mode="multiple", **WRITING, **QUIET,
     )  # fmt: skip
-    panel.stop.click(
-        lambda: "<p>Stopped.</p>", None, panel.report, cancels=[written, by_itself], **QUIET
-    )
+    panel.stop.click(readable(handlers.jobs.press_stop), None, panel.report, **QUIET)

@@ -125,7 +125,7 @@ def wire_export(
     # once it is made, more is known of its form; and the settings may have moved meanwhile
     made.success(readable(handlers.describe), [open_tab, *inputs], described, **QUIET)
     made.failure(handlers.failed, None, panel.status, **QUIET)
-    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
+    panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)
     opened = panel.file.upload(
         readable(handlers.open_record), [panel.file, model, text],
         [taken, panel.opened], **QUIET,

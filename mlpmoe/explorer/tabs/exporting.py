@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from time import monotonic, time_ns
 from typing import Any
@@ -21,7 +19,8 @@ from ...core.errors import UserError
 from ...models import CALIBRATIONS, find_entry, format_bytes
 from ..server.asked import Calibrated
 from ..server.background import in_thread
-from ..server.events import sentence
+from ..server.events import sentence, status
+from ..server.jobs import Job, Jobs
 from ..server.loaded import LoadedModel
 from ..server.texts import OWN_PREFIX, text_name
 from ..server.workbench import Workbench
@@ -38,21 +37,13 @@ SHOW_SECONDS = 2.0  # from which the time so far is shown
 OWN_CALIBRATION = "a text of its maker's own"
 
 
-@dataclass
-class _Job:
-    """A visitor's checkpoint that is being made."""
-
-    started: bool = False  # else it waits for its turn
-    stopping: bool = False
-
-
 class ExportHandlers:
     """The events of the tab over one workbench."""
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
         self.handed_out = HandedOut()
-        self._jobs: dict[str, _Job] = {}  # by session
+        self.jobs = Jobs()
 
     def describe(self, request: gr.Request, tab: str, model: str, *values: Any) -> tuple:
         """What will be exported, the command, the number formats, and whether the result is of
@@ -76,47 +67,31 @@ class ExportHandlers:
 
     def begin(self, request: gr.Request) -> str:
         """Take this visitor's turn; UserError if they have one already."""
-        if request.session_hash in self._jobs:
+        if self.jobs.of(request):
             raise UserError("a checkpoint is being made for you already. Press Stop to end that.")
-        self._jobs[request.session_hash] = _Job()
-        return _status("waiting for its turn …")
-
-    def stop(self, request: gr.Request) -> str:
-        job = self._jobs.get(request.session_hash)
-        if job is None:
-            return ""
-        if not job.started:
-            del self._jobs[request.session_hash]
-            return _status("Stopped.")
-        job.stopping = True
-        return _status("stopping …")
+        self.jobs.put(request)
+        return status("waiting for its turn …")
 
     def leave(self, request: gr.Request) -> None:
         """The visitor has closed the page."""
-        self._jobs.pop(request.session_hash, _Job()).stopping = True
+        self.jobs.stop(request)
         self.handed_out.forget(request.session_hash)
 
     def failed(self) -> str:
-        return _status("Not made.")
+        return status("Not made.")
 
     def make(self, request: gr.Request, model: str, *values: Any) -> Iterator[tuple]:
         """Status, note on other settings, result, download, how to open it. Stopped or failed, it
         leaves what was there before."""
-        session = request.session_hash
-        job = self._jobs.get(session)
-        if job is None:  # stopped before its turn
-            yield _status("Stopped."), *(gr.skip(),) * (SHOWN - 1)
+        if self.jobs.of(request) is None:  # stopped before its turn
+            yield status("Stopped."), *(gr.skip(),) * (SHOWN - 1)
             return
-        job.started = True
-        try:
-            last = yield from self._make(session, job, model, values)
-        finally:
-            if self._jobs.get(session) is job:
-                del self._jobs[session]
+        with self.jobs.doing(request) as job:
+            last = yield from self._make(request.session_hash, job, model, values)
         yield last  # no sooner: whoever reads it may press the button again
 
     def _make(
-        self, session: str, job: _Job, model: str, values: tuple
+        self, session: str, job: Job, model: str, values: tuple
     ) -> Generator[tuple, None, tuple]:
         """What is shown on the way; returns what is shown at the end."""
         loaded = self.workbench.loaded(model)
@@ -126,14 +101,14 @@ class ExportHandlers:
         found: list[Made] = []
         with workspace() as folder, closing(_work(loaded, wanted, text, folder, found)) as work:
             for message in work:
-                if job.stopping:
-                    return _status("Stopped."), *unchanged
-                yield _status(f"{message} …{_since(started)}"), *unchanged
+                if job.stopped:
+                    return status("Stopped."), *unchanged
+                yield status(f"{message} …{_since(started)}"), *unchanged
         made = found[0]
         self.handed_out.put(session, made)
         download = f"Download {made.zip.name} ({format_bytes(made.bytes)})"
         return (
-            _status(f"Made and verified in {monotonic() - started:.0f} s."),
+            status(f"Made and verified in {monotonic() - started:.0f} s."),
             "",
             result(made),
             gr.update(value=str(made.zip), label=download, visible=True),
@@ -155,7 +130,7 @@ class ExportHandlers:
         if base and key != self._key_of(base, base):
             said += f" It was made from {base:.80}, which is not loaded."
         query = Link(key, spec, text, TAB).to_query()
-        return f"{query} {time_ns()}", _status(said)
+        return f"{query} {time_ns()}", status(said)
 
     def _key_of(self, base: str | None, otherwise: str) -> str:
         """The key of the base model that a file names, where it can be loaded without asking."""
@@ -221,7 +196,3 @@ def base_model(path: str | Path) -> str | None:
 def _since(started: float) -> str:
     seconds = monotonic() - started
     return f" {seconds:.0f} s" if seconds >= SHOW_SECONDS else ""
-
-
-def _status(text: str) -> str:
-    return f"<p>{escape(text[:1].upper() + text[1:])}</p>" if text else ""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from html import escape
 from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +23,8 @@ from ...measure.runs.paper import (
 )
 from ...models import default_text
 from ..server.background import in_thread
+from ..server.events import status
+from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
 from ..server.texts import text_name
 from ..server.workbench import Workbench
@@ -34,19 +34,12 @@ PROXY = "proxy"
 Report = Callable[[str, float | None], None]
 
 
-@dataclass
-class _Run:
-    model: str
-    stopped: bool = False
-    overtaken: bool = False  # the page shows another model
-
-
 class PaperHandlers:
     """The events of the paper's tables over one workbench."""
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
-        self._runs: dict[str, _Run] = {}  # by session
+        self.jobs = Jobs()  # stopped, what is measured is kept
         self._times: WeakKeyDictionary[LoadedModel, dict[str, GenerationTime]] = (
             WeakKeyDictionary()
         )  # by variant
@@ -54,47 +47,35 @@ class PaperHandlers:
     def show(self, request: gr.Request, model: str) -> tuple[Any, str, str]:
         """Status, what is known of this model, and the commands that measure it."""
         loaded = self.workbench.loaded(model)
-        run = self._runs.get(request.session_hash)
-        if run and run.model == loaded.key:
-            status = gr.skip()
-        else:
-            status = ""
-            if run:
-                run.overtaken = True
-        return status, self._table(loaded), snippet(loaded.key)
-
-    def stop(self, request: gr.Request) -> str:
-        """End what is under way; what is measured is kept."""
-        if request.session_hash not in self._runs:
-            return ""
-        self._runs[request.session_hash].stopped = True
-        return _status("stopping …")
+        job = self.jobs.of(request)
+        here = job is not None and job.about == loaded.key
+        if job is not None and not here:
+            job.left = job.stopped = True
+        return gr.skip() if here else "", self._table(loaded), snippet(loaded.key)
 
     def reproduce(self, request: gr.Request, model: str) -> Iterator[tuple[Any, Any]]:
         """Status and table, which fills up and sharpens."""
-        loaded, session = self.workbench.loaded(model), request.session_hash
+        loaded = self.workbench.loaded(model)
         for spec in VARIANTS.values():
             spec.check_fits(loaded.d_ff)
-        run = self._runs[session] = _Run(loaded.key)
         started, said = monotonic(), ""
-        try:
-            with closing(in_thread(lambda report: self._measure(loaded, report))) as work:
-                for doing in work:
-                    if run.stopped or run.overtaken:
-                        ended = "Stopped. What is measured stays; Reproduce goes on."
-                        break
-                    if doing != said:
-                        said = doing
-                        yield _status(f"{doing} …"), self._table(loaded)
-                else:
-                    ended = f"Done in {monotonic() - started:.0f} s."
-        finally:
-            if self._runs.get(session) is run:
-                del self._runs[session]
-        if run.overtaken:
+        with (
+            self.jobs.doing(request, loaded.key) as job,
+            closing(in_thread(lambda report: self._measure(loaded, report))) as work,
+        ):
+            for doing in work:
+                if job.stopped:
+                    ended = "Stopped. What is measured stays; Reproduce goes on."
+                    break
+                if doing != said:
+                    said = doing
+                    yield status(f"{doing} …"), self._table(loaded)
+            else:
+                ended = f"Done in {monotonic() - started:.0f} s."
+        if job.left:
             yield gr.skip(), gr.skip()
         else:
-            yield _status(ended), self._table(loaded)
+            yield status(ended), self._table(loaded)
 
     def _measure(self, loaded: LoadedModel, report: Report) -> None:
         """Make all figures known; the longest text comes last."""
@@ -167,7 +148,3 @@ def _faded_weights(loaded: LoadedModel) -> int:
 def _windows_only(evaluation: Evaluation | None) -> Evaluation | None:
     """Without a first look, whose short pieces give another ratio."""
     return None if evaluation is None or evaluation.look else evaluation
-
-
-def _status(text: str) -> str:
-    return f"<p>{escape(text)}</p>"

@@ -56,4 +56,4 @@ def wire_paper(
     panel.start.click(
         readable(handlers.reproduce), model, shown, trigger_mode="once", **IN_TURNS, **QUIET
     ).failure(lambda: "<p>Not finished.</p>", None, panel.status, **QUIET)
-    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
+    panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)

@@ -28,6 +28,8 @@ from ...measure.words import in_words
 from ...models import default_calibration, default_text, named_calibration
 from ..plots.front_plot import front_plot
 from ..server.background import in_thread
+from ..server.events import status
+from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
 from ..server.measuring import measuring
 from ..server.texts import text_name
@@ -59,49 +61,28 @@ class SuggestHandlers:
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
-        self._running: set[str] = set()  # sessions that search
-        self._stopping: set[str] = set()  # of these, those that pressed Stop
+        # A search goes on with measuring what it found, and that ends with what it has.
+        self.jobs = Jobs()
 
     def choose_goal(self, goal: str) -> tuple:
         """Which slider counts."""
         return gr.update(visible=goal != "perplexity"), gr.update(visible=goal == "perplexity")
-
-    def stop(self, request: gr.Request) -> str:
-        """End what is under way: a search goes on with measuring what it found, and measuring
-        ends with what it has."""
-        if request.session_hash not in self._running:
-            return ""
-        self._stopping.add(request.session_hash)
-        return _status("stopping")
 
     def suggest(
         self, request: gr.Request, model: str, goal: str, share: float, increase: float,
         calibrated: bool, seconds: float,
     ) -> Iterator[tuple]:  # fmt: skip
         """Status, sentence, plot, table and the specs of its rows, as the search goes on."""
-        session = request.session_hash
-        self._running.add(session)
-        try:
-            yield from self._suggest(session, model, goal, share, increase, calibrated, seconds)
-        finally:
-            self._running.discard(session)
-            self._stopping.discard(session)
-
-    def _suggest(
-        self, session: str, model: str, goal: str, share: float, increase: float,
-        calibrated: bool, seconds: float,
-    ) -> Iterator[tuple]:  # fmt: skip
         loaded = self.workbench.loaded(model)
         found, seconds = _Found(read_budget(goal, share, increase)), min(seconds, MAX_SECONDS)
         for work in (_search(loaded, found, calibrated, seconds), _measure(loaded, found, seconds)):
-            with closing(work):
+            with self.jobs.doing(request) as job, closing(work):
                 for message in work:
-                    yield _status(message), gr.skip(), *_news(loaded, found)
-                    if session in self._stopping:
+                    yield status(f"{message} …"), gr.skip(), *_news(loaded, found)
+                    if job.stopped:
                         break
-            self._stopping.discard(session)
         yield (
-            _status(""), sentence(loaded, found), _plot(loaded, found), *_table(loaded, found),
+            "", sentence(loaded, found), _plot(loaded, found), *_table(loaded, found),
             write_records(found.records) if found.records else gr.skip(),
         )  # fmt: skip
 
@@ -272,7 +253,3 @@ def _row(run: Run, unbeaten: bool, chosen: bool) -> Sequence[str]:
         signed_percent(run.mlp_macs_share - 1),
         f"{mark}{note}{words}",
     ]
-
-
-def _status(text: str) -> str:
-    return f"<p>{escape(text)} …</p>" if text else ""

@@ -114,6 +114,6 @@ def wire_suggest(
         **MODEL_QUEUE,
         **QUIET,
     )
-    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
+    panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)
     panel.table.select(readable(handlers.take), panel.specs, taken, **QUIET)
     tab.select(None, js=RESIZE, **PRIVATE)

@@ -135,4 +135,4 @@ def wire_sweep(
         readable(handlers.sweep), inputs, [panel.status, measured], trigger_mode="once",
         **MODEL_QUEUE, **QUIET,
     )  # fmt: skip
-    panel.stop.click(readable(handlers.stop), None, panel.status, **QUIET)
+    panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)

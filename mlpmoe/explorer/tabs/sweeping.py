@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from html import escape
 from time import monotonic
 from typing import Any
 
@@ -18,7 +17,8 @@ from ...core.spec import ConversionSpec
 from ...core.written import flag_of
 from ...measure.runs.grid import grid, read_values
 from ...measure.runs.pace import about
-from ..server.events import sentence
+from ..server.events import sentence, status
+from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
 from ..server.measuring import measuring
 from ..server.texts import OWN_PREFIX
@@ -50,8 +50,7 @@ class SweepHandlers:
 
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
-        self._running: set[str] = set()  # sessions that sweep
-        self._stopping: set[str] = set()  # of these, those that pressed Stop
+        self.jobs = Jobs()  # stopped, what is measured is kept
 
     def plan(self, model: str, text: str, stored: str, *values: Any) -> tuple[str, str]:
         """How many runs and how long, in a sentence; and the sweep in the shell."""
@@ -64,42 +63,32 @@ class SweepHandlers:
             return f'<p class="problem">{sentence(plain)}</p>', gr.skip()
         return f"<p>{words}</p>", snippet(model, text, values)
 
-    def stop(self, request: gr.Request) -> str:
-        """End what is under way; what is measured is kept."""
-        if request.session_hash not in self._running:
-            return ""
-        self._stopping.add(request.session_hash)
-        return _status("stopping …")
-
     def sweep(
         self, request: gr.Request, model: str, text: str, stored: str, *values: Any
     ) -> Iterator[tuple[Any, Any]]:
         """Status and new runs. Stopped, it leaves what it has measured."""
-        loaded, session = self.workbench.loaded(model), request.session_hash
+        loaded = self.workbench.loaded(model)
         plan = self._plan(loaded, text, stored, values)
         records: list[Record] = []
         started = monotonic()
-        self._running.add(session)
-        try:
-            with closing(self._measured(loaded, text, plan, records)) as work:
-                for where, found in work:
-                    if found:
-                        yield gr.skip(), write_records(records[-SENT_AGAIN:])
-                    elif session not in self._stopping:
-                        yield _status(where), gr.skip()
-                    if session in self._stopping:
-                        break
-            stopped = session in self._stopping
-        finally:
-            self._running.discard(session)
-            self._stopping.discard(session)
+        with (
+            self.jobs.doing(request) as job,
+            closing(self._measured(loaded, text, plan, records)) as work,
+        ):
+            for where, found in work:
+                if found:
+                    yield gr.skip(), write_records(records[-SENT_AGAIN:])
+                elif not job.stopped:
+                    yield status(where), gr.skip()
+                if job.stopped:
+                    break
         seconds = monotonic() - started
         done = f"{len(records)} measured in {seconds:.0f} s" if records else "nothing measured"
-        if stopped:
+        if job.stopped:
             left = len(plan.missing) - len(records)
-            yield _status(f"Stopped: {done}, {left} left. Sweep goes on with them."), gr.skip()
+            yield status(f"Stopped: {done}, {left} left. Sweep goes on with them."), gr.skip()
         else:
-            yield _status(f"Done: {done}, {plan.known} were there before."), gr.skip()
+            yield status(f"Done: {done}, {plan.known} were there before."), gr.skip()
 
     def _measured(
         self, loaded: LoadedModel, text: str, plan: Plan, records: list[Record]
@@ -201,7 +190,3 @@ def _seconds_each(plan: Plan, loaded: LoadedModel, text: str) -> float | None:
     if not plan.missing or not loaded.has_text(text):
         return None
     return loaded.plan(text).tokens / loaded.tokens_per_second
-
-
-def _status(text: str) -> str:
-    return f"<p>{escape(text)}</p>"

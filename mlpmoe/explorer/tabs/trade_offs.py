@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from html import escape
 from time import monotonic
 from typing import Any
@@ -15,6 +16,8 @@ from ...measure.runs.tables import to_csv
 from ...measure.text.generation import write_side_by_side
 from ..plots.tradeoff_plot import AXES, tradeoff_plot
 from ..server.asked import Calibrated, Conversion, spec_of
+from ..server.events import status
+from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
 from ..server.texts import text_name
 from ..server.workbench import Workbench
@@ -26,6 +29,7 @@ from .published import published
 from .runs_table import comparison_table, runs_table
 from .weights import histograms, layer_and_projection
 
+COMPARED = 6  # outputs of `compare`
 COMPARED_TOKENS = 96  # that both write
 UPDATES_PER_SECOND = 20  # of their text
 
@@ -34,7 +38,7 @@ class TradeOffHandlers:
     """The events of the tab over one workbench."""
 
     def __init__(self, workbench: Workbench) -> None:
-        self.workbench = workbench
+        self.workbench, self.jobs = workbench, Jobs()
 
     def show(self, stored: str, model: str, text: str, x: str, y: str, layers: list[str]) -> tuple:
         """Plot, sentence, table, whether Undo and Delete can be pressed, comparison and whether
@@ -88,9 +92,20 @@ class TradeOffHandlers:
         return json.dumps({"runs": runs}, indent=2, ensure_ascii=False), "mlpmoe-runs.json"
 
     def compare(
-        self, stored: str, layer: int, projection: str, prompt: str
+        self, request: gr.Request, stored: str, layer: int, projection: str, prompt: str
     ) -> Iterator[tuple[Any, ...]]:
         """Status, whether there is something to see, two histograms, two texts."""
+        steps = self._compared(stored, layer, projection, prompt)
+        with self.jobs.doing(request) as job, closing(steps):
+            for step in steps:
+                if job.stopped:
+                    yield status("Stopped."), *(gr.skip(),) * (COMPARED - 1)
+                    break
+                yield step
+
+    def _compared(
+        self, stored: str, layer: int, projection: str, prompt: str
+    ) -> Iterator[tuple[Any, ...]]:
         pair = pinned(read_records(stored)[0])
         if len(pair) < 2:
             raise UserError("pin two runs first.")
@@ -102,16 +117,15 @@ class TradeOffHandlers:
             asked.append(loaded[-1].asked(record.run.spec, record.calibration))
             if isinstance(asked[-1], Calibrated):
                 for message in loaded[-1].convert(asked[-1]):
-                    yield _status(f"{letter}: {message} …"), gr.skip(), *nothing, *nothing
+                    yield status(f"{letter}: {message} …"), gr.skip(), *nothing, *nothing
         plots = [
             _histograms(one, conversion, layer, projection)
             for one, conversion in zip(loaded, asked, strict=True)
         ]
-        yield _status("writing …"), gr.update(visible=True), *plots, "", ""
-        texts = _write(loaded, asked, prompt)
-        for written in texts:
-            yield _status("writing …"), gr.skip(), *nothing, *written
-        yield _status(""), gr.skip(), *nothing, *nothing
+        yield status("writing …"), gr.update(visible=True), *plots, "", ""
+        for written in _write(loaded, asked, prompt):
+            yield status("writing …"), gr.skip(), *nothing, *written
+        yield "", gr.skip(), *nothing, *nothing
 
 
 def _histograms(loaded: LoadedModel, asked: Conversion, layer: int, projection: str) -> Any:
@@ -171,7 +185,3 @@ def flat(record: Record) -> dict[str, Any]:
         "measured": record.when,
         "link": f"?{record.query}",
     }
-
-
-def _status(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""

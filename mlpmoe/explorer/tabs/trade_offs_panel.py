@@ -182,7 +182,7 @@ def wire_trade_offs(
         button.click(
             readable(getattr(handlers, kind)), fields.stored, [fields.file, fields.name], **QUIET
         ).success(None, [fields.file, fields.name], js=SAVE, **PRIVATE)
-    compared = panel.compare.click(
+    panel.compare.click(
         readable(handlers.compare),
         [fields.stored, panel.layer, panel.projection, panel.prompt],
         [panel.status, panel.results, *panel.histograms, *panel.texts],
@@ -190,7 +190,7 @@ def wire_trade_offs(
         **MODEL_QUEUE,
         **QUIET,
     )
-    panel.stop.click(lambda: "<p>Stopped.</p>", None, panel.status, cancels=[compared], **QUIET)
+    panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)
     tab.select(None, js=RESIZE, **PRIVATE)
     # a tab that is drawn for the first time may pass over what came just before
     tab.select(None, js="() => setTimeout(mlpmoe.show, 400)", **PRIVATE)
