@@ -233,8 +233,8 @@ def test_the_search_does_not_see_what_it_is_judged_by(tab, visitor, monkeypatch)
     monkeypatch.setattr(
         tab.workbench.loaded("demo"), "text", lambda key: texts.append(key) or original(key)
     )
-    for status, *_ in tab.suggest(visitor(), *order()):
-        if "Searching" in status:
+    for said, *_ in tab.suggest(visitor(), *order()):
+        if "Searching" in said:
             assert texts == []
     assert set(texts) == {"proxy"}
 

@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.events import Dependency
 
 from ..server.events import QUIET, readable
-from .sliders import LimitedSlider
+from .inputs import LimitedSlider
 
 if TYPE_CHECKING:
     from .answer import AnswerHandlers

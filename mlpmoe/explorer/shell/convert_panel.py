@@ -22,6 +22,7 @@ from ...models import default_calibration, default_text
 from ...models.catalogue import DEMO_KEY
 from ...models.texts import MAX_OWN_TEXT
 from ..server.texts import calibration_choices, text_choices
+from .inputs import LimitedSlider, OpenDropdown, OpenSlider
 from .settings import (
     ACTIVE_STEP,
     CONTROLS,
@@ -33,7 +34,6 @@ from .settings import (
     USUAL_EXPERTS,
     USUAL_SHARED,
 )
-from .sliders import LimitedSlider, OpenSlider
 
 CUSTOM = "custom"
 AWAY = "away"  # the class of what is not seen, but stays in the page with its values
@@ -230,7 +230,7 @@ def _static_stages() -> dict[str, object]:
 
 def _routed_stages() -> dict[str, object]:
     return {
-        "router": gr.Dropdown(
+        "router": OpenDropdown(
             router_choices(), value=OWN, label="Router", filterable=False, elem_id="router",
             info="what scores the experts for a token",
         ),
@@ -254,7 +254,7 @@ def _common_stages() -> dict[str, object]:
             max_length=400, elem_id="spared",
             info="numbers, from 0; or spare a layer in the picture of the network",
         ),
-        "calibration": gr.Dropdown(
+        "calibration": OpenDropdown(
             calibration_choices(), value=default_calibration(DEMO_KEY), label="Calibration text *",
             info="what choices with a * look at; the same kind of text as is measured on is best",
             filterable=False, elem_id="calibration-text",
@@ -264,7 +264,7 @@ def _common_stages() -> dict[str, object]:
 
 def _texts() -> dict[str, object]:
     with gr.Accordion("Evaluation text", open=False, elem_id="text-choice"):
-        text = gr.Dropdown(
+        text = OpenDropdown(
             text_choices(), value=default_text(DEMO_KEY), label="Text", filterable=False,
             elem_id="text", info="WikiText-2 and C4 need a network once, and patience",
         )  # fmt: skip

@@ -10,6 +10,7 @@ import gradio as gr
 from ...checkpoints.forms.choose import AUTO, FORM_WORDS
 from ...checkpoints.write.export import SAVED
 from ..server.events import QUIET, readable
+from ..shell.inputs import OpenRadio
 from .export_result import EMPTY
 from .pushing import PushHandlers, PushPanel, can_push, push_panel, wire_push
 
@@ -56,7 +57,7 @@ def export_panel() -> ExportPanel:
                 [(words, name) for name, words in FORM_WORDS.items()], value=AUTO, label="Form",
                 info="architecture of the checkpoint", filterable=False, elem_id="export-form",
             )  # fmt: skip
-            dtype = gr.Radio(
+            dtype = OpenRadio(
                 [("as the base model was saved", SAVED)], value=SAVED,
                 label="Number format of the weights", elem_id="export-dtype",
             )  # fmt: skip

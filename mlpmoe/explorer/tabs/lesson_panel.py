@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ..server.events import PRIVATE, QUIET, readable
-from ..shell.sliders import LimitedSlider
+from ..shell.inputs import LimitedSlider
 from .lesson import PRESENT
 from .lesson_steps import STEPS, Step
 

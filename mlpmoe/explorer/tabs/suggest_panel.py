@@ -10,7 +10,7 @@ import gradio as gr
 from ...measure.runs.search import Budget
 from ..plots.front_plot import front_plot
 from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
-from ..shell.sliders import LimitedSlider
+from ..shell.inputs import LimitedSlider
 
 if TYPE_CHECKING:
     from .suggest import SuggestHandlers

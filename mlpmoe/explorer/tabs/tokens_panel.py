@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from ..server.events import MODEL_QUEUE, QUIET, RESIZE, readable
-from ..shell.sliders import LimitedSlider
+from ..shell.inputs import LimitedSlider
 
 if TYPE_CHECKING:
     from .tokens import TokenHandlers

@@ -11,7 +11,7 @@ from ...core.spec import PROJECTIONS
 from ..plots.tradeoff_plot import AXES, LAYERS, tradeoff_plot
 from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
 from ..shell.answer_panel import MAX_PROMPT, STORIES
-from ..shell.sliders import LimitedSlider
+from ..shell.inputs import LimitedSlider, OpenRadio
 from .paper_panel import PaperPanel, paper_panel
 from .runs_table import EMPTY, NOTHING_PINNED
 from .sweep_panel import SweepPanel, sweep_panel
@@ -123,7 +123,7 @@ def trade_offs_panel() -> TradeOffsPanel:
             layer = LimitedSlider(
                 0, 1, 0, step=1, precision=0, label="Layer", elem_id="compare-layer"
             )
-            projection = gr.Radio(
+            projection = OpenRadio(
                 list(PROJECTIONS),
                 value="gate",
                 label="Projection",

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...core.spec import PROJECTIONS
 from ..server.events import QUIET, RESIZE, readable
-from ..shell.sliders import LimitedSlider
+from ..shell.inputs import LimitedSlider, OpenRadio
 
 if TYPE_CHECKING:
     from .weights import WeightsHandlers
@@ -47,7 +47,7 @@ def weights_panel() -> WeightsPanel:
             "The dashed line is the fade threshold: weights to its left are set to zero. "
             "As published, fade works on gate and up only."
         )
-        projection = gr.Radio(
+        projection = OpenRadio(
             list(PROJECTIONS), value="gate", label="Projection", elem_id="projection"
         )
         histograms = gr.Plot(show_label=False, elem_id="histograms")
