@@ -51,7 +51,8 @@ def starting_page() -> ThreadingHTTPServer:
 if __name__ == "__main__":
     server = starting_page()
 
-from mlpmoe.explorer.app import build_demo, launch_kwargs  # noqa: E402 – the slow part
+from mlpmoe.explorer.app import build_demo  # noqa: E402 – the slow part
+from mlpmoe.explorer.launch import launch_kwargs  # noqa: E402
 
 demo = build_demo()
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
-from plotly.offline import get_plotlyjs
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 
-from ..models import assets_folder, host_allows_any_model
+from ..models import host_allows_any_model
 from .api import add_endpoints
-from .plots.style import CSS_VARIABLES
 from .server.events import IN_TURNS, PRIVATE, QUIET, readable
 from .server.first_model import FirstModel
 from .server.looks import Looks
@@ -44,7 +39,6 @@ from .tabs.trade_offs_panel import run_fields, trade_offs_panel, wire_trade_offs
 from .tabs.weights import WeightsHandlers
 from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 
-COMPONENTS = {"network"}  # scripts that a component of the page runs by itself
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
 ADDRESS = f"(query, tab) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}')"
 # Values set from here reach sliders later than other components, and long before this ends.
@@ -75,44 +69,6 @@ def _page_state() -> PageState:
         for name in ("share-kept", "arrived", "taken", "query", "open-tab", "budget-asked")
     )
     return PageState(gr.State(""), *fields, gr.State([]))
-
-
-def launch_kwargs() -> dict[str, Any]:
-    """What every launch of the page passes, so that tests and hosts serve the same one."""
-    return {
-        "theme": _theme(),
-        "css": CSS_VARIABLES,
-        "css_paths": sorted(assets_folder().glob("*.css")),
-        "head": "".join(f"<script>{script}</script>" for script in _scripts()),
-        # a saved plot carries plotly with it, so that it opens without a network
-        "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
-        "footer_links": ["api", "settings"],
-        "enable_monitoring": False,
-        "run_history": False,  # it would keep all that events give, in the place of the runs
-        "max_file_size": "1mb",
-        "strict_cors": True,
-    }
-
-
-def _scripts() -> list[str]:
-    """page.js first, whose functions the others use."""
-    files = sorted(assets_folder().glob("*.js"), key=lambda file: (file.stem != "page", file))
-    return [file.read_text(encoding="utf-8") for file in files if file.stem not in COMPONENTS]
-
-
-def _plotly_js(_: object) -> PlainTextResponse:
-    return PlainTextResponse(get_plotlyjs(), media_type="text/javascript")
-
-
-def _theme() -> gr.themes.Base:
-    """Fonts of the visitor's own system, and secondary text that stays readable on a projector."""
-    subdued = {"body_text_color_subdued": "#565b63", "block_info_text_color": "#565b63"}
-    subdued |= {f"{name}_dark": "#b6bbc4" for name in list(subdued)}
-    return gr.themes.Default(
-        primary_hue=gr.themes.colors.slate,
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    ).set(**subdued)
 
 
 def build_demo(workbench: Workbench | None = None) -> gr.Blocks:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from gradio_client import Client
 
-from mlpmoe.explorer.app import build_demo, launch_kwargs
+from mlpmoe.explorer.app import build_demo
+from mlpmoe.explorer.launch import launch_kwargs
 from mlpmoe.explorer.server.loaded import LoadedModel
 from mlpmoe.explorer.server.workbench import Workbench
 

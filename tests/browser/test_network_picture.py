@@ -8,7 +8,7 @@ import gradio as gr
 import pytest
 import torch
 
-from mlpmoe.explorer.app import launch_kwargs
+from mlpmoe.explorer.launch import launch_kwargs
 from mlpmoe.explorer.server.events import QUIET
 from mlpmoe.explorer.shell.network import Column, network_component, network_value, static_columns
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmoe import ConversionSpec
-from mlpmoe.explorer.app import launch_kwargs
+from mlpmoe.explorer.launch import launch_kwargs
 from mlpmoe.explorer.plots.cost_plot import LEAST_INCREASE, increase_axis, shown_increase
 from mlpmoe.explorer.plots.curve import LINES, Here, curve
 from mlpmoe.explorer.plots.labels import Box, along_line, around, beside, columns
