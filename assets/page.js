@@ -47,7 +47,10 @@
   const change = {
     add(text) {
       let runs = read(localStorage, RUNS);
+      const removed = read(sessionStorage, REMOVED).flat();
       for (const run of JSON.parse(text || "[]")) {
+        // its measurement has gone on after it was removed
+        if (removed.some((gone) => gone.id === run.id && gone.when === run.when)) continue;
         const old = runs.find((other) => other.id === run.id);
         if (old && figures(old) === figures(run)) continue;
         runs = [{ ...run, pinned: old?.pinned ?? false }, ...runs.filter((r) => r !== old)];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from .checks import check_choice, integer, known, layer_numbers, pattern, real, shown
@@ -271,10 +272,7 @@ class ConversionSpec(Written):
         nothing else counts."""
         if layers is not None and set(range(layers)) <= set(self.spared_layers):
             return self.at(0)
-        idle = self._idle_routed() if self.routed else self._idle_static()
-        once = replace(self, **{name: _default(name) for name in idle | {"progressive"}})
-        again = self.progressive and "progressive" not in idle and once.looks_at_activations
-        return replace(once, progressive=True) if again else once
+        return _canonical(self)
 
     def _idle_routed(self) -> set[str]:
         idle = set() if self.shared == AUTO else {"tau"}
@@ -318,6 +316,14 @@ class ConversionSpec(Written):
                 f"branches (B) is {shown(self.branches)}, but this model's MLPs have {d_ff} "
                 f"neurons: choose B between 1 and {d_ff}."
             )
+
+
+@lru_cache(maxsize=4096)
+def _canonical(spec: ConversionSpec) -> ConversionSpec:
+    idle = spec._idle_routed() if spec.routed else spec._idle_static()
+    once = replace(spec, **{name: _default(name) for name in idle | {"progressive"}})
+    again = spec.progressive and "progressive" not in idle and once.looks_at_activations
+    return replace(once, progressive=True) if again else once
 
 
 def without_idle(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import gradio as gr
@@ -39,6 +40,9 @@ from .tabs.trade_offs_panel import run_fields, trade_offs_panel, wire_trade_offs
 from .tabs.weights import WeightsHandlers
 from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 
+# After each event Gradio sums up the latest 10,000 for a page that is switched off here; once after
+# this many instead.
+NEVER = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**12)}
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
 ADDRESS = f"(query, tab) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}')"
 # Values set from here reach sliders later than other components, and long before this ends.
@@ -73,6 +77,7 @@ def _page_state() -> PageState:
 
 def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     """The page over a workbench. Its first model is loaded meanwhile, see `FirstModel`."""
+    os.environ.update(NEVER)
     workbench = workbench or Workbench()
     first = FirstModel(workbench)
     first.start()

@@ -126,7 +126,9 @@ def test_a_measurement_sharpens_by_itself_and_ends_with_a_run(handlers, demo, vi
     for step in steps:  # shown by the preview
         assert step.nonzero == step.compute == step.network == SKIPPED
     (early_run,) = (step.new for step in steps if step.new != SKIPPED)
-    assert json.loads(early_run)[0]["run"] == json.loads(last.new)[0]["run"]  # before speed ends
+    early_run, whole_run = (json.loads(new)[0] for new in (early_run, last.new))
+    assert early_run["run"] == whole_run["run"]  # before speed ends
+    assert early_run["when"] == whole_run["when"]  # one measurement
     # once more, for a page that was busy
     structure = last.nonzero, last.compute, last.network
     assert structure == (shown.nonzero, shown.compute, shown.network)

@@ -29,7 +29,7 @@ from .convert_panel import CUSTOM
 from .front import FRONT, Front, axis_for, dense_network, front
 from .links import FIRST_TAB, Link
 from .preview import preset_name, snippet
-from .records import Record, measured_record, write_records
+from .records import Record, measured_record, now, write_records
 from .settings import USED, arriving, parted, read_asked, set_budget, settle
 
 PREVIEW = USED + 4 + FRONT  # outputs of `preview`
@@ -186,7 +186,7 @@ class Handlers:
 
 def _steps(chosen: _Chosen, whole: bool, speed_anew: bool) -> Iterator[tuple[Any, ...]]:
     """The front, as far as it changes, and the new run."""
-    loaded, asked, text = chosen.loaded, chosen.asked, chosen.text
+    loaded, asked, text, began = chosen.loaded, chosen.asked, chosen.text, now()
 
     def known(message: str) -> tuple[Any, ...]:
         return *chosen.front(message).outputs, gr.skip()
@@ -195,7 +195,7 @@ def _steps(chosen: _Chosen, whole: bool, speed_anew: bool) -> Iterator[tuple[Any
         return *chosen.front(message).measured, gr.skip()
 
     def run() -> str:
-        return write_records([measured_record(loaded, asked, text)])
+        return write_records([measured_record(loaded, asked, text, when=began)])
 
     if not loaded.is_converted(asked):
         for message in loaded.convert(asked):

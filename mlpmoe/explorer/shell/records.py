@@ -115,9 +115,14 @@ class Record:
 
 
 def measured_record(
-    loaded: LoadedModel, asked: Conversion, text: str, source: str = "measured"
+    loaded: LoadedModel,
+    asked: Conversion,
+    text: str,
+    source: str = "measured",
+    when: str | None = None,
 ) -> Record:
-    """The run of a conversion that was measured just now."""
+    """The run of a conversion that is measured. when: its measurement began, by default now; what
+    is sent again of one measurement has the same."""
     evaluation = loaded.known_evaluation(asked, text)
     speed = loaded.known_speed(asked)
     return Record(
@@ -126,7 +131,7 @@ def measured_record(
         tokens=evaluation.dense.tokens,
         dense=evaluation.dense.value,
         run=loaded.run(asked, text),
-        when=now(),
+        when=when or now(),
         speed=speed and speed.speedup,
         source=source,
         calibration=asked.key if isinstance(asked, Calibrated) else None,
