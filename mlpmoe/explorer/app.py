@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from gradio.events import Dependency
 
 from ..models import host_allows_any_model
 from .api import add_endpoints
-from .server.events import IN_TURNS, PRIVATE, QUIET, readable
+from .server.events import IN_TURNS, PRIVATE, QUIET, Together, readable
 from .server.first_model import FirstModel
 from .server.looks import Looks
 from .server.workbench import Workbench
@@ -36,7 +37,7 @@ from .tabs.sweeping import SweepHandlers
 from .tabs.tokens import TokenHandlers
 from .tabs.tokens_panel import tokens_panel, wire_tokens
 from .tabs.trade_offs import TradeOffHandlers
-from .tabs.trade_offs_panel import run_fields, trade_offs_panel, wire_trade_offs
+from .tabs.trade_offs_panel import RunFields, run_fields, trade_offs_panel, wire_trade_offs
 from .tabs.weights import WeightsHandlers
 from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 
@@ -45,6 +46,8 @@ from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 NEVER = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**12)}
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
 ADDRESS = f"(query, tab) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}')"
+TOLD = ("weights", "lesson", "tokens", "runs", "export")
+TELL = f"(...shown) => mlpmoe.tell({json.dumps(TOLD)}, '{FIRST_TAB}', ...shown)"
 # Values set from here reach sliders later than other components, and long before this ends.
 ARRIVED = "() => new Promise(done => setTimeout(() => done(String(Date.now())), 100))"
 FOOTER = """Nothing is trained. Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
@@ -64,6 +67,7 @@ class PageState:
     query: gr.Textbox  # of the link to the present settings
     tab: gr.Textbox  # key of the open tab
     budget: gr.Textbox  # that the visitor has set last, in per cent, and when: see page.js
+    told: dict[str, gr.Textbox]  # by tab: changes with what it shows, while it is open: see tabs.js
     mine: gr.State  # the runs that the browser keeps, as records
 
 
@@ -72,7 +76,8 @@ def _page_state() -> PageState:
         gr.Textbox("", visible="hidden", elem_id=name)
         for name in ("share-kept", "arrived", "taken", "query", "open-tab", "budget-asked")
     )
-    return PageState(gr.State(""), *fields, gr.State([]))
+    told = {key: gr.Textbox("", visible="hidden", elem_id=f"told-{key}") for key in TOLD}
+    return PageState(gr.State(""), *fields, told, gr.State([]))
 
 
 def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
@@ -112,7 +117,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             gr.Markdown(WORDS)
         gr.Markdown(FOOTER, elem_id="footer")
         add_endpoints(workbench)  # first, since a listener's name would be taken from them
-        looks = Looks()
+        looks, another_model = Looks(), Together()
         handlers, model = Handlers(workbench, looks), state.model
         spec = [model, *convert.settings]
         shown = [
@@ -121,44 +126,47 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         ]  # fmt: skip
         _wire_opening(demo, OpeningHandlers(workbench, first), state, picker, convert, tabs)
         _wire_address(state, picker, convert, opened)
+        _wire_tabs(state, fields, weights.layer, lesson.layer)
         changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
         _wire_measurement(
             handlers, state, convert, pictures, weights, spec, [*shown, fields.measured], changed
         )
         _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
+        another_model.add(handlers.another_model, [model], [pictures.network])
         wire_answer(
             AnswerHandlers(workbench, looks), answer, model, spec, convert.text, weights.layer,
-            pictures.network, changed,
+            pictures.network, changed, another_model,
         )  # fmt: skip
         wire_weights(
-            WeightsHandlers(workbench), weights, model, spec, state.tab,
-            [state.query, fields.measured], opened["weights"],
+            WeightsHandlers(workbench), weights, model, spec, state.told["weights"],
+            opened["weights"], another_model,
         )  # fmt: skip
         wire_suggest(
             SuggestHandlers(workbench), model, suggestions, opened["suggest"], state.taken,
-            fields.measured,
+            fields.measured, another_model,
         )  # fmt: skip
         wire_trade_offs(
-            TradeOffHandlers(workbench), model, convert.text, trade_offs, opened["runs"], fields,
-            state.mine,
+            TradeOffHandlers(workbench), model, convert.text, trade_offs, state.told["runs"],
+            opened["runs"], fields, state.mine, another_model,
         )  # fmt: skip
         wire_sweep(
             SweepHandlers(workbench), model, convert.text, fields.stored, fields.measured,
-            trade_offs.sweep,
+            trade_offs.sweep, state.told["runs"],
         )  # fmt: skip
-        wire_paper(PaperHandlers(workbench), model, trade_offs.paper, opened["runs"])
+        wire_paper(PaperHandlers(workbench), model, trade_offs.paper, state.told["runs"])
         wire_tokens(
-            TokenHandlers(workbench), model, spec, convert.text, fields.measured, tokens,
-            opened["tokens"], state.tab,
+            TokenHandlers(workbench), model, spec, convert.text, tokens, state.told["tokens"],
+            opened["tokens"], another_model,
         )  # fmt: skip
         wire_lesson(
             LessonHandlers(workbench), lesson, model, convert, state.query, sentence,
-            opened["lesson"],
+            state.told["lesson"], opened["lesson"], another_model,
         )  # fmt: skip
         wire_export(
-            ExportHandlers(workbench), export, model, convert.text, convert.settings, state.tab,
-            state.taken, demo,
+            ExportHandlers(workbench), export, model, convert.text, convert.settings,
+            state.told["export"], state.taken, demo,
         )  # fmt: skip
+        another_model.on(model.change)
     _report_progress_on(demo, picker.title)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
@@ -250,6 +258,13 @@ def _wire_address(
     picker.redo.click(None, js="() => mlpmoe.step(1)", **PRIVATE)
 
 
+def _wire_tabs(state: PageState, fields: RunFields, *layers: gr.Slider) -> None:
+    """A tab is told while it is open. layers: of the weights, and of the lesson."""
+    shown = [state.tab, state.query, fields.measured, fields.stored, *layers]
+    told = [*state.told.values()]
+    gr.on([each.change for each in shown], None, [*shown, *told], told, js=TELL, **PRIVATE)
+
+
 def _wire_preview(
     handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
     weights: WeightsPanel, spec: list, shown: list,
@@ -313,7 +328,6 @@ def _wire_pictures(
         [pictures.curve, pictures.network],
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    state.model.change(readable(handlers.another_model), state.model, pictures.network, **QUIET)
     pictures.network.click(
         readable(handlers.picked), convert.spared, [weights.layer, convert.spared, tabs], **QUIET
     )

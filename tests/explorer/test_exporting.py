@@ -360,7 +360,7 @@ def test_only_what_the_lists_offer(exporter, change):
 @pytest.mark.usefixtures("instant")
 def test_a_result_of_other_settings_says_so(exporter):
     def stale(*values: object, session: str = "a") -> str:
-        return exporter.describe(request(session), "export", *values)[3]
+        return exporter.describe(request(session), *values)[3]
 
     assert stale(*asked_for()) == ""  # nothing made yet
     make(exporter, *asked_for())
@@ -372,21 +372,15 @@ def test_a_result_of_other_settings_says_so(exporter):
         assert "K 3" in shown
 
 
-def test_describing_while_another_tab_is_open_costs_nothing(exporter):
-    assert set(map(str, exporter.describe(request(), "weights", "demo"))) == {str(gr.skip())}
-
-
 def test_what_cannot_be_converted_is_said_in_place(exporter):
-    problem, *others = exporter.describe(
-        request(), "export", *asked_for(fade=0.5, fade_projections=[])
-    )
+    problem, *others = exporter.describe(request(), *asked_for(fade=0.5, fade_projections=[]))
     assert "at least one matrix" in problem
     assert 'class="problem"' in problem
     assert all(other == gr.skip() for other in others)
 
 
 def test_formats_are_named(exporter):
-    _, line, formats, _ = exporter.describe(request(), "export", *asked_for())
+    _, line, formats, _ = exporter.describe(request(), *asked_for())
     assert "--dtype float32" in line
     assert [label for label, _ in formats["choices"]] == [
         "as the base model was saved (float32)", "as it is measured here (float32)",

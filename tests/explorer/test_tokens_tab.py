@@ -15,7 +15,7 @@ from mlpmoe.explorer.shell.settings import read_spec
 from mlpmoe.explorer.shell.tint import LEAST, Tint
 from mlpmoe.explorer.tabs import tokens as module
 from mlpmoe.explorer.tabs.tokens import (
-    NOT_OPEN,
+    SHOWN,
     TokenHandlers,
     branches_html,
     text_html,
@@ -86,22 +86,10 @@ def measured(tab, text="proxy", **change):
     return loaded, spec, found
 
 
-def test_nothing_is_computed_while_another_tab_is_open(tab, monkeypatch):
-    measured(tab, keep=8)
-    for name in ("token_changes", "drift", "branch_statistics"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was computed"))
-    monkeypatch.setattr(tab.workbench, "loaded", lambda key: pytest.fail("a model was asked for"))
-    for other in ("weights", "", None, "lesson"):
-        assert tab.show(other, *values(keep=8)) == (SKIPPED,) * NOT_OPEN
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "branch_statistics", lambda *_: pytest.fail("was computed"))
-    assert tab.branches("weights", *values(keep=8)) == (SKIPPED,) * 4
-
-
 def test_what_is_not_measured_is_not_shown(tab):
-    shown = tab.show("tokens", *values(keep=8))
+    shown = tab.show(*values(keep=8))
     assert shown[:2] == (EMPTY, "")
-    assert shown[2:] == (SKIPPED,) * (NOT_OPEN - 2)
+    assert shown[2:] == (SKIPPED,) * (SHOWN - 2)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +104,7 @@ def test_what_is_not_measured_is_not_shown(tab):
 )
 def test_tokens_and_sentences_are_those_that_were_measured(tab, change):
     loaded, spec, found = measured(tab, **change)
-    worst_list, text, drift, view, *branch_figures = tab.show("tokens", *values(**change))
+    worst_list, text, drift, view, *branch_figures = tab.show(*values(**change))
     encoded = loaded.text("proxy")
     parts = loaded.windows("proxy")
     changes = token_changes(found.dense, found.converted, encoded, parts, loaded.tokenizer)
@@ -167,7 +155,7 @@ def test_of_a_part_of_the_text_only_that_part_is_coloured(tab):
     look, window = next(steps), next(steps)
     steps.close()
     assert (look.look, window.look) == (True, False)
-    worst_list, text, *_ = tab.show("tokens", *values(keep=2))
+    worst_list, text, *_ = tab.show(*values(keep=2))
     assert f"{window.dense.tokens:,} of {window.total:,} tokens" in text
     (part,) = window.parts
     losses = window.converted.losses - window.dense.losses
@@ -182,13 +170,13 @@ def test_of_a_part_of_the_text_only_that_part_is_coloured(tab):
     )
     assert hardest.split("nats", 1)[1].strip()[:12] in measured_words
     *_, _ = loaded.evaluate(ConversionSpec(keep=2), "proxy")
-    assert "tokens are measured" not in tab.show("tokens", *values(keep=2))[1]
+    assert "tokens are measured" not in tab.show(*values(keep=2))[1]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_figures_of_the_branches_are_recomputed(tab, layer):
     loaded, _, _ = measured(tab, branches=6, keep=4)
-    shown = tab.branches("tokens", *values(layer=layer, branches=6, keep=4))
+    shown = tab.branches(*values(layer=layer, branches=6, keep=4))
     view, html, norms, correlations = shown
     assert view["visible"] is True
     outputs = branch_outputs(loaded, layer, 6)

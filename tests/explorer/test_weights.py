@@ -46,24 +46,17 @@ def made(loaded: LoadedModel, **change):
 # which view
 
 
-def test_nothing_is_computed_while_another_tab_is_open(tab, monkeypatch):
-    monkeypatch.setattr(tab.workbench, "loaded", lambda key: pytest.fail("a model was asked for"))
-    for other in ("tokens", "runs", None):
-        assert tab.show(other, *values()) == (SKIPPED,) * SHOWN
-
-
 @pytest.mark.parametrize(
     ("change", "routed"), [({"keep": 12, "order": "activation"}, False), (ROUTED, True)], ids=str
 )
 def test_the_view_follows_the_method_and_its_figures_once_it_is_made(tab, demo, change, routed):
-    before = tab.show("weights", *values(**change))
+    before = tab.show(*values(**change))
     assert before[2:] == (SKIPPED,) * (SHOWN - 2) or before[3:] == (SKIPPED,) * (SHOWN - 3)
     made(demo, **change)
-    for open_tab in ("weights", ""):  # the first, before one was chosen
-        static, ridges, experts, *figures = tab.show(open_tab, *values(**change))
-        assert (static["visible"], experts["visible"]) == (not routed, routed)
-        assert (ridges == SKIPPED) == routed
-        assert all((figure == SKIPPED) != routed for figure in figures)
+    static, ridges, experts, *figures = tab.show(*values(**change))
+    assert (static["visible"], experts["visible"]) == (not routed, routed)
+    assert (ridges == SKIPPED) == routed
+    assert all((figure == SKIPPED) != routed for figure in figures)
     if not routed:
         assert ridges == histograms(demo, demo.asked(read_spec(controls(**change))), 0, "gate")
 
@@ -93,7 +86,7 @@ def test_another_model_sets_layer_and_projection(tab, gateless_folder, one_layer
 )
 def test_what_runs_adds_up(tab, demo, change):
     model = made(demo, **change)
-    split = tab.show("weights", *values(**change))[3]
+    split = tab.show(*values(**change))[3]
     always, by_routing, idle = (dict(zip(bar.x, bar.y, strict=True)) for bar in split.data)
     size = 1 if change["method"] == "neurons" else 6
     for number, layer in enumerate(routing(model, demo.routing_ids)):
@@ -111,7 +104,7 @@ def test_what_runs_adds_up(tab, demo, change):
 def test_variation_is_shown_of_the_method_that_computes_it(tab, demo):
     for change, there in ((ROUTED, False), (ROUTED | {"method": "expertweaver"}, True)):
         made(demo, **change)
-        shown = tab.show("weights", *values(**change))[4]
+        shown = tab.show(*values(**change))[4]
         assert shown["visible"] == there == (shown["value"] is not None)
     counts, tau = shown["value"].data
     assert sum(counts.y) == 2 * 48  # all neurons of both layers
@@ -122,7 +115,7 @@ def test_variation_is_shown_of_the_method_that_computes_it(tab, demo):
 @pytest.mark.parametrize("layer", [0, 1, 7])
 def test_each_word_has_the_experts_that_it_runs(tab, demo, layer):
     found = routing(made(demo, **ROUTED), demo.routing_ids)
-    words, about = tab.show("weights", *values(layer, **ROUTED))[5:]
+    words, about = tab.show(*values(layer, **ROUTED))[5:]
     chosen = found[min(layer, 1)]
     spans = re.findall(r'<span data-cells="([\d ]*)">(.*?)</span>', words, re.DOTALL)
     ids = demo.routing_ids.tolist()
@@ -142,7 +135,7 @@ def test_each_word_has_the_experts_that_it_runs(tab, demo, layer):
 def test_words_are_escaped(tab, demo):
     demo.routing_ids = torch.tensor(demo.tokenizer(HOSTILE).input_ids)
     made(demo, **ROUTED)
-    words = tab.show("weights", *values(**ROUTED))[5]
+    words = tab.show(*values(**ROUTED))[5]
     assert {*re.findall(r"<(\w+)", words)} == {"div", "span"}
     assert HOSTILE in unescape(re.sub(r"<[^>]*>", "", words))
 
@@ -157,7 +150,7 @@ def test_words_are_escaped(tab, demo):
 )
 def test_where_there_are_no_experts_that_is_said(tab, demo, change, said):
     made(demo, **change)
-    words, about = tab.show("weights", *values(**change))[5:]
+    words, about = tab.show(*values(**change))[5:]
     assert words == "" and said in about
 
 

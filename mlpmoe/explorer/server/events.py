@@ -11,6 +11,8 @@ from inspect import isgeneratorfunction
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
+from gradio.events import EventListener
 
 from ...core.errors import UserError
 
@@ -60,6 +62,31 @@ def readable(handler: Callable) -> Callable:
             raise shown(error) from error
 
     return stream if isgeneratorfunction(handler) else call
+
+
+class Together:
+    """Handlers of one trigger that run as one event, one after the other: what an event costs a
+    page is more than most of them do."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Callable, list[Component], list[Component]]] = []
+
+    def add(self, handler: Callable, inputs: list[Component], outputs: list[Component]) -> None:
+        self._parts.append((handler, inputs, outputs))
+
+    def on(self, trigger: EventListener) -> None:
+        inputs = list({each._id: each for _, some, _ in self._parts for each in some}.values())
+        outputs = [each for *_, some in self._parts for each in some]
+
+        def together(*values: Any) -> tuple:
+            given = dict(zip((each._id for each in inputs), values, strict=True))
+            said: list[Any] = []
+            for handler, some, shown in self._parts:
+                result = handler(*(given[each._id] for each in some))
+                said += result if len(shown) > 1 else [result]
+            return tuple(said)
+
+        trigger(readable(together), inputs, outputs, **QUIET)
 
 
 def sentence(error: UserError) -> str:

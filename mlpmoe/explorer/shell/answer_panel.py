@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 from gradio.events import Dependency
 
-from ..server.events import QUIET, readable
+from ..server.events import QUIET, Together, readable
 from .inputs import LimitedSlider
 
 if TYPE_CHECKING:
@@ -94,13 +94,13 @@ def answer_panel() -> AnswerPanel:
 
 def wire_answer(
     handlers: AnswerHandlers, panel: AnswerPanel, model: gr.State, spec: list, text: gr.Dropdown,
-    layer: gr.Slider, network: gr.HTML, changed: Dependency,
+    layer: gr.Slider, network: gr.HTML, changed: Dependency, another_model: Together,
 ) -> None:  # fmt: skip
     """changed: after which the page shows another setting."""
     shown = [panel.dense, panel.converted, panel.report]
-    model.change(
-        readable(handlers.another_model), [model, panel.prompt],
-        [panel.prompt, panel.examples, panel.temperature, *shown], **QUIET,
+    another_model.add(
+        handlers.another_model, [model, panel.prompt],
+        [panel.prompt, panel.examples, panel.temperature, *shown],
     )  # fmt: skip
     inputs = [*spec, text, *panel.wishes, layer]
     gr.on(

@@ -101,18 +101,18 @@ def export_panel() -> ExportPanel:
 
 def wire_export(
     handlers: ExportHandlers, panel: ExportPanel, model: gr.State, text: gr.Dropdown,
-    settings: list, open_tab: gr.Textbox, taken: gr.Textbox, demo: gr.Blocks,
+    settings: list, told: gr.Textbox, taken: gr.Textbox, demo: gr.Blocks,
 ) -> None:  # fmt: skip
     """The plan follows the settings; the checkpoint is made and stopped by its buttons.
 
-    taken: what is to be restored.
+    told: changes with the settings, while the tab is open. taken: what is to be restored.
     """
     inputs = [model, *panel.choices, text, *settings]
     shown = [panel.status, panel.stale, panel.result, panel.download, panel.opening]
     described = [panel.plan, panel.command, panel.dtype, panel.stale]
     gr.on(
-        [component.change for component in (open_tab, *inputs)],
-        readable(handlers.describe), [open_tab, *inputs], described,
+        [component.change for component in (told, *panel.choices)],
+        readable(handlers.describe), inputs, described,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     turn = panel.make.click(
@@ -124,7 +124,7 @@ def wire_export(
         **EXPORT_QUEUE, **QUIET,
     )  # fmt: skip
     # once it is made, more is known of its form; and the settings may have moved meanwhile
-    made.success(readable(handlers.describe), [open_tab, *inputs], described, **QUIET)
+    made.success(readable(handlers.describe), inputs, described, **QUIET)
     made.failure(handlers.failed, None, panel.status, **QUIET)
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)
     opened = panel.file.upload(

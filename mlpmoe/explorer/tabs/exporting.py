@@ -45,11 +45,9 @@ class ExportHandlers:
         self.handed_out = HandedOut()
         self.jobs = Jobs()
 
-    def describe(self, request: gr.Request, tab: str, model: str, *values: Any) -> tuple:
+    def describe(self, request: gr.Request, model: str, *values: Any) -> tuple:
         """What will be exported, the command, the number formats, and whether the result is of
-        other settings; all left alone while another tab is open."""
-        if tab != TAB:
-            return (gr.skip(),) * 4
+        other settings."""
         loaded = self.workbench.loaded(model)
         (form, dtype, text), settings = values[:3], values[3:]
         try:

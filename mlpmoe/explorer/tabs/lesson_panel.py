@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ..server.events import PRIVATE, QUIET, readable
+from ..server.events import PRIVATE, QUIET, Together, readable
 from ..shell.inputs import LimitedSlider
 from .lesson import PRESENT
 from .lesson_steps import STEPS, Step
@@ -181,15 +181,16 @@ def _move_buttons(key: str, number: int) -> dict[int, gr.Button]:
 
 def wire_lesson(
     handlers: LessonHandlers, panel: LessonPanel, model: gr.State, convert: ConvertPanel,
-    query: gr.Textbox, sentence: gr.HTML, tab: gr.Tab,
+    query: gr.Textbox, sentence: gr.HTML, told: gr.Textbox, tab: gr.Tab, another_model: Together,
 ) -> None:  # fmt: skip
     """All steps are shown when the tab is opened, and when model, layer or size of type change;
     a control and a question each answer for their own step. convert, query, sentence: the page's
-    own controls, their settings as a link, and what is said of them."""
+    own controls, their settings as a link, and what is said of them. told: changes with model and
+    layer, while the tab is open."""
     where = [model, panel.layer, panel.large]
     queued = {"trigger_mode": "always_last", **LESSON_QUEUE, **QUIET}
     gr.on(
-        [tab.select, model.change, panel.layer.change, panel.large.change],
+        [told.change, panel.large.change],
         readable(handlers.show),
         [
             *where,
@@ -199,7 +200,7 @@ def wire_lesson(
         [component for step in panel.steps for component in step.shown],
         **queued,
     )
-    model.change(readable(handlers.another_model), model, [panel.layer, panel.turn.words], **QUIET)
+    another_model.add(handlers.another_model, [model], [panel.layer, panel.turn.words])
     for step, shown in zip(STEPS, panel.steps, strict=True):
         asks = [*where, shown.control, shown.question]
         seen = [shown.figure, shown.numbers, shown.plan]

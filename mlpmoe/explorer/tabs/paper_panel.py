@@ -44,12 +44,12 @@ def paper_panel() -> PaperPanel:
 
 
 def wire_paper(
-    handlers: PaperHandlers, model: gr.State, panel: PaperPanel, tab: gr.Tab
-) -> None:  # fmt: skip
-    """The loaded model's table on the buttons; what is known of it whenever the tab is opened."""
+    handlers: PaperHandlers, model: gr.State, panel: PaperPanel, told: gr.Textbox
+) -> None:
+    """The loaded model's table on the buttons; what is known of it whenever the tab is opened.
+    told: changes with the model, while the tab is open."""
     shown = [panel.status, panel.table]
-    gr.on(
-        [model.change, tab.select],
+    told.change(
         readable(handlers.show), model, [*shown, panel.snippet],
         trigger_mode="always_last", concurrency_limit=1, **QUIET,
     )  # fmt: skip

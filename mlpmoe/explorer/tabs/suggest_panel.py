@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...measure.runs.search import Budget
 from ..plots.front_plot import front_plot
-from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
+from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, Together, readable
 from ..shell.inputs import LimitedSlider
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def suggest_panel() -> SuggestPanel:
 
 def wire_suggest(
     handlers: SuggestHandlers, model: gr.State, panel: SuggestPanel, tab: gr.Tab,
-    taken: gr.Textbox, measured: gr.Textbox,
+    taken: gr.Textbox, measured: gr.Textbox, another_model: Together,
 ) -> None:  # fmt: skip
     """The tab that searches for a recipe: the search on its buttons, and rows that are taken.
 
@@ -105,7 +105,7 @@ def wire_suggest(
     panel.goal.input(
         readable(handlers.choose_goal), panel.goal, [panel.share, panel.increase], **QUIET
     )
-    model.change(readable(handlers.another_model), None, results, **QUIET)
+    another_model.add(handlers.another_model, [], results)
     panel.suggest.click(
         readable(handlers.suggest),
         [model, *panel.settings],

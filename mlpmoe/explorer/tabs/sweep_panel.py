@@ -122,12 +122,13 @@ def _chosen(
 
 def wire_sweep(
     handlers: SweepHandlers, model: gr.State, text: gr.Dropdown, stored: gr.Textbox,
-    measured: gr.Textbox, panel: SweepPanel,
+    measured: gr.Textbox, panel: SweepPanel, told: gr.Textbox,
 ) -> None:  # fmt: skip
-    """The plan follows the values; the sweep itself is started and stopped by its buttons."""
+    """The plan follows the values; the sweep itself is started and stopped by its buttons. told:
+    changes with the model, the text and what is stored, while the tab is open."""
     inputs = [model, text, stored, *panel.values]
     gr.on(
-        [c.change for c in (model, text, stored, *panel.values)],
+        [c.change for c in (told, *panel.values)],
         readable(handlers.plan), inputs, [panel.plan, panel.snippet],
         trigger_mode="always_last", concurrency_limit=1, **QUIET,
     )  # fmt: skip

@@ -23,11 +23,10 @@ from ..shell.settings import parted, read_asked
 from ..shell.tint import Tint, nats
 from .tokens_panel import EMPTY
 
-TAB = "tokens"
 WORST = 10  # sentences
 SHOWN_TOKENS = 4000  # of the text
 DRIFT_TOKENS = 384  # of its first document
-NOT_OPEN = 7  # outputs of `show`
+SHOWN = 7  # outputs of `show`
 
 
 class TokenHandlers:
@@ -36,17 +35,14 @@ class TokenHandlers:
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
 
-    def show(self, tab: str, model: str, *values: Any) -> tuple:
-        """Worst sentences, text, drift, and what `branches` gives; all left alone while another tab
-        is open."""
-        if tab != TAB:
-            return (gr.skip(),) * NOT_OPEN
+    def show(self, model: str, *values: Any) -> tuple:
+        """Worst sentences, text, drift, and what `branches` gives."""
         settings, (text, layer) = parted(values)
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
         measured = loaded.known_evaluation(asked, text)
         if measured is None or not loaded.is_converted(asked):
-            return EMPTY, "", *(gr.skip(),) * (NOT_OPEN - 2)
+            return EMPTY, "", *(gr.skip(),) * (SHOWN - 2)
         encoded = loaded.text(text)
         changes = token_changes(
             measured.dense, measured.converted, encoded, measured.parts, loaded.tokenizer
@@ -60,12 +56,12 @@ class TokenHandlers:
             *_branches(loaded, asked, ids, layer),
         )
 
-    def branches(self, tab: str, model: str, *values: Any) -> tuple:
+    def branches(self, model: str, *values: Any) -> tuple:
         """What `_branches` gives."""
         settings, (text, layer) = parted(values)
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
-        if tab != TAB or not loaded.has_text(text) or not loaded.is_converted(asked):
+        if not loaded.has_text(text) or not loaded.is_converted(asked):
             return (gr.skip(),) * 4
         return _branches(loaded, asked, loaded.text(text).documents[0][:DRIFT_TOKENS], layer)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from ..server.events import MODEL_QUEUE, QUIET, RESIZE, readable
+from ..server.events import MODEL_QUEUE, QUIET, RESIZE, Together, readable
 from ..shell.inputs import LimitedSlider
 
 if TYPE_CHECKING:
@@ -62,13 +62,12 @@ def tokens_panel() -> TokensPanel:
 
 def wire_tokens(
     handlers: TokenHandlers, model: gr.State, spec: list, text: gr.Dropdown,
-    measured: gr.Textbox, panel: TokensPanel, tab: gr.Tab, open_tab: gr.Textbox,
+    panel: TokensPanel, told: gr.Textbox, tab: gr.Tab, another_model: Together,
 ) -> None:  # fmt: skip
-    """The tab is filled in when it is opened, and again whenever something new is measured."""
-    inputs = [open_tab, *spec, text, panel.layer]
+    """told: changes with what the tab shows, while it is open."""
+    inputs = [*spec, text, panel.layer]
     branches = [panel.assumed, panel.branches, panel.norms, panel.correlations]
-    gr.on(
-        [open_tab.change, measured.change],
+    told.change(
         readable(handlers.show),
         inputs,
         [panel.worst, panel.text, panel.drift, *branches],
@@ -76,9 +75,9 @@ def wire_tokens(
         **MODEL_QUEUE,
         **QUIET,
     )
-    panel.layer.change(
+    panel.layer.input(
         readable(handlers.branches), inputs, branches, trigger_mode="always_last", **MODEL_QUEUE,
         **QUIET,
     )  # fmt: skip
-    model.change(readable(handlers.another_model), model, panel.layer, **QUIET)
+    another_model.add(handlers.another_model, [model], [panel.layer])
     tab.select(None, js=RESIZE, api_visibility="private")

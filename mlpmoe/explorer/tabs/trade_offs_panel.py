@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...core.spec import PROJECTIONS
 from ..plots.tradeoff_plot import AXES, LAYERS, tradeoff_plot
-from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, readable
+from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, Together, readable
 from ..shell.answer_panel import MAX_PROMPT, STORIES
 from ..shell.inputs import LimitedSlider, OpenRadio
 from .paper_panel import PaperPanel, paper_panel
@@ -158,13 +158,14 @@ def _column(letter: str) -> tuple[gr.Plot, gr.Textbox]:
 
 def wire_trade_offs(
     handlers: TradeOffHandlers, model: gr.State, text: gr.Dropdown, panel: TradeOffsPanel,
-    tab: gr.Tab, fields: RunFields, mine: gr.State,
+    told: gr.Textbox, tab: gr.Tab, fields: RunFields, mine: gr.State, another_model: Together,
 ) -> None:  # fmt: skip
-    """What is stored in the browser is shown whenever it changes, and remembered in `mine`."""
+    """What is stored in the browser is remembered in `mine`, and shown while the tab is open: told
+    changes with it then."""
     fields.stored.change(readable(handlers.remember), fields.stored, mine, **QUIET)
     fields.measured.change(None, fields.measured, js=ADD, **PRIVATE)
     gr.on(
-        [c.change for c in (fields.stored, panel.x, panel.y, panel.layers, model, text)],
+        [c.change for c in (told, panel.x, panel.y, panel.layers)],
         readable(handlers.show),
         [fields.stored, model, text, panel.x, panel.y, panel.layers],
         [
@@ -175,7 +176,7 @@ def wire_trade_offs(
         concurrency_limit=1,
         **QUIET,
     )  # fmt: skip
-    model.change(readable(handlers.another_model), model, [panel.layer, panel.projection], **QUIET)
+    another_model.add(handlers.another_model, [model], [panel.layer, panel.projection])
     panel.undo.click(None, js="() => mlpmoe.undo()", **PRIVATE)
     panel.clear.click(None, js="() => mlpmoe.remove('all')", **PRIVATE)
     for button, kind in ((panel.csv, "csv"), (panel.json, "json")):

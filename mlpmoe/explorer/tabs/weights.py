@@ -13,7 +13,6 @@ from ..server.workbench import Workbench
 from ..shell.settings import parted, read_asked
 from .expert_figures import split_plot, tokens_by_expert, variation_plot
 
-TAB = "weights"
 SHOWN = 7  # outputs of `show`
 HISTOGRAM_BINS = 60
 HISTOGRAM_REACH = 4.0  # the axis ends at this many root mean squares of the weights
@@ -25,12 +24,10 @@ class WeightsHandlers:
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
 
-    def show(self, tab: str, model: str, *values: Any) -> tuple:
+    def show(self, model: str, *values: Any) -> tuple:
         """The view of static conversions with its histograms, or that of routed ones with split,
-        variation and words; all left alone while another tab is open or nothing is made yet."""
+        variation and words; left alone while nothing is made yet."""
         settings, (layer, projection) = parted(values)
-        if tab not in ("", TAB) or not model:
-            return (gr.skip(),) * SHOWN
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
         routed = bool(spec_of(asked).routed)

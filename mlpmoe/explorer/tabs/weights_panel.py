@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from ...core.spec import PROJECTIONS
-from ..server.events import QUIET, RESIZE, readable
+from ..server.events import QUIET, RESIZE, Together, readable
 from ..shell.inputs import LimitedSlider, OpenRadio
 
 if TYPE_CHECKING:
@@ -70,14 +70,13 @@ def weights_panel() -> WeightsPanel:
 
 def wire_weights(
     handlers: WeightsHandlers, panel: WeightsPanel, model: gr.State, spec: list,
-    open_tab: gr.Textbox, shown: list, tab: gr.Tab,
+    told: gr.Textbox, tab: gr.Tab, another_model: Together,
 ) -> None:  # fmt: skip
-    """The tab follows the settings while it is open. shown: what changes as a setting is shown, or
-    once it is made."""
+    """told: changes with what the tab shows, while it is open."""
     gr.on(
-        [component.change for component in (open_tab, panel.layer, panel.projection, *shown)],
-        readable(handlers.show), [open_tab, *spec, panel.layer, panel.projection], panel.shown,
+        [told.change, panel.projection.change],
+        readable(handlers.show), [*spec, panel.layer, panel.projection], panel.shown,
         trigger_mode="always_last", concurrency_limit=1, **QUIET,
     )  # fmt: skip
-    model.change(readable(handlers.another_model), model, [panel.layer, panel.projection], **QUIET)
+    another_model.add(handlers.another_model, [model], [panel.layer, panel.projection])
     tab.select(None, js=RESIZE, **QUIET)
