@@ -288,7 +288,8 @@ def _wire_preview(
         ],
         [
             convert.branches, convert.fade, convert.keep, state.share, convert.shared,
-            convert.budget, convert.preset, state.query, convert.snippet, pictures.axis, *shown,
+            convert.budget, convert.preset, state.query, convert.snippet, pictures.axis,
+            state.arrived, *shown,
         ],
         trigger_mode="always_last",
         # One after the other: setting several controls at once asks for several previews, and an

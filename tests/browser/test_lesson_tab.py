@@ -107,6 +107,22 @@ def test_a_lesson(open_page, take_picture):
     assert not page.is_visible("#lesson-back")
 
 
+def wait_until_it_fits(page, what: str) -> None:
+    """A plot that was just shown takes a moment to fill its new place."""
+    page.wait_for_function(
+        f"""least => {{
+        const now = ({MISFITS})(least);
+        window.misfitsSince ??= Date.now();
+        if (now.length && Date.now() - window.misfitsSince < 20000) return false;
+        window.misfitsSince = undefined;
+        window.misfits = now;
+        return true;
+    }}""",
+        arg=LEAST_TYPE,
+    )
+    assert page.evaluate("window.misfits") == [], what
+
+
 def test_a_lecture(open_page, take_picture):
     """A lecturer presents all steps on a small projector, with the curve and the network beside
     them, by the keys of a clicker; and leaves with Esc."""
@@ -122,14 +138,14 @@ def test_a_lecture(open_page, take_picture):
         page.wait_for_selector(f"#lesson-{step}-words p")
         if step not in ("cut", "turn"):
             page.wait_for_selector(f"#lesson-{step}-figure .legendtext")
-        assert page.evaluate(MISFITS, LEAST_TYPE) == [], step
+        wait_until_it_fits(page, step)
         assert page.is_visible("#controls") == (step == "turn")
         take_picture(page, f"slide-{step}", full_page=False)
 
     for look, panel in (("Curve", "#curve-panel"), ("Network", "#network-panel")):
         page.locator("#lesson-look label", has_text=look).click()
         page.wait_for_selector(panel)
-        assert page.evaluate(MISFITS, LEAST_TYPE) == [], look
+        wait_until_it_fits(page, look)
     page.locator("#lesson-look label", has_text="This step").click()
 
     page.keyboard.press("PageUp")
@@ -137,7 +153,7 @@ def test_a_lecture(open_page, take_picture):
     page.locator("#lesson-route .lesson-ask").click()
     page.locator("#lesson-route-question label").first.click()
     wait_for_text(page, "#lesson-route-feedback", "Measured at layer")
-    assert page.evaluate(MISFITS, LEAST_TYPE) == []
+    wait_until_it_fits(page, "answered")
     page.keyboard.press("Escape")  # to the step, where the errors are shown now
     page.wait_for_selector("#lesson-route-question", state="hidden")
     wait_for_text(page, "#lesson-route-numbers", "%")

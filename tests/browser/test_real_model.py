@@ -88,7 +88,8 @@ def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp
     take_picture(page, "routed")
 
     open_accordion(page, "writing-options")
-    page.locator("#follow input").uncheck()
+    page.locator("#follow label").click()
+    page.wait_for_selector("#follow input:not(:checked)")
     choose(page, "method", METHODS["mlpmoe"].label)
     slider(page, "keep").wait_for(state="visible")
     for _ in range(4):

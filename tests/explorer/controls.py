@@ -58,6 +58,7 @@ class Previewed(NamedTuple):
     query: Any
     code: Any
     axis: Any
+    arrived: Any
     perplexity: Any
     nonzero: Any
     compute: Any
@@ -67,7 +68,7 @@ class Previewed(NamedTuple):
     network: Any
 
 
-assert len(Previewed._fields) == USED + 4 + FRONT
+assert len(Previewed._fields) == USED + 5 + FRONT
 
 
 class Measured(NamedTuple):

@@ -420,10 +420,16 @@ def test_more_cannot_be_shared_than_runs(tiny):
 def test_values_of_before_a_link_do_not_undo_it(demo, handlers, visitor, sent, link):
     """What was set says so of the share first, of sliders and lists later."""
     *_, share = show_spec(read_spec(controls(**link)), demo)
-    stale = handlers.preview(visitor(), *preview_values(share=share, **sent))
-    assert set(map(str, stale)) == {str(gr.skip())}
+    stale = [
+        Previewed(*handlers.preview(visitor(), *preview_values(share=share, **sent)))
+        for _ in range(2)
+    ]
+    for shown in stale:
+        assert set(map(str, shown._replace(arrived=gr.skip()))) == {str(gr.skip())}
+    assert len({gr.skip()["__type__"], *(shown.arrived for shown in stale)}) == 3  # asks again
     found = Previewed(*handlers.preview(visitor(), *preview_values(share=share, **link)))
     assert read_spec(controls(**link)).to_query() in found.query
+    assert found.arrived == gr.skip()
     if "method" not in link:
         assert found.branches == found.keep == gr.skip()  # as they were set
 

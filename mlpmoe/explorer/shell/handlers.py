@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass
 from math import inf, nan
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any
 
 import gradio as gr
@@ -30,9 +30,9 @@ from .front import FRONT, Front, axis_for, dense_network, front
 from .links import FIRST_TAB, Link
 from .preview import preset_name, snippet
 from .records import Record, measured_record, now, write_records
-from .settings import USED, arriving, parted, read_asked, set_budget, settle
+from .settings import USED, arriving, parted, read_asked, set_budget, set_just_now, settle
 
-PREVIEW = USED + 4 + FRONT  # outputs of `preview`
+PREVIEW = USED + 5 + FRONT  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
 MOST_LAYERS = 10_000  # of any model
 NOT_MEASURED = "not measured; press Measure again"
@@ -66,12 +66,14 @@ class Handlers:
 
     def preview(self, request: gr.Request, model: str, *values: Any) -> tuple:
         """All that needs no forward pass, at once; what was measured before, if it was. A
-        calibrated conversion is shown once it is made (`measure`)."""
+        calibrated conversion is shown once it is made (`measure`). A page that is slow to show
+        what was set from here is asked again."""
         settings, (text, axis, mine, layer, share, budget) = parted(values)
         loaded = self.workbench.loaded(model)
         loaded.texts.check(text)
         if arriving(settings, share):
-            return (gr.skip(),) * PREVIEW
+            again = str(time_ns()) if set_just_now(share) else gr.skip()
+            return *(gr.skip(),) * (PREVIEW - FRONT - 1), again, *(gr.skip(),) * FRONT
         settings, used, said = settle(loaded, settings, share, budget)
         for notice in said:
             gr.Info(notice)
@@ -90,6 +92,7 @@ class Handlers:
             Link(loaded.key, spec, text, calibration=calibration).to_query(),
             snippet(loaded.key, spec, text, calibration),
             gr.skip() if shown == axis else shown,
+            gr.skip(),
             *chosen.front(message).outputs,
         )
 

@@ -21,7 +21,7 @@ from ..server.asked import Conversion
 from ..server.loaded import LoadedModel
 
 EXPONENTS = (0.25, 8.0)  # of the schedule power, on the page
-ARRIVING = 5  # seconds that what was set from here may need to reach all controls
+ARRIVING = 30  # seconds that what was set from here may need to reach all controls, on a slow page
 MAX_BRANCHES = 64  # on the page; the library allows up to d_ff
 MAX_EXPERTS = 128
 USUAL_EXPERTS, USUAL_SHARED = 64, 0.25  # shown for methods that have none of their own
