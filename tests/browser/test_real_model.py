@@ -26,6 +26,7 @@ from tests.browser.on_the_page import (
     wait_for_spec,
     wait_for_text,
     wait_for_value,
+    wait_until_still,
 )
 
 pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow]
@@ -88,8 +89,8 @@ def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp
     take_picture(page, "routed")
 
     open_accordion(page, "writing-options")
-    page.locator("#follow label").click()
-    page.wait_for_selector("#follow input:not(:checked)")
+    wait_until_still(page, "#follow")  # a box that has just appeared is set once more
+    page.locator("#follow input").uncheck()
     choose(page, "method", METHODS["mlpmoe"].label)
     slider(page, "keep").wait_for(state="visible")
     for _ in range(4):
