@@ -358,12 +358,20 @@ def test_keep_stays_the_same_share_while_branches_are_dragged(tiny):
     seen = {}
     for branches in [*range(17, 33), *range(31, 0, -1), *range(2, 17)]:
         used, shown, said = settle_at(tiny, share, branches=branches, keep=keep)
+        # left where it may stay: the visitor may have moved it further
+        assert shown[2].get("value") == (None if used["keep"] == keep else used["keep"])
+        assert shown[2]["maximum"] == max(2, branches)
         keep, share = used["keep"], shown[3]
-        assert shown[2]["value"] == keep and shown[2]["maximum"] == max(2, branches)
         assert abs(keep - branches / 2) <= 0.5
         assert said == []
         seen[branches] = keep
     assert (seen[32], seen[1], seen[16]) == (16, 1, 8)
+
+
+def test_after_another_method_k_stays_where_the_visitor_moves_it(tiny):
+    *_, share = show_spec(ConversionSpec(method="random", active=0.5), tiny)
+    _, shown, _ = settle_at(tiny, share, keep=13)  # 14 may be on its way
+    assert "value" not in shown[2] and shown[2]["maximum"] == 16
 
 
 def test_all_stay_all(tiny):

@@ -230,15 +230,19 @@ def settle(
     shown = (
         _unless(branches, sent["branches"]),
         _unless(used["fade"], sent["fade"]),
-        # K is left alone where it may stay: the visitor may have moved it further meanwhile
-        gr.update(value=after.shown, maximum=max(2, branches))
-        if moved or after.shown != sent["keep"]
-        else gr.skip(),
+        _keep_shown(after.shown, sent["keep"], branches, moved),
         _unless(str(after), share),
         _unless(used["shared"], sent["shared"]),
         _budget_shown(loaded, used, budget),
     )
     return [*used.values(), *values[len(CONTROLS) :]], shown, list(said.values())
+
+
+def _keep_shown(used: int, sent: int, branches: int, moved: bool) -> dict[str, Any]:
+    """K is left alone where it may stay: the visitor may have moved it further meanwhile."""
+    if used != sent:
+        return gr.update(value=used, maximum=max(2, branches))
+    return gr.update(maximum=max(2, branches)) if moved else gr.skip()
 
 
 def _unless(used: Any, sent: Any) -> Any:
