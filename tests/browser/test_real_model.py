@@ -92,7 +92,7 @@ def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp
     wait_until_still(page, "#follow")  # a box that has just appeared is set once more
     page.locator("#follow input").uncheck()
     choose(page, "method", METHODS["mlpmoe"].label)
-    slider(page, "keep").wait_for(state="visible")
+    wait_for_address(page, "keep=12")  # at the budget there is
     for _ in range(4):
         slider(page, "keep").press("ArrowRight")
     for _ in range(6):
