@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,39 @@ IN_SIGHT = """selector => {
 }"""
 
 
+def for_other_tabs(config: dict, asked: list[int], tab: str) -> list[str]:
+    """Names of the events that fill in nothing but tabs that are not this one."""
+    kinds = {component["id"]: component for component in config["components"]}
+
+    def places(node: dict, within: str | None) -> Iterator[tuple[int, str | None]]:
+        kind = kinds.get(node["id"], {})
+        if within is None and kind.get("type") == "tabitem":
+            within = kind["props"]["label"]
+        yield node["id"], within
+        for child in node.get("children", []):
+            yield from places(child, within)
+
+    where = dict(places(config["layout"], None))
+    events = {event["id"]: event for event in config["dependencies"]}
+    filled = {number: {where.get(o) for o in events[number]["outputs"]} for number in asked}
+    return [events[number]["api_name"] for number in asked if not filled[number] & {None, tab}]
+
+
 def test_the_first_screen(new_window, server: str, take_picture):
     """Somebody opens the page, touches nothing, and sees without scrolling what the published
     recipe does and costs, on two pictures and in two texts; nothing jumps meanwhile. Then they
-    move the sliders by keyboard and by mouse, and everything follows."""
+    move the sliders by keyboard and by mouse, and everything follows. What is in tabs that they
+    have not opened is not computed."""
     window = new_window()
     window.add_init_script(COUNT_SHIFTS)
     page = window.new_page()
+    asked: list[int] = []
+    page.on(
+        "request",
+        lambda request: (
+            "/queue/join" in request.url and asked.append(request.post_data_json["fn_index"])
+        ),
+    )
     page.goto(server)
     wait_until_measured(page)
     wait_for_answer(page)
@@ -134,6 +161,8 @@ def test_the_first_screen(new_window, server: str, take_picture):
     )
     wait_until_measured(page)
     assert page.locator("[data-testid=toast-text]").count() == 0
+    assert len(asked) > 10
+    assert for_other_tabs(page.evaluate("gradio_config"), asked, "Weights") == []
 
 
 def test_the_budget(open_page, take_picture):

@@ -309,10 +309,9 @@ def test_whole_branches_are_those_of_the_same_calibration_text(demo):
         ConversionSpec(branches=6, keep=3, order="activation"), OWN * 40, demo.texts.add(OWN * 40)
     )
     assert demo.structure.whole(asked) == Calibrated(replace(asked.spec, keep=None), asked.text)
-    for quantity in ("nonzero", "energy"):
-        left = demo.structure.left(asked, quantity)
-        assert torch.equal(left[:, :3], torch.ones(2, 3))
-        assert torch.equal(left[:, 3:], torch.zeros(2, 3))
+    left = demo.structure.left(asked)
+    assert torch.equal(left[:, :3], torch.ones(2, 3))
+    assert torch.equal(left[:, 3:], torch.zeros(2, 3))
 
 
 def test_no_text_is_both_calibrated_and_measured_on(demo):

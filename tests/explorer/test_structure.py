@@ -47,24 +47,21 @@ def test_counted_is_made(kind, dtype, spec):
 
     structure, faded = Structure(dense, read_mlps(dense), converted), convert(dense, spec)
     assert structure.report(spec) == parameter_report(faded)
-    left = {"nonzero": [], "energy": []}
+    sums = []
     whole = convert(dense, replace(spec, fade=0, fade_schedule="linear", keep=None))
     names = branched_mlps(faded)[0].projections
     for some, all_ in zip(branched_mlps(faded), branched_mlps(whole), strict=True):
-        for quantity, sums in left.items():
-            power = 0 if quantity == "nonzero" else 2
-            sums.append([
-                sum(
-                    float((w[w != 0].double().abs() ** power).sum())
-                    for name in names
-                    for w in branch_weights(mlp, name)[branch : branch + 1]
-                )
-                for mlp in (some, all_)
-                for branch in range(spec.branches)
-            ])  # fmt: skip
-    for quantity, sums in left.items():
-        stays, were = torch.tensor(sums, dtype=torch.float64).chunk(2, dim=1)
-        torch.testing.assert_close(structure.left(spec, quantity), stays / were)
+        sums.append([
+            sum(
+                float((w != 0).sum())
+                for name in names
+                for w in branch_weights(mlp, name)[branch : branch + 1]
+            )
+            for mlp in (some, all_)
+            for branch in range(spec.branches)
+        ])  # fmt: skip
+    stays, were = torch.tensor(sums, dtype=torch.float64).chunk(2, dim=1)
+    torch.testing.assert_close(structure.left(spec), stays / were)
     for name in names:
         found = structure.histogram(spec, 1, name, 20, 0.5)
         wanted = magnitudes(faded, 1, name, 20, 0.5)

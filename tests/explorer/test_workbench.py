@@ -69,12 +69,11 @@ def test_zeros_count_neurons_where_branches_differ_in_size(one_layer):
 
 
 def test_left_lies_between_nothing_and_all(tiny):
-    for quantity in ("nonzero", "energy"):
-        left = tiny.structure.left(SPEC, quantity)
-        assert left.shape == (2, 6)
-        assert ((left >= 0) & (left <= 1)).all()
-        assert (left[:, 4:] == 0).all()
-        assert left[:, 0] == pytest.approx(1)
+    left = tiny.structure.left(SPEC)
+    assert left.shape == (2, 6)
+    assert ((left >= 0) & (left <= 1)).all()
+    assert (left[:, 4:] == 0).all()
+    assert left[:, 0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_threads_get_their_own_right_results(demo, weights_hash):
     def work(spec):
         barrier.wait(timeout=30)
         report = demo.structure.report(spec)
-        left = demo.structure.left(spec, "nonzero")
+        left = demo.structure.left(spec)
         return report, left, list(demo.evaluate(spec, "proxy"))[-1]
 
     with ThreadPoolExecutor(len(specs)) as pool:

@@ -11,7 +11,6 @@ from .partition import Partition, split_counts, take_highest
 
 AUTO = "auto"  # shared share by the rule of section 3.2
 ALPHA_MIN, ALPHA_MAX = 0.2, 0.7  # bounds of the shared share of a layer
-PUBLISHED_TAU = 0.6
 EPSILON = 1e-6
 
 

@@ -35,10 +35,6 @@ from .recent import Recent
 
 RESULTS_HELD = 512
 COUNTS_HELD = 6  # projections whose magnitudes are counted, each for one B and order
-LEFT = {  # of the magnitudes that stay and how often each occurs
-    "nonzero": lambda values, counts: counts.sum(),
-    "energy": lambda values, counts: np.dot(np.square(values, dtype=np.float64), counts),
-}
 
 
 @dataclass(frozen=True)
@@ -85,23 +81,25 @@ class Structure:
     def _report(self, asked: Conversion) -> ParameterReport:
         if spec_of(asked).routed:
             return parameter_report(self.converted(asked))
-        model, sums = self._looked_at(asked), self.sums(asked, "nonzero")
+        model, sums = self._looked_at(asked), self.sums(asked)
         known = dict(self._dense_nonzero)
         for layer, mlp in enumerate(branched_mlps(model)):
             for name, linear in mlp.projections.items():
                 known[id(linear.weight)] = int(sums[name][layer].sum())
         return parameter_report(model, lambda tensor: known.get(id(tensor)))
 
-    def sums(self, asked: Conversion, quantity: str) -> dict[str, Tensor]:
-        """`branch_sums` of the converted model; tensors of the dense model are summed once."""
-        return self._sums.get_or_make((asked, quantity), lambda: self._sum(asked, quantity))
+    def sums(self, asked: Conversion) -> dict[str, Tensor]:
+        """`branch_sums` of what is not zero in the converted model; tensors of the dense model are
+        counted once."""
+        return self._sums.get_or_make(asked, lambda: self._sum(asked))
 
-    def _sum(self, asked: Conversion, quantity: str) -> dict[str, Tensor]:
-        sums = branch_sums(self._looked_at(asked), quantity, self._neuron_sums)
+    def _sum(self, asked: Conversion) -> dict[str, Tensor]:
+        sums = branch_sums(self._looked_at(asked), "nonzero", self._neuron_sums)
         for name in self._counted(asked):
             for layer, branches in enumerate(self._magnitude_counts(asked, name)):
                 for branch, share in enumerate(_sparsities(spec_of(asked).at(layer))):
-                    sums[name][layer, branch] = float(LEFT[quantity](*branches[branch].left(share)))
+                    _, counts = branches[branch].left(share)
+                    sums[name][layer, branch] = float(counts.sum())
         return sums
 
     def _neuron_sums(self, weight: Tensor, projection: str, quantity: str) -> Tensor:
@@ -110,7 +108,7 @@ class Structure:
         if dense is None:
             return neuron_sums(weight, projection, quantity)
         whole = self._dense_sums.get_or_make(
-            (place, quantity), lambda: neuron_sums(dense, projection, quantity)
+            place, lambda: neuron_sums(dense, projection, quantity)
         )
         return whole[: weight.shape[1 if projection == "down" else 0]]  # the first neurons
 
@@ -201,12 +199,11 @@ class Structure:
         )
         return replace(asked, spec=spec) if spec.needs_calibration else spec
 
-    def left(self, asked: Conversion, quantity: str) -> Tensor:
-        """The share of each branch's non-zero weights ("nonzero") or squared weights ("energy")
-        that the conversion leaves; (layers, B), 0 to 1."""
+    def left(self, asked: Conversion) -> Tensor:
+        """The share of each branch's non-zero weights that the conversion leaves; (layers, B), 0
+        to 1."""
         left, whole = (
-            torch.stack(list(self.sums(s, quantity).values())).sum(0)
-            for s in (asked, self.whole(asked))
+            torch.stack(list(self.sums(s).values())).sum(0) for s in (asked, self.whole(asked))
         )
         return left / whole.clamp(min=1e-30)
 
@@ -232,7 +229,7 @@ class Structure:
             return Zeros("neurons", requested, 1 - sum(sum(m.sizes) for m in mlps) / sum(kept))
         names = [name for name in spec.projections if self._has(name)]
         weights = sum(mlp.projections[name].weight.numel() for mlp in mlps for name in names)
-        left = sum(float(self.sums(asked, "nonzero")[name][layers].sum()) for name in names)
+        left = sum(float(self.sums(asked)[name][layers].sum()) for name in names)
         return Zeros(joined(names), requested, 1 - left / weights)
 
 

@@ -126,7 +126,7 @@ def network_of(
     if not loaded.is_converted(asked):
         return gr.skip()
     if not spec.routed:
-        columns = static_columns(loaded.structure.left(asked, "nonzero"), spec.spared_layers)
+        columns = static_columns(loaded.structure.left(asked), spec.spared_layers)
         return network_value("branches", columns, layer)
     found = loaded.known_routing(asked)
     if found is None:
