@@ -205,6 +205,7 @@ def _wire_opening(
         readable(handlers.choose_preset),
         [state.model, convert.preset, *convert.settings],
         controls,
+        trigger_mode="always_last",
         **QUIET,
     )
     convert.method.change(
@@ -225,8 +226,9 @@ def _wire_opening(
         **loading,
     )  # fmt: skip
     by_run = by_run.success(
-        readable(handlers.restore_taken), [state.taken, state.model], restored, **QUIET
-    )
+        readable(handlers.restore_taken), [state.taken, state.model], restored,
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
     for loaded in (by_name, by_run):
         loaded.failure(
             readable(handlers.load_failed), state.model,
@@ -330,5 +332,6 @@ def _wire_pictures(
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     pictures.network.click(
-        readable(handlers.picked), convert.spared, [weights.layer, convert.spared, tabs], **QUIET
-    )
+        readable(handlers.picked), convert.spared, [weights.layer, convert.spared, tabs],
+        trigger_mode="multiple", **QUIET,
+    )  # fmt: skip

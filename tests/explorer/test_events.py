@@ -124,3 +124,13 @@ def test_readable_lets_a_stream_be_closed():
 def test_a_sentence_begins_with_a_capital_and_holds_no_html():
     assert sentence(UserError('no <b> & "so" on.')) == 'No &lt;b&gt; &amp; "so" on.'
     assert sentence(UserError("")) == ""
+
+
+def test_what_a_visitor_does_next_is_not_passed_over(workbench):
+    """Gradio drops what comes while the same listener is at work, unless told otherwise."""
+    modes = {fn.api_name: fn.trigger_mode for fn in build_demo(workbench).fns.values()}
+    for listener in (
+        "preview_1", "restore_taken", "load_taken", "choose_preset", "choose_method", "budget",
+        "picked", "look", "write", "write_by_itself", "measure_live", "choose_goal", "take",
+    ):  # fmt: skip
+        assert modes[listener] in ("always_last", "multiple"), listener

@@ -103,8 +103,9 @@ def wire_suggest(
     """
     results = [panel.status, panel.sentence, panel.plot, panel.table, panel.specs]
     panel.goal.input(
-        readable(handlers.choose_goal), panel.goal, [panel.share, panel.increase], **QUIET
-    )
+        readable(handlers.choose_goal), panel.goal, [panel.share, panel.increase],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
     another_model.add(handlers.another_model, [], results)
     panel.suggest.click(
         readable(handlers.suggest),
@@ -115,5 +116,7 @@ def wire_suggest(
         **QUIET,
     )
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)
-    panel.table.select(readable(handlers.take), panel.specs, taken, **QUIET)
+    panel.table.select(
+        readable(handlers.take), panel.specs, taken, trigger_mode="multiple", **QUIET
+    )
     tab.select(None, js=RESIZE, **PRIVATE)
