@@ -189,5 +189,24 @@
     if (event.isTrusted && event.target.closest?.("#budget")) budget(event.target.value);
   });
 
+  // An emptied number field is on its way to another number: the server hears of that one, and a
+  // field that is left empty shows the last one again.
+  const numbers = new WeakMap();
+  const isNumber = (field) => field instanceof HTMLInputElement && field.type === "number";
+  document.addEventListener("focusin", ({ target }) => {
+    if (isNumber(target) && target.value !== "") numbers.set(target, target.value);
+  });
+  document.addEventListener("input", (event) => {
+    if (!isNumber(event.target)) return;
+    if (event.target.value === "") event.stopImmediatePropagation();
+    else numbers.set(event.target, event.target.value);
+  }, true);
+  document.addEventListener("focusout", ({ target }) => {
+    if (isNumber(target) && target.value === "" && numbers.has(target)) {
+      target.value = numbers.get(target);
+      target.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+  }, true);
+
   window.mlpmoe = { ...change, show, send, drag: (share) => budget(100 * share) };
 })();

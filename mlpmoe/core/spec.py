@@ -306,7 +306,7 @@ class ConversionSpec(Written):
         into experts of equal size, and for a spared layer beyond the `layers` of the model."""
         if layers is not None and self.spared and self.spared_layers[-1] >= layers:
             raise SpecError(
-                f"spared names layer {self.spared_layers[-1]}, but this model has layers 0 to "
+                f"there is no layer {self.spared_layers[-1]} to spare: this model has layers 0 to "
                 f"{layers - 1}."
             )
         if self.experts is not None:

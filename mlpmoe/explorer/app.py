@@ -217,6 +217,9 @@ def _wire_opening(
         ],
         **QUIET,
     )  # fmt: skip
+    convert.own_share.change(
+        lambda own: gr.update(interactive=not own), convert.own_share, convert.shared, **QUIET
+    )
     by_name = picker.load.click(
         readable(handlers.load), [picker.name, *asked], loads, trigger_mode="once",
         **loading,

@@ -13,6 +13,7 @@ import torch
 
 from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.errors import UserError
+from mlpmoe.explorer.server.events import Together
 from mlpmoe.explorer.server.loaded import LoadedModel
 from mlpmoe.explorer.shell.convert_panel import convert_panel
 from mlpmoe.explorer.shell.links import read_link
@@ -410,7 +411,8 @@ def test_all_listeners_are_private_and_one_runs_at_a_time(lesson):
         theirs = {block.elem_id for block in demo.blocks.values()}
         with gr.Tab("Lesson") as tab:
             panel = lesson_panel()
-        wire_lesson(lesson, panel, model, convert, query, sentence, tab)
+        told, another_model = gr.Textbox(), Together()
+        wire_lesson(lesson, panel, model, convert, query, sentence, told, tab, another_model)
     assert {fn.api_visibility for fn in demo.fns.values()} == {"private"}
     measuring = [fn for fn in demo.fns.values() if fn.concurrency_id == "lesson"]
     assert len(measuring) == 1 + 2 * len(STEPS)

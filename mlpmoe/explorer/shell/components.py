@@ -58,7 +58,7 @@ def model_panel(any_model: bool) -> ModelPanel:
         )
         load = gr.Button("Load", scale=0, min_width=80, elem_id="load")
         with gr.Column(scale=5, min_width=300):
-            status = gr.HTML("", elem_id="status")
+            status = gr.HTML("<p>Opening …</p>", elem_id="status")
             note = gr.HTML("", visible=False, elem_id="model-note")
         undo = gr.Button("↶", scale=0, min_width=40, size="sm", elem_id="undo")
         redo = gr.Button("↷", scale=0, min_width=40, size="sm", elem_id="redo")

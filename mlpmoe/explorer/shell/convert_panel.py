@@ -178,7 +178,7 @@ def _routed_sliders() -> dict[str, object]:
         ),
         "shared": LimitedSlider(
             0, 0.95, USUAL_SHARED, step=0.05, label="Shared share", elem_id="shared",
-            info="of the neurons, which run for every token",
+            info="of the neurons, which run for every token", interactive=False,
         ),
         "own_share": gr.Checkbox(
             True, label="Share as much as the method does by itself", elem_id="own-share",

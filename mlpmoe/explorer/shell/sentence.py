@@ -11,7 +11,15 @@ from ...core.routed import ROUTED_METHODS
 from ...core.spec import PROJECTIONS, ConversionSpec
 from ...measure.notation import NBSP, NO_CHANGE, number
 from ...measure.quality.estimate import Evaluation
-from ...measure.runs.families import LEVEL, Estimate, Shares, best_at, family_of, removed_by
+from ...measure.runs.families import (
+    LEVEL,
+    Estimate,
+    Shares,
+    best_at,
+    cost_of,
+    family_of,
+    removed_by,
+)
 from ...measure.runs.sweep import Run
 from ...measure.words import joined, spared_in_words
 
@@ -41,7 +49,8 @@ def sentence(
         return _html("Nothing is removed: the branches add up to the dense model.")
     cost = cost_axis(spec)
     words = f"{_what(spec, shares)}{_spared(spec)}: {_damage(spec, known)}"
-    if spec.needs_calibration and calibration:
+    # an estimate comes from runs that may have been calibrated on another text
+    if spec.needs_calibration and calibration and not isinstance(known, Estimate):
         words += f", calibrated on {calibration}"
     found = [f"{words}."]
     if shares is not None:
@@ -100,14 +109,15 @@ def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
         )
     ratio, stderr, measurable = measured
     if not measurable:
-        early = isinstance(known, Evaluation) and not known.settled
-        return f"{NO_CHANGE} of perplexity{' so far' if early else ''}"
+        return f"{NO_CHANGE} of perplexity{' so far' if _early(known) else ''}"
     if not isfinite(ratio) or ratio >= TOO_MUCH:
         return f"it breaks the model, perplexity × {number(ratio)}"
     value, error = _figures(ratio, stderr)
+    before = "" if isinstance(known, Evaluation) else ", as measured before"
     if ratio >= 2:
-        return f"this model is {value} times as perplexed{f' (±{NBSP}{error})' if error else ''}"
-    return f"perplexity × {value}{f' ±{NBSP}{error}' if error else ''}"
+        sure = f" (±{NBSP}{error})" if error else ""
+        return f"this model is {value} times as perplexed{sure}{before}"
+    return f"perplexity × {value}{f' ±{NBSP}{error}' if error else ''}{before}"
 
 
 def _measured(
@@ -120,6 +130,11 @@ def _measured(
     if known is not None and [run.spec for run in known.of] == [spec]:
         return known.of[0].ratio, known.of[0].stderr, _measurable(known.of[0])
     return None
+
+
+def _early(known: Evaluation | Estimate | None) -> bool:
+    """Whether a measurement is on its way and may still say something else."""
+    return isinstance(known, Evaluation) and not known.settled
 
 
 def _measurable(run: Run) -> bool:
@@ -136,12 +151,16 @@ def _others(
     best = best_at(others, cost, share)
     if best is None or share > 1 - LEVEL:
         return []
-    budget = "at this compute" if cost == "compute" else "with as many zeros"
+    compute, less = cost == "compute", cost_of(best, cost) < share - LEVEL
+    budget = "at this compute" if compute else "with as many zeros"
     static = best_at(others, cost, share, "static") if spec.routed else None
     beside = f"the best static recipe: {_ratio(static)}" if static else ""
     if not _beaten(spec, known, best):
-        found = [f"No run {budget} is better."] if _measured(spec, known) else []
+        sure = _measured(spec, known) and not _early(known)
+        found = [f"No run {budget} is better."] if sure else []
         return [*found, f"{beside[:1].upper()}{beside[1:]}."] if beside else found
+    if less:  # none is known that removes just as much
+        budget = "at less compute" if compute else "with more zeros"
     text = f"Best {budget}: {_name(best)}, {_ratio(best)}"
     if best.spec.needs_calibration:
         text += " (calibrated)"

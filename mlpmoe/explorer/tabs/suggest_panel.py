@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from .suggest import SuggestHandlers
 
 GOALS = [
-    ("at most so many non-zero MLP parameters", "nonzero"),
-    ("at most so much MLP compute per token", "compute"),
-    ("at most so much perplexity, fewest parameters", "perplexity"),
+    ("a limit on non-zero MLP parameters", "nonzero"),
+    ("a limit on MLP compute per token", "compute"),
+    ("a limit on perplexity, with the fewest parameters", "perplexity"),
 ]
 EMPTY = (
     "<p>Set a budget and press <strong>Suggest</strong>. The search tries recipes of the stages "
@@ -70,7 +70,7 @@ def suggest_panel() -> SuggestPanel:
             )  # fmt: skip
             seconds = LimitedSlider(
                 10, 300, 20, step=10, precision=0, label="Seconds to search", elem_id="seconds",
-                info="the best finds are measured after that; it is said how long that takes",
+                info="the best finds are measured after that; the page says how long that takes",
             )  # fmt: skip
             with gr.Row():
                 suggest = gr.Button("Suggest", variant="primary", min_width=120, elem_id="suggest")
