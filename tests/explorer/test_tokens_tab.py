@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 from html import unescape
 from math import nan, sqrt
 
@@ -215,6 +216,7 @@ def test_the_name_of_an_order_is_escaped(tab, monkeypatch):
     whole = loaded.converted(ConversionSpec())
     ids = loaded.text("proxy").documents[0][:64]
     found = module.branch_statistics(whole, 0, ids, 8)
+    spec = copy(spec)  # others share it
     object.__setattr__(spec, "order", HOSTILE)
     assert "<img" not in branches_html(found, spec)
 
