@@ -100,7 +100,7 @@ def trade_offs(page: Page) -> None:
 
 
 def suggest(page: Page) -> None:
-    page.fill("#seconds input[type=number]", "10")
+    page.fill("#seconds input[type=number]", "40")
     page.click("#suggest")
     contains(page, "#suggestion", "recipes tried")
     page.locator("#front-table [role=gridcell][data-row='0']").nth(3).wait_for()
