@@ -88,6 +88,11 @@ def spared_in_words(spec: ConversionSpec) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {joined(list(map(str, layers)))} kept dense"
 
 
+def capital(text: str) -> str:
+    """The text, beginning with a capital."""
+    return text[:1].upper() + text[1:]
+
+
 def joined(names: Sequence[str]) -> str:
     """Names as in a sentence: gate, up and down."""
     *others, last = names

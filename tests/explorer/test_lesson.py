@@ -142,7 +142,7 @@ def test_text_of_the_model_is_escaped(reading):
 def test_nothing_that_is_sent_before_an_answer_contains_it(any_model):
     """What the question asks for is in no figure and no text; afterwards it is."""
     for reading in read_layers(any_model):
-        for k in (1, 7, 16):
+        for k in range(1, 17):
             found, before = kept(reading), KEEP.view(reading, k, False)
             after = KEEP.view(reading, k, True)
             assert {t.name for t in after.figure.data} - {t.name for t in before.figure.data} == {

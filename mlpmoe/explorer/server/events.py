@@ -15,6 +15,7 @@ from gradio.components import Component
 from gradio.events import EventListener
 
 from ...core.errors import UserError
+from ...measure.words import capital
 
 PRIVATE = {"api_visibility": "private"}
 QUIET = {**PRIVATE, "show_progress": "hidden"}
@@ -91,13 +92,9 @@ class Together:
 
 def sentence(error: UserError) -> str:
     """The error's message as HTML, beginning with a capital."""
-    return escape(_capital(str(error)), quote=False)
+    return escape(capital(str(error)), quote=False)
 
 
 def status(text: str) -> str:
     """What is being done, or has been, as HTML; nothing where there is nothing to say."""
-    return f"<p>{escape(_capital(text))}</p>" if text else ""
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"<p>{escape(capital(text))}</p>" if text else ""

@@ -108,7 +108,7 @@ class Structure:
         if dense is None:
             return neuron_sums(weight, projection, quantity)
         whole = self._dense_sums.get_or_make(
-            place, lambda: neuron_sums(dense, projection, quantity)
+            (place, quantity), lambda: neuron_sums(dense, projection, quantity)
         )
         return whole[: weight.shape[1 if projection == "down" else 0]]  # the first neurons
 

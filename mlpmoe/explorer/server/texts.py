@@ -8,6 +8,7 @@ from threading import Lock
 import gradio as gr
 
 from ...core.errors import UserError
+from ...measure.words import capital
 from ...models.texts import (
     CALIBRATIONS,
     TEXTS,
@@ -92,22 +93,18 @@ def calibration_name(key: str) -> str:
 
 def text_choices(key: str | None = None) -> list[tuple[str, str]]:
     """Labels and keys for the list of texts, with a visitor's own one, if `key` is one."""
-    choices = [(_capital(entry.label), name) for name, entry in TEXTS.items()]
+    choices = [(capital(entry.label), name) for name, entry in TEXTS.items()]
     if key and key.startswith(OWN_PREFIX):
-        choices.append((_capital(text_name(key)), key))
+        choices.append((capital(text_name(key)), key))
     return choices
 
 
 def calibration_choices(key: str | None = None) -> list[tuple[str, str]]:
     """The same for the list of calibration texts."""
-    choices = [(_capital(entry.label), name) for name, entry in CALIBRATIONS.items()]
+    choices = [(capital(entry.label), name) for name, entry in CALIBRATIONS.items()]
     if key and key.startswith(OWN_PREFIX):
-        choices.append((_capital(text_name(key)), key))
+        choices.append((capital(text_name(key)), key))
     return choices
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def show_text(key: str) -> dict:

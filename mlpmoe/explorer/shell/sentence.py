@@ -21,7 +21,7 @@ from ...measure.runs.families import (
     removed_by,
 )
 from ...measure.runs.sweep import Run
-from ...measure.words import joined, spared_in_words
+from ...measure.words import capital, joined, spared_in_words
 
 TOO_MUCH = 1e5  # a ratio of perplexity beyond which a model says nothing any more
 SURE = 2.0  # standard errors
@@ -158,7 +158,7 @@ def _others(
     if not _beaten(spec, known, best):
         sure = _measured(spec, known) and not _early(known)
         found = [f"No run {budget} is better."] if sure else []
-        return [*found, f"{beside[:1].upper()}{beside[1:]}."] if beside else found
+        return [*found, f"{capital(beside)}."] if beside else found
     if less:  # none is known that removes just as much
         budget = "at less compute" if compute else "with more zeros"
     text = f"Best {budget}: {_name(best)}, {_ratio(best)}"

@@ -23,7 +23,7 @@ from ...models import format_bytes
 from ...models.hub import explain
 from ...models.names import on_space
 from ..server.background import in_thread
-from ..server.events import QUIET, readable
+from ..server.events import QUIET, readable, status
 from .export_result import Made
 from .handed_out import HandedOut, workspace
 
@@ -201,4 +201,4 @@ def _shown(work: Generator[str, None, Any]) -> Generator[str, None, Any]:
             message = next(work)
         except StopIteration as done:
             return done.value
-        yield f"<p>{escape(message[:1].upper() + message[1:])} …</p>"
+        yield status(f"{message} …")

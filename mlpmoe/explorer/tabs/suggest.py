@@ -24,7 +24,7 @@ from ...measure.runs.pace import about
 from ...measure.runs.search import COSTS, Budget, best, finalists, front, search
 from ...measure.runs.sweep import Run
 from ...measure.runs.trials import Trials, prepare
-from ...measure.words import in_words
+from ...measure.words import capital, in_words
 from ...models import default_calibration, default_text, named_calibration
 from ..plots.front_plot import front_plot
 from ..server.background import in_thread
@@ -191,7 +191,7 @@ def sentence(loaded: LoadedModel, found: _Found) -> str:
     words = in_words(chosen.spec)
     tokens = scored_tokens(loaded.windows(default_text(loaded.key)))
     text = (
-        f"<p><strong>{escape(words[:1].upper() + words[1:])}.</strong> Perplexity "
+        f"<p><strong>{escape(capital(words))}.</strong> Perplexity "
         f"{change(chosen.ratio, chosen.stderr)}, non-zero MLP parameters "
         f"{signed_percent(chosen.mlp_nonzero_share - 1)}, MLP multiply-adds "
         f"{signed_percent(chosen.mlp_macs_share - 1)}.</p>"

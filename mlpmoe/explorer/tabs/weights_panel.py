@@ -74,7 +74,7 @@ def wire_weights(
 ) -> None:  # fmt: skip
     """told: changes with what the tab shows, while it is open."""
     gr.on(
-        [told.change, panel.projection.change],
+        [told.change, panel.projection.input],
         readable(handlers.show), [*spec, panel.layer, panel.projection], panel.shown,
         trigger_mode="always_last", concurrency_limit=1, **QUIET,
     )  # fmt: skip
