@@ -149,7 +149,7 @@ def test_the_first_screen(new_window, server: str, take_picture):
     kept = int(branches * 12 / 16 + 0.5)  # the same share of them
     wait_for_value(page, "keep", kept)
     wait_until_measured(page)
-    assert page.get_attribute("#keep input[type=range]", "max") == str(branches)
+    page.locator(f"#keep input[type=range][max='{branches}']").wait_for()
     slider(page, "branches").focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
@@ -401,7 +401,7 @@ def test_another_model(open_page, take_picture, tmp_path: Path):
     wait_for_value(page, "branches", D_FF)
     wait_for_value(page, "keep", D_FF)
     for control, most in (("branches", D_FF), ("keep", D_FF), ("layer", LAYERS - 1)):
-        assert page.get_attribute(f"#{control} input[type=range]", "max") == str(most)
+        page.locator(f"#{control} input[type=range][max='{most}']").wait_for()
     wait_for_outlines(page, stays=D_FF, zeroed=D_FF - 1, thresholds=D_FF - 1)
     page.click("#measure")  # by itself only a part of a text that is long in bytes, its tokens
     wait_until_measured(page)
@@ -413,7 +413,7 @@ def test_another_model(open_page, take_picture, tmp_path: Path):
     load_model(page, "demo")
     wait_for_exactly(page, "#status", status)
     wait_for_text(page, "#histograms .xtitle", "layer 0")
-    assert page.get_attribute("#branches input[type=range]", "max") == "64"
+    page.locator("#branches input[type=range][max='64']").wait_for()
     assert page.locator("[data-testid=toast-text]").count() == 0
 
 

@@ -45,7 +45,7 @@ def server(real_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield app.url
     finally:
         app.stop()
-    assert "Traceback" not in app.written(), app.written()[-4000:]
+    assert not app.faults()
 
 
 def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp_path: Path):
