@@ -66,13 +66,17 @@ class LayerActivations:
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Which samples, then φ(gate x) and h of their tokens: (samples, tokens, d_ff) float32."""
-        step = max(1, CHUNK // (self.x.shape[1] * self.weights.d_ff))
-        for first in range(0, self.x.shape[0], step):
-            where = slice(first, min(first + step, self.x.shape[0]))
+        for where in self._some_samples():
             may_stop()
             found = hidden(self.weights, self.x[where])
             may_stop()
             yield where, *found
+
+    def _some_samples(self) -> Iterator[slice]:
+        """The samples, so many at a time that their activations are not too large."""
+        step = max(1, CHUNK // (self.x.shape[1] * self.weights.d_ff))
+        for first in range(0, self.x.shape[0], step):
+            yield slice(first, min(first + step, self.x.shape[0]))
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -133,14 +137,18 @@ class LayerActivations:
             total += x.T @ x
         return (total / self.tokens).cpu()
 
-    def regression(self, kept: MLPWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the h that the MLP `kept` makes of the same inputs: mean (n,), covariance (n, n),
-        covariance (n, d_model) with the wanted output; and the mean of that output; float64."""
-        n, d_model = kept.d_ff, self.weights.d_model
+    def regression(
+        self, n: int, activations: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of what `activations` makes of the same inputs, (tokens, d_model) -> (tokens, n) float32:
+        mean (n,), covariance (n, n), covariance (n, d_model) with the wanted output; and the mean
+        of that output; float64."""
+        d_model = self.weights.d_model
         # [h 1]ᵀ [h 1 y], summed over the tokens: one product holds all that is asked for
         sums = self.x.new_zeros((n + 1, n + 1 + d_model), dtype=torch.float64)
         for where, y in self.outputs():
-            left = _with_ones(hidden(kept, self.x[where])[1].flatten(0, 1))
+            may_stop()
+            left = _with_ones(activations(self.x[where].flatten(0, 1)))
             sums += left.T @ torch.cat([left, y], dim=1)
         sums = (sums / self.tokens).cpu()
         mean, target = sums[:n, n], sums[n, n + 1 :]
@@ -149,14 +157,15 @@ class LayerActivations:
 
     @cached_property
     def own_regression(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`regression` of this MLP itself."""
-        return self.regression(self.weights)
+        """`regression` of this MLP's own h."""
+        return self.regression(self.weights.d_ff, lambda x: hidden(self.weights, x)[1])
 
     def outputs(self) -> Iterator[tuple[slice, Tensor]]:
         """Which samples, and the output that an MLP in this place should give for their tokens:
         (tokens, d_model) float32."""
         if self.target is not None:
-            yield slice(None), self.target.flatten(0, 1).float()
+            for where in self._some_samples():
+                yield where, self.target[where].flatten(0, 1).float()
             return
         down, bias = self.weights.down.detach().float(), self.weights.down_bias
         for where, _, h in self.pieces():

@@ -91,6 +91,8 @@ def _fits(spec: ConversionSpec, d_ff: int, d_model: int) -> Iterator[tuple[str, 
     if spec.routed:
         if spec.router == "regression":
             yield "the router regression", d_model, "inputs"
+        if spec.compensation == "refit" and spec.active < 1:
+            yield "refitting down", d_ff, "neurons"
         return
     kept = round(d_ff * spec.kept / spec.branches)
     if spec.compensation == "refit" and (kept < d_ff or spec.fades):

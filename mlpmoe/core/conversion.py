@@ -106,7 +106,7 @@ def _convert_all(
     for group in (together, *([i] for i, spec in enumerate(specs) if spec.progressive)):
         if group:
             first = specs[group[0]]
-            corrected = first.progressive and not first.routed
+            corrected = first.progressive and (not first.routed or first.compensation == "refit")
             made |= _calibrated(
                 model, mlps, by_layer, group, calibration, report, first.progressive, corrected
             )

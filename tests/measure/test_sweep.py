@@ -274,7 +274,7 @@ def test_all_methods_convert_at_equal_compute(model, active):
         else:
             assert spec.active == active
     names = {name for name, (_, spec) in chosen.items() if spec.method == "neurons"}
-    assert len(names) == (3 if active > 1 / 3 else 0)
+    assert len(names) == (4 if active > 1 / 3 else 0)
 
 
 def test_every_method_is_compared():
@@ -297,11 +297,11 @@ def test_neurons_of_plain_mlps(active):
         for spec, other in zip(specs, converted, strict=True)
         if spec.method == "neurons"
     ]
-    assert shares == pytest.approx([active] * 3, abs=1 / families.D_FF)
+    assert shares == pytest.approx([active] * 4, abs=1 / families.D_FF)
 
 
 @pytest.mark.parametrize(("active", "gated"), [(0.5, False), (0.3, False), (1 / 3, True)])
 def test_no_neurons_where_choosing_them_takes_it_all(active, gated):
     chosen = comparison(active, gated)
     assert all(spec.method != "neurons" for _, spec in chosen.values())
-    assert len(chosen) == len(comparison(0.75)) - 3
+    assert len(chosen) == len(comparison(0.75)) - 4

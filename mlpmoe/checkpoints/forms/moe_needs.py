@@ -105,8 +105,8 @@ def _unroutable(mlp: nn.Module) -> str | None:
         )
     if mlp.idle_mean is not None:
         return (
-            "with the compensation mean, experts that do not run count with their mean output; "
-            "in stock architectures they count nothing."
+            "with the compensation mean or refit, experts that do not run count with their mean "
+            "output; in stock architectures they count nothing."
         )
     if mlp.gate is None:
         return "the MLPs have no gate; stock experts have one."

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
+from ..static.compensation import Moments, mean_bias, refit
 from ..static.order import permute
 from ..stopping import may_stop
 from . import neurons
 from .method import Request, RoutedMethod
 from .partition import expert_count, split_counts
-from .routed_mlp import RoutedMLP, choose
+from .routed_mlp import NeuronMLP, RoutedMLP, choose
 from .routers import ROUTERS
 
 SCORED_TOGETHER = 2048  # tokens that a router sees at a time: the oracle runs the whole MLP
@@ -26,7 +27,19 @@ def build_routed(
     layer: what the MLP does on the calibration text, where the spec needs to know.
     """
     if method.partition is None:
-        return neurons.build(weights, spec, layer)
+        built = neurons.build(weights, spec, layer)
+        leaves_out = built.active < built.d_ff
+    else:
+        built = _with_experts(weights, spec, method, layer)
+        leaves_out = built.active < built.experts
+    if spec.compensation == "refit" and leaves_out:
+        _refit(built, layer)
+    return built
+
+
+def _with_experts(
+    weights: MLPWeights, spec, method: RoutedMethod, layer: LayerActivations | None
+) -> RoutedMLP:
     experts = expert_count(weights.d_ff, spec.experts)
     generator = torch.Generator().manual_seed(spec.seed)
     partition = method.partition(Request(weights, spec, experts, layer, generator))
@@ -37,12 +50,12 @@ def build_routed(
     ordered = permute(weights, partition.neurons)
     router = ROUTERS[spec.router].make(weights, partition, layer)
     threshold = idle_mean = None
-    if active < routed and (spec.selection == "threshold" or spec.compensation == "mean"):
+    if active < routed and (spec.selection == "threshold" or spec.compensation != "none"):
         scores = _scores(router, layer)
         may_stop()
         if spec.selection == "threshold":
             threshold, active = _threshold(scores, int(active))
-        if spec.compensation == "mean":
+        if spec.compensation != "none":
             idle = ~choose(scores, int(active), threshold)
             idle_mean = torch.cat(
                 [
@@ -53,6 +66,14 @@ def build_routed(
     built = RoutedMLP(ordered, shared, routed, router, active, threshold, idle_mean)
     built.partition = partition
     return built
+
+
+def _refit(built: RoutedMLP | NeuronMLP, layer: LayerActivations) -> None:
+    """Fit down and its bias again: to the wanted output, of what runs for each token."""
+    moments = Moments(*layer.regression(built.d_ff, lambda x: built.summed(x).float()))
+    down = refit(built.down.T, moments)
+    built.down = nn.Parameter(down.T.contiguous())
+    built.down_bias = nn.Parameter(mean_bias(down, moments))
 
 
 def _scores(router: nn.Module, layer: LayerActivations) -> Tensor:

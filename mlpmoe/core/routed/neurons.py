@@ -48,7 +48,7 @@ def build(weights: MLPWeights, spec, layer: LayerActivations | None) -> NeuronML
     if active < weights.d_ff:
         if spec.selection == "threshold":
             threshold, active = _threshold(layer, importance, active)
-        if spec.compensation == "mean":
+        if spec.compensation != "none":
             idle_mean = _idle_mean(layer, importance, active, threshold)
     return NeuronMLP(weights, importance, active, threshold, idle_mean)
 

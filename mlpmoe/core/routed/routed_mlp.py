@@ -67,6 +67,11 @@ class _NeuronRows(nn.Module):
         )
         return h if self.idle_mean is None else h - self.idle_mean[rows]
 
+    def summed(self, x: Tensor) -> Tensor:
+        """(tokens, d_ff): what down adds up: h of the neurons that run, less its mean when idle,
+        and 0 for the others. x: (tokens, d_model)."""
+        raise NotImplementedError
+
     def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
         """What neurons start to stop, run for all tokens, add to the output."""
         return self._activations(x, start, stop) @ self.down[start:stop]
@@ -137,16 +142,19 @@ class RoutedMLP(_NeuronRows):
     def _many(self, x: Tensor) -> Tensor:
         chosen = self.select(x)
         if len(x) < GROUPED_FROM * self.experts:
-            return self._masked(x, chosen)
+            return self._masked(x, chosen) @ self.down
         return self._grouped(x, chosen)
 
+    def summed(self, x: Tensor) -> Tensor:
+        return self._masked(x, self.select(x))
+
     def _masked(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """All neurons run, and what was not chosen is masked."""
+        """(tokens, d_ff): all neurons run, and what was not chosen is masked."""
         h = self._activations(x, 0, self.d_ff)
         if self.experts:
             routed = h[:, self.shared :].unflatten(1, (self.experts, self.size))
             h = torch.cat([h[:, : self.shared], (routed * chosen[..., None]).flatten(1)], dim=1)
-        return h @ self.down
+        return h
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Tokens sorted by expert; each expert is one product with the tokens that chose it."""
@@ -232,11 +240,13 @@ class NeuronMLP(_NeuronRows):
         return self._sum(h, rows)
 
     def _many(self, x: Tensor) -> Tensor:
+        return self.summed(x) @ self.down
+
+    def summed(self, x: Tensor) -> Tensor:
         gated = self.gated(x)
         chosen = self._select(gated)
         h = gated if self.gate is None else gated * F.linear(x, self.up, self.up_bias)
-        h = h if self.idle_mean is None else h - self.idle_mean
-        return (h * chosen) @ self.down
+        return (h if self.idle_mean is None else h - self.idle_mean) * chosen
 
     @property
     def neurons_per_token(self) -> float:

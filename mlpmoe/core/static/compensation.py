@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ..activations import LayerActivations
+from ..activations import LayerActivations, hidden
 from ..mlps import MLPWeights
 from ..registry import Choice
 from ..stopping import may_stop
@@ -55,6 +55,12 @@ FILLS = {  # what stands in for the experts that a router leaves out
         "their mean output", "lets the mean output of experts that do not run stand in for them",
         short="mean output of the others", calibrated=True,
     ),
+    "refit": Choice(
+        "their mean, and down refitted",
+        "lets the mean output of experts that do not run stand in for them, and fits down again "
+        "by least squares",
+        short="down refitted", calibrated=True,
+    ),
 }  # fmt: skip
 
 
@@ -78,7 +84,7 @@ class Moments:
         """kept: the MLP that stays. neurons: which of the dense MLP's these are, if they say the
         same as there; None if their weights were changed. layer: of the dense MLP."""
         if neurons is None:
-            return cls(*layer.regression(kept))
+            return cls(*layer.regression(kept.d_ff, lambda x: hidden(kept, x)[1]))
         if layer.target is not None:
             mean, covariance, cross, target = layer.own_regression
         else:
@@ -89,19 +95,19 @@ class Moments:
         return cls(mean[neurons], covariance[neurons][:, neurons], cross[neurons], target)
 
 
-def refit(weights: MLPWeights, moments: Moments) -> Tensor:
+def refit(down: Tensor, moments: Moments) -> Tensor:
     """down (d_model, n), fitted so that the neurons predict the wanted output best in the
-    least-squares sense beside a bias; ridge towards the down there is. Dtype of the weights."""
-    down = weights.down.detach().cpu().double()
-    missing = moments.cross - moments.covariance @ down.T  # (n, d_model)
+    least-squares sense beside a bias; ridge towards the down there is. Dtype as given."""
+    before = down.detach().cpu().double()
+    missing = moments.cross - moments.covariance @ before.T  # (n, d_model)
     may_stop()
-    return (down + torch.linalg.solve(damped(moments.covariance), missing).T).to(weights.down)
+    return (before + torch.linalg.solve(damped(moments.covariance), missing).T).to(down)
 
 
-def mean_bias(weights: MLPWeights, moments: Moments) -> Tensor:
+def mean_bias(down: Tensor, moments: Moments) -> Tensor:
     """(d_model,): the bias with which the mean output is the wanted one (FLAP's, for any loss)."""
-    said = weights.down.detach().cpu().double() @ moments.mean
-    return (moments.target - said).to(weights.down)
+    said = down.detach().cpu().double() @ moments.mean
+    return (moments.target - said).to(down)
 
 
 def fitted_alphas(weights: MLPWeights, sizes: Sequence[int], moments: Moments) -> Tensor:

@@ -72,11 +72,11 @@ def build_static(
         faded = kept.up is not stage.weights.up or kept.gate is not stage.weights.gate
         moments = Moments.of(kept, None if faded else stage.present, layer)
     if compensation == "refit":
-        kept = replace(kept, down=refit(kept, moments))
+        kept = replace(kept, down=refit(kept.down, moments))
     if "down" in projections:
         zero("down", moments.second if calibrated else None)
     if compensation in ("mean", "refit"):
-        kept = replace(kept, down_bias=mean_bias(kept, moments))
+        kept = replace(kept, down_bias=mean_bias(kept.down, moments))
     alpha: float | Tensor = COMPENSATIONS[spec.compensation].alpha(spec.branches, spec.kept)
     if compensation == "alpha":
         alpha = fitted_alphas(kept, stage.sizes, moments)

@@ -135,7 +135,7 @@ class Space:
 
     def _routed_start(self, by: str) -> dict[str, object]:
         """The best that is known: what looks at a text, where it may."""
-        choice = {"selection": "threshold", "fill": "mean"} if self.calibrated else {}
+        choice = {"selection": "threshold", "fill": "refit"} if self.calibrated else {}
         if by == "gate":
             return choice | {"gate": "gate-norm"}
         method = self._methods()[0]
@@ -168,7 +168,7 @@ class Space:
             return {}
         return {
             "selection": trial.suggest_categorical("selection", ["topk", "threshold"]),
-            "compensation": trial.suggest_categorical("fill", ["none", "mean"]),
+            "compensation": trial.suggest_categorical("fill", ["none", "mean", "refit"]),
         }
 
     def _methods(self) -> list[str]:

@@ -237,6 +237,9 @@ def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, Conver
             "expertweaver", router="regression", compensation="mean", selection="threshold"
         ),
         "Co-activation": routed("coactivation", compensation="mean", selection="threshold"),
+        "Co-activation, down refitted": routed(
+            "coactivation", compensation="refit", selection="threshold"
+        ),
         "ExpertWeaver, oracle router": routed("expertweaver", BOUND, router="oracle"),
         "Co-activation, oracle router": routed(
             "coactivation", BOUND, router="oracle", compensation="mean"
@@ -249,6 +252,9 @@ def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, Conver
             "Neurons, threshold (CATS)": {"selection": "threshold"},
             "Neurons, by output, threshold, mean": {
                 "router": "gate-norm", "selection": "threshold", "compensation": "mean"
+            },
+            "Neurons, by output, threshold, down refitted": {
+                "router": "gate-norm", "selection": "threshold", "compensation": "refit"
             },
         }.items():  # fmt: skip
             specs[name] = (
