@@ -39,7 +39,7 @@ STATIC = (
 EXPERTS = {"experts": 11, "active": 0.5}
 CMOE = ConversionSpec(method="cmoe", **EXPERTS, compensation="mean")
 NEURONS = ConversionSpec(
-    method="neurons", active=0.5, router="gate-norm", selection="threshold", compensation="mean"
+    method="neurons", active=0.5, router="gate-norm", selection="threshold", compensation="refit"
 )
 ROUTED = (
     CMOE,
@@ -47,7 +47,7 @@ ROUTED = (
     ConversionSpec(method="neurons", active=0.5),
     ConversionSpec(method="expertweaver", **EXPERTS, tau=0.8),
     ConversionSpec(method="expertweaver", **EXPERTS, selection="threshold"),
-    ConversionSpec(method="moefication", **EXPERTS, compensation="mean"),
+    ConversionSpec(method="moefication", **EXPERTS, compensation="refit"),
     ConversionSpec(method="coactivation", **EXPERTS, shared=0.2, selection="threshold"),
     ConversionSpec(method="random", experts=11, active=1.0),
     ConversionSpec(method="cmoe", **EXPERTS, spared="1"),

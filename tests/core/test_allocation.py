@@ -340,10 +340,19 @@ def streams_of(model):
     return [stream.double() for stream in seen]
 
 
-def test_progressive_layers_make_up_for_what_was_lost_before(model):
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ConversionSpec(branches=4, keep=2, compensation="refit"),
+        ConversionSpec(method="neurons", active=0.3, compensation="refit"),
+        ConversionSpec(method="random", experts=8, active=0.5, compensation="refit"),
+    ],
+    ids=ConversionSpec.to_flags,
+)
+def test_progressive_layers_make_up_for_what_was_lost_before(model, spec):
     """A fitted layer ends, in the mean, half way between what the dense MLP would give on the
     converted layers' output and where the dense model is."""
-    spec = ConversionSpec(branches=4, keep=2, compensation="refit", progressive=True)
+    spec = replace(spec, progressive=True)
     converted = convert(model, spec, calibration())
     dense, found = streams_of(model), streams_of(converted)
     for i, layer in enumerate(converted.model.layers):
