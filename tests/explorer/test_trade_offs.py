@@ -172,7 +172,7 @@ def test_no_file_without_runs(tab):
 def test_the_shipped_comparison_is_that_of_the_file():
     path = assets_folder() / "sweeps" / "demo.jsonl"
     table = pandas.read_json(path, lines=True)
-    assert len(shipped("demo")) == len(table) == 57
+    assert len(shipped("demo")) == len(table) == 63
     assert [record.run.ratio for record in shipped("demo")] == pytest.approx(list(table["ratio"]))
     shares = [record.run.mlp_macs_share for record in shipped("demo")]
     assert shares == pytest.approx(list(table["mlp_macs_share"]))
@@ -181,8 +181,8 @@ def test_the_shipped_comparison_is_that_of_the_file():
     assert {record.tokens for record in shipped("demo")} == set(table["tokens"])
     assert {(record.model, record.text) for record in shipped("demo")} == {("demo", "stories")}
     dense = [record.dense for record in shipped("demo")]
-    assert dense == pytest.approx([dense[0]] * 57)  # one model, one text
-    assert len({record.id for record in shipped("demo")}) == 57
+    assert dense == pytest.approx([dense[0]] * 63)  # one model, one text
+    assert len({record.id for record in shipped("demo")}) == 63
 
 
 # two runs side by side

@@ -214,7 +214,7 @@ def test_the_runs_that_come_with_the_project():
     dense = parameter_report(load("demo")[0])
     lines = (assets_folder() / "sweeps" / "demo.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [Run.from_dict(json.loads(line)) for line in lines]
-    assert len({run.spec for run in runs}) == 57
+    assert len({run.spec for run in runs}) == 63
     for run in runs:
         assert run.nonzero_share == run.nonzero / dense.nonzero
         assert run.macs_share == run.macs_per_token / dense.macs_per_token

@@ -154,7 +154,7 @@ def _others(
     compute, less = cost == "compute", cost_of(best, cost) < share - LEVEL
     budget = "at this compute" if compute else "with as many zeros"
     static = best_at(others, cost, share, "static") if spec.routed else None
-    beside = f"the best static recipe: {_ratio(static)}" if static else ""
+    beside = f"best static: {_ratio(static)}" if static else ""
     if not _beaten(spec, known, best):
         sure = _measured(spec, known) and not _early(known)
         found = [f"No run {budget} is better."] if sure else []
