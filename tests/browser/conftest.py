@@ -36,7 +36,9 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 LOGGED_BY_UVICORN = re.compile(
-    r"ERROR:\s+Exception in ASGI application\n.*?response already started\.\n", re.DOTALL
+    r"ERROR:\s+Exception in ASGI application\n(?:(?!Exception in ASGI application).)*?"
+    r"response already started\.\n",
+    re.DOTALL,
 )
 FORGOTTEN_SESSION = re.compile(r"in sse_stream\n.*?HTTPException: 404: Not Found", re.DOTALL)
 START_SECONDS = 120  # until the page has to answer

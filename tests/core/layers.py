@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mlpmoe.core.activations import LayerActivations
 from mlpmoe.core.mlps import MLPWeights
 
+DAMPING = 1e-2  # of the mean variance: what ridge regression adds to each one
 D_MODEL, D_FF = 12, 24
 SAMPLES, LENGTH = 12, 10
 KINDS = ("gated", "gated with biases", "plain", "plain with biases")
@@ -60,6 +61,16 @@ def gated_and_h(mlp: MLPWeights, x: Tensor) -> tuple[Tensor, Tensor]:
         return mlp.activation(up), mlp.activation(up)
     gated = mlp.activation(project(mlp.gate, mlp.gate_bias))
     return gated, gated * up
+
+
+def ridge(h: Tensor, wanted: Tensor, down: Tensor) -> Tensor:
+    """(d_model, n): least squares of the wanted output (tokens, d_model) on h (tokens, n), both
+    float64 and without their means, with rows of data that draw it towards the down there is."""
+    centred = (h - h.mean(0)) / len(h) ** 0.5
+    strength = (DAMPING * centred.square().sum(0).mean()).sqrt()
+    data = torch.cat([centred, strength * torch.eye(h.shape[1]).double()])
+    target = torch.cat([(wanted - wanted.mean(0)) / len(h) ** 0.5, strength * down.double().T])
+    return torch.linalg.lstsq(data, target).solution.T
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from mlpmoe.core.routed.partition import expert_count, split_counts
 from mlpmoe.core.routed.routed_mlp import choose
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.text.decoding import read_on
-from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
+from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp, ridge
 from tests.families import FAMILIES, LAYERS, VOCABULARY, build
 from tests.tiny import tiny_model
 
@@ -242,13 +242,8 @@ def masked(layer, module, spec, x):
     if spec.compensation != "refit":
         return output(mlp, x, torch.where(mask, h, idle))
     data, wanted = ((seen_h - idle) * ~unseen).double(), output(mlp, seen).double()
-    centred = data - data.mean(0)
-    strength = (0.01 * centred.var(0, unbiased=False).mean() * len(data)).sqrt()
-    old = mlp.down.double().T
-    rows = torch.cat([centred, strength * torch.eye(mlp.d_ff).double()])
-    down = torch.linalg.lstsq(rows, torch.cat([wanted - wanted.mean(0), strength * old])).solution
     new = ((h - idle) * mask).double() - data.mean(0)
-    return (new @ down + wanted.mean(0)).float()
+    return (new @ ridge(data, wanted, mlp.down).T + wanted.mean(0)).float()
 
 
 CASES = [

@@ -14,11 +14,11 @@ from mlpmoe.core.errors import SpecError, UserError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.static.branched import BranchedMLP, LoopedMLP
 from mlpmoe.core.static.compensation import COMPENSATIONS
-from mlpmoe.core.static.order import DAMPING, ORDERS, order_of
+from mlpmoe.core.static.order import ORDERS, order_of
 from mlpmoe.core.static.pipeline import build_static
 from mlpmoe.core.static.schedule import SCHEDULES
 from mlpmoe.core.static.scores import SCORES
-from tests.core.layers import D_FF, D_MODEL, KINDS, gated_and_h, layer_of, output, random_mlp
+from tests.core.layers import D_FF, D_MODEL, KINDS, gated_and_h, layer_of, output, random_mlp, ridge
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -389,16 +389,9 @@ def test_mean_changes_nothing_but_the_bias(name, kind):
         assert torch.equal(state[key], other[key])
 
 
-def ridge(found, module):
-    """(d_model, n): least squares of the dense output on the module's activations, both without
-    their means, with rows of data that draw it towards the down there is."""
-    h, y = h_of(module, found), wanted(found)
-    centred = (h - h.mean(0)) / len(h) ** 0.5
-    strength = (DAMPING * centred.square().sum(0).mean()).sqrt()
-    data = torch.cat([centred, strength * torch.eye(h.shape[1]).double()])
-    down = module.down_proj.weight.double()
-    target = torch.cat([(y - y.mean(0)) / len(h) ** 0.5, strength * down.T])
-    return torch.linalg.lstsq(data, target).solution.T
+def ridge_of(found, module):
+    """(d_model, n): down of the module, fitted to the dense output."""
+    return ridge(h_of(module, found), wanted(found), module.down_proj.weight)
 
 
 @each_loss
@@ -409,7 +402,7 @@ def test_refit_is_ridge_regression(name, kind):
     before = built(found, **fields, compensation="none")
     after = built(found, **fields, compensation="refit")
     torch.testing.assert_close(
-        after.down_proj.weight.detach(), ridge(found, before), rtol=1e-4, atol=1e-4
+        after.down_proj.weight.detach(), ridge_of(found, before), rtol=1e-4, atol=1e-4
     )
     assert torch.equal(after.up_proj.weight, before.up_proj.weight)
     assert said(after, found).mean(0).allclose(wanted(found).mean(0), atol=1e-5)
@@ -429,7 +422,7 @@ def test_down_is_refitted_before_it_is_faded(kind, score, projections, fields):
     else:
         keep = {name: fields[name] for name in ("branches", "keep", "order")}
         before = built(found, **keep, compensation="none")
-    fitted = ridge(found, before)
+    fitted = ridge_of(found, before)
     module = built(found, **fields, fade_projections=projections, compensation="refit")
     down = module.down_proj.weight.detach()
     torch.testing.assert_close(down, fitted * (down != 0), rtol=1e-4, atol=1e-4)

@@ -28,11 +28,9 @@ def build_routed(
     """
     if method.partition is None:
         built = neurons.build(weights, spec, layer)
-        leaves_out = built.active < built.d_ff
     else:
         built = _with_experts(weights, spec, method, layer)
-        leaves_out = built.active < built.experts
-    if spec.compensation == "refit" and leaves_out:
+    if spec.compensation == "refit" and built.idle_parameters:
         _refit(built, layer)
     return built
 

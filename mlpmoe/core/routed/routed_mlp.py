@@ -67,6 +67,9 @@ class _NeuronRows(nn.Module):
         )
         return h if self.idle_mean is None else h - self.idle_mean[rows]
 
+    def _many(self, x: Tensor) -> Tensor:
+        return self.summed(x) @ self.down
+
     def summed(self, x: Tensor) -> Tensor:
         """(tokens, d_ff): what down adds up: h of the neurons that run, less its mean when idle,
         and 0 for the others. x: (tokens, d_model)."""
@@ -238,9 +241,6 @@ class NeuronMLP(_NeuronRows):
         if self.gate is not None:
             h = h * self._project_rows(x, "up", rows)
         return self._sum(h, rows)
-
-    def _many(self, x: Tensor) -> Tensor:
-        return self.summed(x) @ self.down
 
     def summed(self, x: Tensor) -> Tensor:
         gated = self.gated(x)

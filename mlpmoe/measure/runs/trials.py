@@ -233,7 +233,9 @@ def _costly(spec: ConversionSpec) -> frozenset[str]:
     """What takes a conversion's time, by name; more of these never take less."""
     if spec.routed:
         parts = {f"method {spec.method}"} if spec.routed.calibrated else set()
-        return frozenset(parts | {f"router {spec.router}", f"fill {spec.compensation}"})
+        if spec.compensation == "refit":
+            parts.add("compensation refit")
+        return frozenset(parts | {f"router {spec.router}"})
     parts = {f"order {spec.order}"} if ORDERS[spec.order].calibrated else set()
     if spec.fades and SCORES[spec.fade_score].calibrated:
         matrices = ("neuron",) if spec.fade_unit == "neuron" else spec.projections
