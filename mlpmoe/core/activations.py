@@ -39,15 +39,23 @@ class LayerActivations:
     """The activations of one MLP on the calibration text: what the stages may ask of it.
 
     weights: of the MLP. x: (samples, tokens, d_model), its input. target: the output that a
-    conversion should give, like x; None: what the MLP makes of x. Activations h (of all neurons)
-    are made again, piece by piece, for each question; only what is asked for is kept. Figures
-    per neuron are float32 on the CPU, whatever the model is; sums run in float64.
+    conversion should give, like x; None: what the MLP makes of x. sensitivity: (d_model, d_model)
+    of the model's loss to that output, see sensitivity.py, where it was asked for. Activations h
+    (of all neurons) are made again, piece by piece, for each question; only what is asked for is
+    kept. Figures per neuron are float32 on the CPU, whatever the model is; sums run in float64.
     """
 
-    def __init__(self, weights: MLPWeights, x: Tensor, target: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weights: MLPWeights,
+        x: Tensor,
+        target: Tensor | None = None,
+        sensitivity: Tensor | None = None,
+    ) -> None:
         self.weights = weights
         self.x = x
         self.target = target
+        self.sensitivity = sensitivity
         self._memory: dict[object, object] = {}
 
     def remembered(self, key: object, make: Callable[[], T]) -> T:

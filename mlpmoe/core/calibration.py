@@ -98,7 +98,7 @@ def _fits(spec: ConversionSpec, d_ff: int, d_model: int) -> Iterator[tuple[str, 
     if spec.compensation == "refit" and (kept < d_ff or spec.fades):
         yield "refitting down", kept, "neurons"
     by_neuron = spec.fade > 0 and spec.fade_unit == "neuron"
-    if spec.order == "least-squares" or (by_neuron and spec.fade_score == "sparsegpt"):
+    if spec.order in ("least-squares", "loss") or (by_neuron and spec.fade_score == "sparsegpt"):
         yield "least squares", d_ff, "neurons"
     elif spec.fades and spec.fade_score == "sparsegpt":
         if "down" in spec.projections:

@@ -30,10 +30,19 @@ UNITS = {  # beside n:m, such as 2:4
     "neuron": Choice("whole neurons", "whole neurons, which shrinks the matrices"),
 }
 PATTERNS = ("2:4", "4:8", "1:4")  # that a menu offers
-ALLOCATIONS = {
+ALLOCATIONS = {  # of K or fade to the layers; "global" shares out K only
     "uniform": Choice("the same in every layer", "takes as much from every layer"),
+    # arXiv 2312.11983
+    "global": Choice(
+        "neurons ranked over all layers (FLAP)",
+        "ranks the neurons of all layers together",
+        calibrated=True,
+    ),
     "sensitivity": Choice(
-        "by each layer's output error", "takes less from layers that suffer more", calibrated=True
+        "by what each layer costs the loss",
+        "takes less from layers that cost the model more",
+        calibrated=True,
+        by_loss=True,
     ),
 }
 SELECTIONS = {

@@ -22,8 +22,9 @@ from .errors import SpecError, UnsupportedModelError
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .routed import ROUTED_TYPES, build_routed
 from .routed.expertweaver import AUTO, variation
+from .sensitivity import sensitivities
 from .spec import MAX_TAU, ConversionSpec
-from .static.allocation import error_curve, share_out
+from .static.allocation import cost_curve, share_out
 from .static.branched import BranchedMLP, LoopedMLP
 from .static.pipeline import build_static
 from .stopping import may_stop, stoppable
@@ -95,7 +96,8 @@ def _convert_all(
     for mlp in mlps:
         may_stop()
         _prove(mlp)
-    by_layer = _by_layer(model, mlps, specs, calibration, report)
+    learnt = _learnt(model, mlps, specs, calibration, report)
+    by_layer = _by_layer(model, mlps, specs, calibration, report, learnt)
     made: dict[int, list[nn.Module]] = {}
     together = []
     for index, spec in enumerate(specs):
@@ -107,9 +109,8 @@ def _convert_all(
         if group:
             first = specs[group[0]]
             corrected = first.progressive and (not first.routed or first.compensation == "refit")
-            made |= _calibrated(
-                model, mlps, by_layer, group, calibration, report, first.progressive, corrected
-            )
+            how = first.progressive, corrected, learnt
+            made |= _calibrated(model, mlps, by_layer, group, calibration, report, *how)
     converted = [_replaced(model, mlps, made[index]) for index in range(len(specs))]
     for new, spec in zip(converted, specs, strict=True):
         setattr(new, _SPEC, spec)
@@ -170,6 +171,7 @@ def _calibrated(
     report: _Report,
     progressive: bool,
     corrected: bool,
+    learnt: Sequence[Tensor] | None,
 ) -> dict[int, list[nn.Module]]:
     """One pass over the calibration text for the specs of `group`; modules by spec and layer."""
     made: dict[int, list[nn.Module]] = {index: [] for index in group}
@@ -181,8 +183,28 @@ def _calibrated(
             made[index].append(convert_mlp(activations.weights, spec, activations))
         return made[group[0]][-1] if progressive else None
 
-    visit_layers(model, mlps, calibration, visit, progressive, corrected)
+    visit_layers(model, mlps, calibration, visit, progressive, corrected, learnt)
     return made
+
+
+def _learnt(
+    model: PreTrainedModel,
+    mlps: Sequence[DenseMLP],
+    specs: Sequence[ConversionSpec],
+    calibration: Calibration | Observed | None,
+    report: _Report,
+) -> list[Tensor] | None:
+    """The sensitivities of the layers, if one of the specs looks at them."""
+    if not any(spec.looks_at_loss for spec in specs):
+        return None
+    observed = isinstance(calibration, Observed)
+    if observed and calibration.layers[0].sensitivity is not None:
+        return [layer.sensitivity for layer in calibration.layers]
+    text = calibration.calibration if observed else calibration
+    found = sensitivities(model, mlps, text, lambda share: report("weighing the layers", share))
+    if observed:
+        calibration.learn(found)
+    return found
 
 
 def _by_layer(
@@ -191,12 +213,12 @@ def _by_layer(
     specs: Sequence[ConversionSpec],
     calibration: Calibration | Observed | None,
     report: _Report,
+    learnt: Sequence[Tensor] | None,
 ) -> list[list[ConversionSpec]]:
     """Each spec as one per layer, with what is found from all layers that are not spared filled
-    in: τ where it is the median over their neurons, and K or fade where they share it out by their
-    errors."""
+    in: τ where it is the median over their neurons, and K or fade where they share it out."""
     values: dict[ConversionSpec, list[Tensor]] = {spec: [] for spec in specs if _needs_tau(spec)}
-    curves = {spec: [] for spec in specs if spec.allocation != "uniform"}
+    curves = {spec: [] for spec in specs if spec.shares_out}
 
     def visit(layer: int, activations: LayerActivations) -> None:
         report("profiling", layer / len(mlps))
@@ -205,10 +227,10 @@ def _by_layer(
                 found.append(variation(activations.gate_means(spec.profile)))
         for spec, found in curves.items():
             if spec.at(layer) is spec:
-                found.append(error_curve(spec, activations))
+                found.append(cost_curve(spec, activations))
 
     if values or curves:
-        visit_layers(model, mlps, calibration, visit)
+        visit_layers(model, mlps, calibration, visit, sensitivities=learnt)
     result = []
     for spec in specs:
         by_layer = [spec.at(layer) for layer in range(len(mlps))]
@@ -217,7 +239,7 @@ def _by_layer(
         if converted and _needs_tau(spec):
             tau = min(float(torch.cat(values[spec]).median()), MAX_TAU)
             choices = [replace(spec, tau=tau)] * len(converted)
-        elif spec.allocation != "uniform":
+        elif spec.shares_out:
             choices = share_out(spec, curves[spec])
         for layer, choice in zip(converted, choices, strict=True):
             by_layer[layer] = choice

@@ -19,6 +19,7 @@ class Choice:
     _: KW_ONLY
     short: str = ""  # in a recipe of a few words, such as "× √(B/K)"; by default the label
     calibrated: bool = False  # whether it looks at activations
+    by_loss: bool = False  # whether it looks at the sensitivity of the model's loss, too
 
     def __post_init__(self) -> None:
         if not self.short:

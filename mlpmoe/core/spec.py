@@ -54,7 +54,7 @@ class ConversionSpec(Written):
     # n zeros in every m inputs of each matrix, which leaves nothing for `fade` to say
     fade_unit: str = "weight"
     keep: int | None = None  # K, from 1 to B: only the first K branches stay; None: all
-    # the same K (or fade) in every layer, or as the layers' output errors suggest, the same mean
+    # the same K (or fade) in every layer, or shared out among them with the same mean
     allocation: str = "uniform"
     # static: see compensation.py, "sqrt" is √(B/K); routed: "none", "mean"
     compensation: str | None = None
@@ -210,7 +210,7 @@ class ConversionSpec(Written):
                 or bool(self.shared)
                 or ROUTERS[self.router].calibrated
             )
-        return self.looks_at_activations or ALLOCATIONS[self.allocation].calibrated
+        return self.looks_at_activations or self.shares_out
 
     @property
     def looks_at_activations(self) -> bool:
@@ -222,6 +222,18 @@ class ConversionSpec(Written):
             or self.fits
             or (self.fades and SCORES[self.fade_score].calibrated)
         )
+
+    @property
+    def looks_at_loss(self) -> bool:
+        """Whether a stage looks at how the model's loss depends on its layers."""
+        shared = self.shares_out and ALLOCATIONS[self.allocation].by_loss
+        return shared or ORDERS[self.order].by_loss
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether layers may get another K, or another fade, than the mean."""
+        drops = self.kept < self.branches
+        return {"uniform": False, "global": drops}.get(self.allocation, drops or self.fade > 0)
 
     @property
     def fits(self) -> bool:
@@ -293,7 +305,7 @@ class ConversionSpec(Written):
             idle.add("keep")
             if self.alpha == 1 and not (self.fits and fades):
                 idle.add("compensation")
-            if not fades or self.pattern:
+            if not fades or not self.shares_out:
                 idle.add("allocation")
         if whole and not fades:
             idle.add("progressive")

@@ -28,6 +28,11 @@ class Observed:
     calibration: Calibration
     layers: Sequence[LayerActivations]
 
+    def learn(self, found: Sequence[Tensor]) -> None:
+        """Take in the sensitivities of the layers."""
+        for layer, sensitivity in zip(self.layers, found, strict=True):
+            layer.sensitivity = sensitivity
+
 
 Visit = Callable[[int, LayerActivations], nn.Module | None]
 
@@ -40,6 +45,7 @@ def visit_layers(
     visit: Visit,
     progressive: bool = False,
     corrected: bool = False,
+    sensitivities: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Run the calibration text through `model` once and call `visit(layer, activations)` at each
     MLP, in order of the layers. What was observed before needs no run.
@@ -48,7 +54,8 @@ def visit_layers(
     is one layer's input. If progressive, `visit` returns a module, and the layers that follow see
     its output instead of the dense MLP's. If corrected, the samples go through twice side by
     side, dense and converted, and the wanted output of an MLP makes up for DRIFT of what they
-    have come apart. The head, whose output would be the largest tensor, does not run.
+    have come apart. sensitivities: of the layers, for their activations to tell. The head, whose
+    output would be the largest tensor, does not run.
     """
     if isinstance(calibration, Observed):
         if not progressive:
@@ -60,7 +67,8 @@ def visit_layers(
     kind = _Paired if corrected else _Visited
     for layer, mlp in enumerate(mlps):
         dense = copy.deepcopy(mlp.module, dict(memo)).eval()  # the model may be in training
-        memo[id(mlp.module)] = kind(layer, mlp.weights, dense, visit)
+        sensitivity = sensitivities[layer] if sensitivities else None
+        memo[id(mlp.module)] = kind(layer, mlp.weights, dense, visit, sensitivity)
     twin = copy.deepcopy(model, memo).eval()
     stop_between_modules(twin)
     samples = calibration.samples
@@ -75,13 +83,18 @@ def visit_layers(
 class _Visited(nn.Module):
     """Stands in for an MLP during calibration."""
 
-    def __init__(self, layer: int, weights: MLPWeights, dense: nn.Module, visit: Visit) -> None:
+    def __init__(
+        self, layer: int, weights: MLPWeights, dense: nn.Module, visit: Visit,
+        sensitivity: Tensor | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.layer, self.weights, self.dense, self.visit = layer, weights, dense, visit
+        self.sensitivity = sensitivity
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         batched = x.view(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
-        run = self.visit(self.layer, LayerActivations(self.weights, batched)) or self.dense
+        seen = LayerActivations(self.weights, batched, sensitivity=self.sensitivity)
+        run = self.visit(self.layer, seen) or self.dense
         return self.in_pieces(run, x, *rest)
 
     def in_pieces(self, run: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
@@ -119,6 +132,6 @@ class _Paired(_Visited):
         streams = (result[0] if isinstance(result, tuple) else result).float()
         (x, wanted), (dense, other) = self.caught, streams.chunk(2)
         target = wanted + DRIFT * (dense - other).view_as(wanted)
-        seen = LayerActivations(self.weights, x, target)
+        seen = LayerActivations(self.weights, x, target, self.sensitivity)
         self.converted = self.visit(self.layer, seen)
         return forward(*args, **kwargs)

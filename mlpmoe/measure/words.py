@@ -37,7 +37,7 @@ def in_words(spec: ConversionSpec) -> str:
         )
     if spec.alpha != 1 or (spec.fits and parts):
         parts.append(COMPENSATIONS[spec.compensation].about)
-    if spec.allocation != "uniform" and parts:
+    if spec.shares_out:
         parts.append(ALLOCATIONS[spec.allocation].about)
     if spec.progressive:
         parts.append("calibrates layer by layer on the converted model")

@@ -44,8 +44,16 @@ def random_input(d_model: int = D_MODEL, dtype=torch.float32, seed: int = 1) -> 
     return (x @ torch.randn(d_model, d_model, generator=generator) / d_model**0.5).to(dtype)
 
 
+def random_sensitivity(d_model: int = D_MODEL) -> Tensor:
+    """(d_model, d_model) float64: of a loss to which some directions matter much more."""
+    gradients = torch.randn(3 * d_model, d_model, generator=torch.Generator().manual_seed(5))
+    gradients = (gradients * torch.arange(1, d_model + 1)).double()
+    return gradients.T @ gradients / len(gradients)
+
+
 def layer_of(mlp: MLPWeights, seed: int = 1) -> LayerActivations:
-    return LayerActivations(mlp, random_input(mlp.d_model, mlp.up.dtype, seed))
+    x = random_input(mlp.d_model, mlp.up.dtype, seed)
+    return LayerActivations(mlp, x, sensitivity=random_sensitivity(mlp.d_model))
 
 
 @torch.no_grad()

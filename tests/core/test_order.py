@@ -11,7 +11,8 @@ from mlpmoe.core.conversion import convert, convert_mlp
 from mlpmoe.core.errors import SpecError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.static.compensation import COMPENSATIONS
-from mlpmoe.core.static.order import DAMPING, ORDERS, order_of, permute
+from mlpmoe.core.static.order import ORDERS, order_of, permute, removal_by_loss
+from mlpmoe.core.static.removal import DAMPING
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp
 from tests.families import build
 
@@ -105,12 +106,24 @@ def test_contiguous_is_as_stored():
 
 def test_an_order_of_activations_is_found_once(layer, monkeypatch):
     first = rank("least-squares", layer)
-    monkeypatch.setattr("mlpmoe.core.static.order.damped", None)
+    monkeypatch.setattr("mlpmoe.core.static.order.removal", None)
     assert rank("least-squares", layer) is first
 
 
-def loss_without(layer, dropped):
-    """Least mean squared error that the other neurons and a bias leave, when the dropped ones are
+def test_by_gradient_is_by_what_the_loss_loses(layer):
+    """Half the mean of (g·δ)², over g of this sensitivity and what a neuron varies by."""
+    h, down = activations(layer), layer.weights.down.double()
+    score = []
+    for i in range(D_FF):
+        delta = (h[:, i] - h[:, i].mean())[:, None] * down[:, i]
+        score.append(float(torch.einsum("ti,ij,tj->t", delta, layer.sensitivity, delta).mean()))
+    order = rank("gradient", layer)
+    score = torch.tensor(score)[order]
+    assert (score.diff() <= 1e-6 * score.max()).all()
+
+
+def loss_without(layer, dropped, metric):
+    """Least mean of eᵀ M e that the other neurons and a bias leave, when the dropped ones are
     gone; with the damping as rows of data. By a general solver, from the activations."""
     h = activations(layer)
     h = (h - h.mean(0)) / len(h) ** 0.5
@@ -119,24 +132,42 @@ def loss_without(layer, dropped):
     down = layer.weights.down.detach().double()
     target = data[:, dropped] @ down[:, dropped].T
     kept = [i for i in range(D_FF) if i not in dropped]
-    solution = torch.linalg.lstsq(data[:, kept], target).solution
-    return float((target - data[:, kept] @ solution).square().sum())
+    left = target - data[:, kept] @ torch.linalg.lstsq(data[:, kept], target).solution
+    return float(((left @ metric) * left).sum())
 
 
 @pytest.mark.parametrize("kind", ["gated", "plain with biases"])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["least-squares", "loss"])
 @pytest.mark.parametrize("together", [1, 5, 64])
-def test_by_least_squares_drops_what_is_made_up_for_best(kind, seed, together, monkeypatch):
+def test_what_the_others_make_up_for_best_goes_first(kind, seed, name, together, monkeypatch):
     """Every single choice against trying all, by fitting the whole anew each time; however many
     neurons go before their rows are taken out."""
-    monkeypatch.setattr("mlpmoe.core.static.order.COMPACTED_AFTER", together)
+    monkeypatch.setattr("mlpmoe.core.static.removal.COMPACTED_AFTER", together)
     layer = layer_of(random_mlp(kind, seed=seed), seed=seed)
-    order = rank("least-squares", layer).tolist()
+    metric = layer.sensitivity if name == "loss" else torch.eye(len(layer.sensitivity)).double()
+    order = rank(name, layer).tolist()
     dropped = []
     for neuron in reversed(order[D_FF // 2 :]):
-        losses = {i: loss_without(layer, [*dropped, i]) for i in order if i not in dropped}
+        losses = {i: loss_without(layer, [*dropped, i], metric) for i in order if i not in dropped}
         assert losses[neuron] <= min(losses.values()) * (1 + 1e-4)
         dropped.append(neuron)
+
+
+@pytest.mark.parametrize("groups", [48, 5])
+def test_what_is_lost_on_the_way(groups, monkeypatch):
+    """However many go at a time, the loss after each of the groups is that of fitting anew."""
+    monkeypatch.setattr("mlpmoe.core.static.removal.GROUPS", groups)
+    layer = layer_of(random_mlp())
+    path = removal_by_loss(layer.weights, layer)
+    assert path.lost.shape == (D_FF + 1,)
+    assert path.lost[-1] == 0
+    assert (path.lost.diff() <= 0).all()
+    step = max(1, D_FF // groups)
+    for kept in range(D_FF - step, 0, -step):
+        dropped = path.order[kept:].tolist()
+        expected = loss_without(layer, dropped, layer.sensitivity) / 2
+        assert float(path.lost[kept]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_neuron_that_copies_another_goes_first():

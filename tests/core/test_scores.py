@@ -5,7 +5,8 @@ import torch
 
 from mlpmoe.core.errors import SpecError
 from mlpmoe.core.static import scores
-from mlpmoe.core.static.order import DAMPING, ORDERS
+from mlpmoe.core.static.order import ORDERS
+from mlpmoe.core.static.removal import DAMPING
 from mlpmoe.core.static.scores import SCORES, Cut, zero_weights
 
 each_score = pytest.mark.parametrize("score", SCORES)

@@ -474,7 +474,7 @@ def test_queries_with_unreadable_numbers(query):
         ("fade_score=taste", "magnitude, wanda, sparsegpt"),
         ("fade_unit=4:2", "n must be at least 1 and less than m"),
         ("fade_unit=2:4&fade=1", "leave fade at 0"),
-        ("allocation=greedy", "uniform, sensitivity"),
+        ("allocation=greedy", "uniform, global, sensitivity"),
         ("order=", "contiguous, random, norm, activation, fluctuation, least-squares"),
         ("progressive=yes", "true or false"),
         ("progressive=true", "no stage of this spec"),

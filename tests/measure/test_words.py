@@ -58,8 +58,9 @@ def check(spec):
     if not (drops or spec.fades):
         assert "removes nothing" in sentence or spec.progressive
     assert ("layer by layer" in sentence) == spec.progressive
-    unequal = spec.allocation != "uniform" and (drops or spec.fades)
-    assert ("layers that suffer more" in sentence) == unequal
+    for name, allocation in ALLOCATIONS.items():
+        unequal = name == spec.allocation and (drops or (spec.fade > 0 and name == "sensitivity"))
+        assert (allocation.about in sentence) == (unequal and name != "uniform")
     return sentence
 
 

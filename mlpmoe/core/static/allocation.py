@@ -1,4 +1,4 @@
-"""Allocation: one budget for all layers, or more for those whose output suffers more."""
+"""Allocation: one budget for all layers, or more for those whose loss would cost more."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import LayerActivations
 from ..errors import SpecError
 from ..spec import MAX_FADE, ConversionSpec
 from ..stopping import may_stop
+from .branched import branch_sizes
+from .order import ORDERS, removal_by_loss
 from .pipeline import build_static
 
-ERROR_TOKENS = 4096  # on which a layer's output error is measured
+COMPARED_TOKENS = 4096  # on which outputs of a layer are compared
 KEEP_LEVELS = 16  # values of K tried, about, where there are more branches
 FADE_STEPS = 4  # strengths tried below and above the mean one, in equal steps
 
@@ -35,39 +38,56 @@ def candidates(spec: ConversionSpec) -> list[ConversionSpec]:
 
 
 @torch.no_grad()
-def error_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
-    """(candidates,): mean squared error of the layer's output under each candidate, relative to
-    the variance of that output.
+def cost_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
+    """(candidates,) float64: what each candidate costs in this layer, comparable between layers.
 
-    Fade is judged by Wanda's score in place of SparseGPT's, and before compensation: it is the
-    comparison of layers that counts, and fits for every strength would take minutes.
+    "global": the scores of the neurons that go, as FLAP standardises them, so that sharing out is
+    one ranking of the neurons of all layers (arXiv 2312.11983). "sensitivity": the loss of the
+    model in nats per token, to second order, see sensitivity.py. Where down is fitted again, that
+    is known from dropping neurons one after the other; else the output is compared. Fade is
+    judged by Wanda's score in place of SparseGPT's, and before compensation: it is the comparison
+    of layers that counts, and fits for every strength would take minutes.
     """
-    if spec.kept == spec.branches:
+    if spec.allocation == "global":
+        score = (layer.variance * layer.down_norms.square()).double()
+        score = (score - score.mean()) / score.std().clamp(min=1e-30)
+        gone = F.pad(score.sort().values.cumsum(0), (1, 0))  # the lowest 0, 1, ...
+        return _when_kept(spec, gone.flip(0))
+    dropping = spec.kept < spec.branches
+    fitted = spec.compensation == "refit" and ORDERS[spec.order].calibrated
+    if dropping and fitted and not spec.fades:
+        return _when_kept(spec, removal_by_loss(layer.weights, layer).lost)
+    if not dropping:
         score = "wanda" if spec.fade_score == "sparsegpt" else spec.fade_score
         spec = replace(spec, fade_score=score, compensation="none", progressive=False)
-    samples = -(-ERROR_TOKENS // layer.x.shape[1])
+    samples = -(-COMPARED_TOKENS // layer.x.shape[1])
     step = -(-len(layer.x) // samples)
     x = layer.x[::step]
-    dense = build_static(layer.weights, ConversionSpec(branches=1), layer)
-    wanted = dense(x).float()
-    scale = wanted.flatten(0, -2).var(0).sum().clamp(min=1e-30)
-    errors = []
+    wanted = build_static(layer.weights, ConversionSpec(branches=1), layer)(x).float()
+    sensitivity = layer.sensitivity.to(wanted)
+    costs = []
     for candidate in candidates(spec):
         may_stop()
         try:
             made = build_static(layer.weights, candidate, layer)
         except SpecError:  # it would leave no neuron
-            errors.append(scale.new_tensor(float("inf")))
+            costs.append(wanted.new_tensor(float("inf")))
             continue
-        errors.append((made(x).float() - wanted).square().sum(-1).mean() / scale)
-    return torch.stack(errors).cpu().double()
+        error = (made(x).float() - wanted).flatten(0, -2)
+        costs.append(((error @ sensitivity) * error).sum(1).mean() / 2)
+    return torch.stack(costs).cpu().double()
+
+
+def _when_kept(spec: ConversionSpec, lost: Tensor) -> Tensor:
+    """Of what is lost when 0, 1, ... d_ff neurons stay, what each candidate loses."""
+    sizes = branch_sizes(len(lost) - 1, spec.branches)
+    return lost[[sum(sizes[: candidate.kept]) for candidate in candidates(spec)]]
 
 
 def share_out(spec: ConversionSpec, curves: Sequence[Tensor]) -> list[ConversionSpec]:
-    """The candidate of each layer with the least sum of squared errors, at the same mean budget.
+    """The candidate of each layer with the least sum of costs, at the same mean budget.
 
-    curves: per layer, from `error_curve`. Squared, for a layer that is lost altogether costs more
-    than many that suffer a little. Exact, by dynamic programming over the layers.
+    curves: per layer, from `cost_curve`. Exact, by dynamic programming over the layers.
     """
     choices = candidates(spec)
     if len(choices) == 1:
@@ -80,7 +100,7 @@ def share_out(spec: ConversionSpec, curves: Sequence[Tensor]) -> list[Conversion
     for curve in curves:
         options = torch.full((len(choices), total + 1), float("inf"), dtype=torch.float64)
         for level in range(min(len(choices), total + 1)):
-            options[level, level:] = best[: total + 1 - level] + curve[level] ** 2
+            options[level, level:] = best[: total + 1 - level] + curve[level]
         best, chosen = options.min(0)
         taken.append(chosen)
     result, left = [], total

@@ -13,7 +13,7 @@ from ..activations import LayerActivations, hidden
 from ..mlps import MLPWeights
 from ..registry import Choice
 from ..stopping import may_stop
-from .order import damped
+from .removal import damped
 
 
 @dataclass(frozen=True)

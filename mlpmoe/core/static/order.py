@@ -15,11 +15,7 @@ from torch import Tensor
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from ..registry import Choice
-from ..stopping import may_stop
-
-COMPACTED_AFTER = 64  # neurons dropped one by one before their rows are taken out of the matrices
-LEAST_VARIANCE = 1e-30  # added too: a layer may be dead
-DAMPING = 1e-2  # of the mean variance, added to all: few tokens leave the covariance singular
+from .removal import Removal, damped, removal
 
 
 @dataclass(frozen=True)
@@ -58,36 +54,42 @@ def by_fluctuation(weights: MLPWeights, layer: LayerActivations, seed: int = 0) 
 
 
 def by_least_squares(weights: MLPWeights, layer: LayerActivations, seed: int = 0) -> Tensor:
-    """Drop one neuron after the other, each time the one whose loss the others make up for best
-    (optimal brain surgeon on the rows of down; d_ff³ operations)."""
-    down = weights.down.detach().cpu().T.double().clone()  # (d_ff, d_model)
+    """Drop a few neurons at a time, those whose loss in the output the others make up for best."""
+    down, covariance = _to_drop_from(weights, layer)
+    return removal(down, covariance).order
+
+
+def by_loss(weights: MLPWeights, layer: LayerActivations, seed: int = 0) -> Tensor:
+    """The same, with what is lost weighed by what it means for the loss of the model."""
+    return removal_by_loss(weights, layer).order
+
+
+def removal_by_loss(weights: MLPWeights, layer: LayerActivations) -> Removal:
+    """Neurons dropped by the loss of the model, in nats per token as the sensitivity has it."""
+
+    def make() -> Removal:
+        down, covariance = _to_drop_from(weights, layer)
+        values, vectors = torch.linalg.eigh(layer.sensitivity / 2)
+        return removal(down @ (vectors * values.clamp(min=0).sqrt()), covariance)
+
+    return layer.remembered("removal by loss", make)
+
+
+def by_gradient(weights: MLPWeights, layer: LayerActivations, seed: int = 0) -> Tensor:
+    """Variance of h times what a unit of it costs the loss of the model: activation × gradient,
+    squared (Molchanov et al., arXiv 1906.10771), less what the mean as a bias makes up for."""
+    down = weights.down.detach().cpu().double()
+    cost = (layer.sensitivity @ down).mul_(down).sum(0)
+    return _largest_first(layer.variance.double() * cost)
+
+
+def _to_drop_from(weights: MLPWeights, layer: LayerActivations) -> tuple[Tensor, Tensor]:
+    """Rows of down (d_ff, d_model) and covariance of h (d_ff, d_ff), float64, to begin with."""
+    down = weights.down.detach().cpu().T.double()
     if layer.target is None:
-        inverse = torch.linalg.inv(damped(layer.covariance))
-    else:  # start from the best that all neurons can say
-        _, covariance, cross, _ = layer.own_regression
-        inverse = torch.linalg.inv(damped(covariance))
-        down += inverse @ (cross - covariance @ down)
-    neurons = torch.arange(len(down))  # those that are left
-    dropped: list[int] = []
-    while len(neurons) > 1:
-        left = torch.ones(len(neurons), dtype=torch.bool)
-        for _ in range(min(COMPACTED_AFTER, len(neurons) - 1)):
-            may_stop()
-            loss = down.square().sum(1) / inverse.diagonal().clamp(min=1e-30)
-            worst = int(loss.masked_fill(~left, float("inf")).argmin())
-            column = inverse[:, worst] / inverse[worst, worst]
-            down.addr_(column, down[worst].clone(), alpha=-1)
-            inverse.addr_(column, inverse[worst].clone(), alpha=-1)
-            left[worst] = False
-            dropped.append(int(neurons[worst]))
-        down, inverse, neurons = down[left], inverse[left][:, left], neurons[left]
-    return torch.tensor([*neurons.tolist(), *reversed(dropped)])
-
-
-def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
-    """A covariance matrix with enough on its diagonal to be inverted."""
-    extra = damping * covariance.diagonal().mean() + LEAST_VARIANCE
-    return covariance + extra * torch.eye(len(covariance)).to(covariance)
+        return down, layer.covariance
+    _, covariance, cross, _ = layer.own_regression  # the best that all neurons can say
+    return down + torch.linalg.solve(damped(covariance), cross - covariance @ down), covariance
 
 
 def _largest_first(score: Tensor) -> Tensor:
@@ -116,6 +118,14 @@ ORDERS: dict[str, Order] = {
     "least-squares": Order(
         "hardest to replace first", "those hardest to make up for first",
         short="least-squares order", rank=by_least_squares, calibrated=True,
+    ),
+    "gradient": Order(
+        "largest activation × gradient first", "those with the largest activation × gradient first",
+        short="gradient order", rank=by_gradient, calibrated=True, by_loss=True,
+    ),
+    "loss": Order(
+        "costliest for the model's loss first", "those first whose loss costs the model most",
+        short="order by loss", rank=by_loss, calibrated=True, by_loss=True,
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from ..errors import SpecError
 from ..registry import Choice
 from ..stopping import may_stop
 from .fade import fade_projection
-from .order import damped
+from .removal import damped
 
 BLOCK = 128  # inputs whose mask SparseGPT chooses at a time
 

@@ -249,7 +249,7 @@ def _sparsities(spec: ConversionSpec) -> list[float]:
 def _requested(spec: ConversionSpec, d_ff: int) -> float | None:
     """The share that fade is asked to remove, in the mean over the kept neurons; None if layers
     share it out."""
-    if spec.allocation != "uniform":
+    if spec.shares_out:
         return None
     if spec.pattern:
         return spec.pattern[0] / spec.pattern[1]

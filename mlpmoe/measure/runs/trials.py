@@ -14,7 +14,7 @@ from ...core.calibration import DOCUMENT_SEPARATOR, Calibration
 from ...core.conversion import convert_all, convert_mlp, observe
 from ...core.mlps import read_mlps
 from ...core.spec import ConversionSpec
-from ...core.static.allocation import error_curve
+from ...core.static.allocation import cost_curve
 from ...core.static.order import ORDERS
 from ...core.static.scores import SCORES
 from ...core.stopping import stoppable
@@ -133,10 +133,11 @@ class Trials:
         if spec.needs_calibration:
             x = self.calibration.layers[middle].x
             x = x.repeat(-(-tokens // x[..., 0].numel()), 1, 1)[: -(-tokens // x.shape[1])]
-            layer = LayerActivations(weights, x, x if spec.progressive else None)
+            sensitivity = torch.eye(weights.d_model, dtype=torch.float64)
+            layer = LayerActivations(weights, x, x if spec.progressive else None, sensitivity)
         started = self.clock()
-        if spec.allocation != "uniform":
-            error_curve(spec, layer)
+        if spec.shares_out:
+            cost_curve(spec, layer)
         convert_mlp(weights, spec, layer)
         return self.clock() - started
 
@@ -242,6 +243,6 @@ def _costly(spec: ConversionSpec) -> frozenset[str]:
         parts |= {f"{spec.fade_score} {matrix}" for matrix in matrices}
     if spec.fits:
         parts.add(f"compensation {spec.compensation}")
-    if spec.allocation != "uniform":
+    if spec.shares_out:
         parts.add(f"allocation {spec.allocation}")
     return frozenset(parts)
