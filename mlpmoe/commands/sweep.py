@@ -19,6 +19,7 @@ from ..measure.notation import change, signed_percent
 from ..measure.quality.encoding import scored_tokens, windows
 from ..measure.runs.engines import DEFAULT_WORKERS, ENGINES, Job, run_locally, run_on_ray
 from ..measure.runs.file import RunsFile
+from ..measure.runs.front import front
 from ..measure.runs.grid import grid, read_grid, read_values
 from ..measure.runs.pace import about, forecast
 from ..measure.runs.recipes import recipes
@@ -40,6 +41,7 @@ EXAMPLES = """examples:
   python -m mlpmoe sweep demo --branches 4:32:4 --dry-run
   python -m mlpmoe sweep demo --spec-file sweep.json --engine ray --workers 2 --out runs.jsonl
   python -m mlpmoe sweep demo --compare --active 0.875,0.75,0.5 --out runs.jsonl
+  python -m mlpmoe sweep smollm2-135m --front --out runs.jsonl
   python -m mlpmoe sweep demo --method cmoe --shared 0.125,0.25,0.375 --selection topk,threshold
 
 Numbers may be ranges, start:stop:step, with the stop included; --keep also takes all and shares of
@@ -57,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recipes", action="store_true", help="what each stage of the static recipes contributes"
+    )
+    parser.add_argument(
+        "--front", action="store_true", help="the best recipe known of each kind, at 75 and 50 %%"
     )
     parser.add_argument(
         "--spec-file", type=Path, metavar="FILE",
@@ -89,14 +94,14 @@ def run(arguments: argparse.Namespace) -> None:
     values = _values(arguments)
     budgets = _budgets(values.get("active")) if arguments.compare else []
     specs, left_out = list(recipes().items()) if arguments.recipes else [], 0
-    if not specs and not budgets:
+    if not specs and not budgets and not arguments.front:
         made = grid(values)
         specs, left_out = [("", spec) for spec in made.specs], made.left_out
     text = evaluation_text(arguments)
     model, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
-    specs = specs or _compared(model, budgets)
+    specs = specs or _compared(model, budgets, arguments.front)
     encoded, window, stride = text.encode(tokenizer, model)
     tokens = scored_tokens(windows(model, encoded, window, stride))
     calibration, calibrated_on = None, None
@@ -164,15 +169,23 @@ def _values(arguments: argparse.Namespace) -> dict[str, list[str]]:
     for field in fields(ConversionSpec):
         if field.name in arguments:
             values[field.name] = read_values(field.name, getattr(arguments, field.name))
-    if arguments.recipes and (values or arguments.compare):
-        raise UserError("--recipes takes no spec flags and no --compare.")
+    alone = [name for name in ("recipes", "front") if getattr(arguments, name)]
+    if alone and (values or arguments.compare or len(alone) > 1):
+        raise UserError(
+            f"--{alone[0]} takes no spec flags and no --compare; give one of --compare, --recipes "
+            "and --front."
+        )
     if arguments.compare and set(values) - {"active"}:
         raise UserError("--compare takes no other spec flag than --active.")
     return values
 
 
-def _compared(model: PreTrainedModel, budgets: Sequence[float]) -> list[tuple[str, ConversionSpec]]:
+def _compared(
+    model: PreTrainedModel, budgets: Sequence[float], best: bool
+) -> list[tuple[str, ConversionSpec]]:
     gated = read_mlps(model)[0].weights.gate is not None
+    if best:
+        return list(front(gated).items())
     return [
         (name, spec) for active in budgets for name, (_, spec) in comparison(active, gated).items()
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlpmoe.core.calibration import Calibration
+from mlpmoe.core.choices import ALLOCATIONS
 from mlpmoe.core.conversion import convert_all, mlp_modules
 from mlpmoe.core.static.order import ORDERS
 from mlpmoe.core.static.scores import SCORES
@@ -92,7 +93,8 @@ def test_the_stages_are_all_there():
     assert {spec.fade_score for spec in zeroed} == {*SCORES}
     for specs in (kept, zeroed):
         assert {spec.progressive for spec in specs} == {True, False}
-        assert {spec.allocation for spec in specs} == {"uniform", "sensitivity"}
+    assert {spec.allocation for spec in kept} == {*ALLOCATIONS}
+    assert {spec.allocation for spec in zeroed} == {"uniform", "sensitivity"}
 
 
 @pytest.mark.parametrize("keep", [12, 8])

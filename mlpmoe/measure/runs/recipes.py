@@ -28,9 +28,15 @@ def recipes() -> dict[str, ConversionSpec]:
         add("by fluctuation", order="fluctuation", compensation="none")
         add("… and a fitted α per branch", order="fluctuation", compensation="alpha")
         add("… and the mean as a bias (FLAP)", order="fluctuation", compensation="mean")
-        add("… and down refitted", order="fluctuation", compensation="refit")
-        best = {"order": "least-squares", "compensation": "refit"}
-        add("by least squares, down refitted", **best)
+        add(
+            "… and ranked over all layers (FLAP)", order="fluctuation", compensation="mean",
+            allocation="global",
+        )  # fmt: skip
+        add("by fluctuation, down refitted", order="fluctuation", compensation="refit")
+        add("by activation × gradient, down refitted", order="gradient", compensation="refit")
+        add("by least squares, down refitted", order="least-squares", compensation="refit")
+        best = {"order": "loss", "compensation": "refit"}
+        add("by the model's loss, down refitted", **best)
         add("… shared out among layers", **best, allocation="sensitivity")
         add("… layer by layer", **best, progressive=True)
         add("… both", **best, allocation="sensitivity", progressive=True)

@@ -1,0 +1,60 @@
+"""The front: the best recipe known of each kind, beside the published one that it has to beat."""
+
+from __future__ import annotations
+
+from ...core.spec import ConversionSpec
+from .sweep import comparison
+
+KEPT = {"75 %": 0.75, "50 %": 0.5}  # of the multiply-adds of the MLPs
+ZEROS = {"28.1 %": 0.6, "50 %": 16 / 15}  # of their weights: strength of an even fade at B = 16
+ROUTED = (  # names in `comparison`
+    "Co-activation, down refitted",
+    "Neurons, by output, threshold, down refitted",
+    "Inputs, top-k (TEAL's rule)",
+    "Inputs by open gates, threshold, down refitted",
+)
+
+
+def front(gated: bool = True) -> dict[str, ConversionSpec]:
+    """Name -> spec, at each budget. gated: whether MLPs have a gate beside up and down."""
+    found = {}
+    for share, active in KEPT.items():
+        specs = _static(round(64 * active))
+        specs |= {name: s for name, (_, s) in comparison(active, gated).items() if name in ROUTED}
+        found |= {f"{share}: {name}": spec for name, spec in specs.items()}
+    for share, fade in ZEROS.items():
+        found |= {f"{share} zeros: {name}": spec for name, spec in _zeros(fade).items()}
+    return found
+
+
+def _static(keep: int) -> dict[str, ConversionSpec]:
+    """The same neurons for every token."""
+    rows = {
+        "FLAP, ranked over all layers": ("fluctuation", "mean", "global"),
+        "by least squares, down refitted": ("least-squares", "refit", "uniform"),
+        "by the model's loss, down refitted": ("loss", "refit", "uniform"),
+        "… shared out among layers": ("loss", "refit", "sensitivity"),
+    }
+    return {
+        name: ConversionSpec(
+            branches=64, keep=keep, order=order, compensation=fill, allocation=allocation
+        )
+        for name, (order, fill, allocation) in rows.items()
+    }
+
+
+def _zeros(fade: float) -> dict[str, ConversionSpec]:
+    """Zeros spread evenly over all three matrices."""
+    rows = {
+        "small ones": ("magnitude", "uniform"),
+        "by Wanda's score": ("wanda", "uniform"),
+        "by SparseGPT": ("sparsegpt", "uniform"),
+        "… shared out among layers": ("sparsegpt", "sensitivity"),
+    }
+    return {
+        name: ConversionSpec(
+            branches=16, fade=round(fade, 6), fade_schedule="uniform", fade_score=score,
+            fade_projections="gate-up-down", allocation=allocation,
+        )
+        for name, (score, allocation) in rows.items()
+    }  # fmt: skip
