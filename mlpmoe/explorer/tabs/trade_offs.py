@@ -169,7 +169,7 @@ def about(records: Sequence[Record], here: Sequence[Record], model: str, text: s
 
 def flat(record: Record) -> dict[str, Any]:
     """One row of a table, with a column for each field."""
-    values = record.run.to_dict()
+    values = record.run.to_row()
     speed = record.speed
     return {
         "model": record.model,
