@@ -27,6 +27,7 @@ from ..shell.run_words import model_name, short_recipe
 from ..shell.shipped import shipped
 from .published import published
 from .runs_table import comparison_table, runs_table
+from .scores_table import scores_table
 from .weights import histograms, layer_and_projection
 
 COMPARED = 6  # outputs of `compare`
@@ -41,7 +42,7 @@ class TradeOffHandlers:
         self.workbench, self.jobs = workbench, Jobs()
 
     def show(self, stored: str, model: str, text: str, x: str, y: str, layers: list[str]) -> tuple:
-        """Plot, sentence, table, whether Undo and Delete can be pressed, comparison and whether
+        """Plot, sentence, tables, whether Undo and Delete can be pressed, comparison and whether
         there is one."""
         for axis in (x, y):
             if axis not in AXES:
@@ -59,7 +60,7 @@ class TradeOffHandlers:
         return (
             tradeoff_plot(shown, elsewhere, x, y),
             about(records, here, model, text),
-            runs_table(records),
+            runs_table(records) + scores_table(records),
             gr.update(interactive=undo),
             gr.update(interactive=bool(records)),
             comparison_table(pair),
