@@ -52,6 +52,8 @@
         // its measurement has gone on after it was removed
         if (removed.some((gone) => gone.id === run.id && gone.when === run.when)) continue;
         const old = runs.find((other) => other.id === run.id);
+        // tasks are not measured here: those that came with the run stay with it
+        if (old?.run?.tasks && !run.run.tasks) run.run.tasks = old.run.tasks;
         if (old && figures(old) === figures(run)) continue;
         runs = [{ ...run, pinned: old?.pinned ?? false }, ...runs.filter((r) => r !== old)];
       }

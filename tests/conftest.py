@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MLPMOE_FIRST_MODEL"] = "demo"
 
 import sys
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -33,6 +34,29 @@ def real_model() -> str:
             pytest.fail(missing)
         pytest.skip(missing)
     return REAL_KEY
+
+
+@pytest.fixture
+def lm_eval(monkeypatch):
+    """The package lm_eval, without the thousands of tasks that come with it, which take ten seconds
+    to look through, and without its report of the machine."""
+    try:
+        import lm_eval
+    except ImportError:
+        from mlpmoe.measure.quality.judge import PACKAGE
+
+        missing = f'tests of tasks need lm-eval: pip install "{PACKAGE}"'
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    few = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    few.load = lm_eval.tasks.TaskManager.load  # which tells that it is new enough
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    return lm_eval
 
 
 @pytest.fixture(autouse=True)

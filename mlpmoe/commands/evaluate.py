@@ -4,46 +4,89 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
 
 from ..core.conversion import convert, mlp_modules
+from ..core.errors import UserError
 from ..measure.cost.parameters import parameter_report
 from ..measure.cost.speed import decode_speed
 from ..measure.quality.encoding import Window, scored_tokens, windows
 from ..measure.quality.head import token_losses
+from ..measure.quality.judge import LoadedTasks, load_tasks
 from ..measure.quality.perplexity import Perplexity, compare, summarise
+from ..measure.quality.tasks import task_scores
+from ..measure.runs.file import RunsFile
+from ..measure.runs.sweep import Run, run_of
 from ..models import load
-from .arguments import MODEL_HELP, add_setting, add_spec, read_spec
-from .terminal import parameter_rows, perplexity_rows, print_json, print_table, progress, speed_rows
-from .texts import calibration_text_for, evaluation_text, in_windows
+from .arguments import MODEL_HELP, add_setting, add_spec, at_least, read_spec
+from .terminal import (
+    parameter_rows,
+    perplexity_rows,
+    print_json,
+    print_table,
+    progress,
+    speed_rows,
+    task_rows,
+)
+from .texts import calibration_text_for, evaluation_text, in_windows, run_setting
 
 NAME, HELP = "evaluate", "perplexity, parameters and speed of a model and of its conversion"
 EXAMPLES = """examples:
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
   python -m mlpmoe evaluate ./my-model --branches 16 --keep 12 --window 512 --stride 256
   python -m mlpmoe evaluate qwen2.5-0.5b --branches 16 --fade 0.9 --text wikitext2
+  python -m mlpmoe evaluate smollm2-135m --keep 12 --tasks arc_easy,hellaswag --limit 500
+
+Tasks are those of EleutherAI's lm-eval (pip install ".[tasks]"; python -m lm_eval ls tasks lists
+them). Their data is fetched once, before anything is measured.
 """
+TASKS_NOTE = """
+Differences of shares are in points of percent. Their errors come from the differences question by
+question; where it says not paired, both models count as independent, and errors are too large."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_setting(parser)
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="skip speed")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="add the run to this file as a line of JSON, which sweep --out goes on from",
+    )  # fmt: skip
+    group = parser.add_argument_group("tasks of lm-eval, after perplexity")
+    group.add_argument(
+        "--tasks", metavar="NAMES", help="such as arc_easy,hellaswag: accuracy of both models"
+    )
+    group.add_argument("--tasks-folder", metavar="DIR", help="tasks of your own (YAML)")
+    group.add_argument(
+        "--limit", type=at_least(1), metavar="N",
+        help="the first N questions of each task (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shots", type=at_least(0), metavar="N",
+        help="solved examples before each question (default: what the task says, mostly none)",
+    )  # fmt: skip
     add_spec(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
+    tasks = _tasks(arguments)
     text = evaluation_text(arguments)
     seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None
     dense, tokenizer = load(
         arguments.model, arguments.dtype, arguments.device, on_progress=progress
     )
     encoded, window, stride = text.encode(tokenizer, dense)
+    file = None
+    if arguments.out:
+        kept = run_setting(arguments.model, dense, text, seen, window, stride)
+        file = RunsFile(arguments.out, kept)
     parts = windows(dense, encoded, window, stride)
     progress("converting")
     calibration = seen.encode(tokenizer, dense) if seen else None
@@ -52,12 +95,20 @@ def run(arguments: argparse.Namespace) -> None:
         _perplexity(name, model, parts)
         for name, model in (("dense", dense), ("converted", converted))
     ]
+    scored = ()
+    if tasks:
+        scored = task_scores(
+            dense, converted, tokenizer, tasks, None, arguments.limit, arguments.shots, progress
+        )
     speed = None
     if arguments.speed:
         progress("measuring speed")
         speed = decode_speed(dense, converted)
     progress("counting parameters")
     reports = [parameter_report(model) for model in (dense, converted)]
+    if file:
+        measured = run_of(spec, *perplexities, *reports)
+        _append(file, replace(measured, tasks=scored), scored_tokens(parts))
     progress("")
     changed = compare(*perplexities)
     setting = {
@@ -88,6 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
         print_json(
             {"setting": setting, "spec": spec.to_dict(), **models}
             | {"perplexity_change": asdict(changed), "speed": asdict(speed) if speed else None}
+            | {"tasks": [score.to_dict() for score in scored]}
         )
         return
     print(
@@ -106,8 +158,31 @@ def run(arguments: argparse.Namespace) -> None:
     rows += parameter_rows(*reports)
     rows += speed_rows(speed)
     print_table(rows, align="<>><")
+    if scored:
+        print()
+        header = ["task", "metric", "questions", "dense", "converted", "difference", ""]
+        print_table([header, *task_rows(scored)], align="<<>>><<")
+        print(TASKS_NOTE)
     if spec.fades and spec.fade_unit != "neuron":
         print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
+
+
+def _tasks(arguments: argparse.Namespace) -> LoadedTasks | None:
+    """The tasks of --tasks with their data, before anything else takes time."""
+    if arguments.tasks is not None:
+        return load_tasks(arguments.tasks.split(","), arguments.tasks_folder, progress)
+    for flag in ("tasks_folder", "limit", "shots"):
+        if getattr(arguments, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')} is for --tasks: name some.")
+    return None
+
+
+def _append(file: RunsFile, run: Run, tokens: int) -> None:
+    """Add the run; scores of other tasks that the file has for it stay its own."""
+    now = {(score.task, score.metric) for score in run.tasks}
+    known = file.read().get(run.spec)
+    before = [s for s in (known.tasks if known else ()) if (s.task, s.metric) not in now]
+    file.append(replace(run, tasks=(*before, *run.tasks)), tokens)
 
 
 def _perplexity(

@@ -28,7 +28,7 @@ from ..measure.runs.tables import to_csv
 from ..models import find_entry, load
 from .arguments import MODEL_HELP, add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress
-from .texts import calibration_text_for, evaluation_text, in_windows, read_text
+from .texts import calibration_text_for, evaluation_text, in_windows, read_text, run_setting
 
 DEFAULT_ACTIVE = (0.875, 0.75, 0.5)  # budgets of --compare
 LEAST_ACTIVE = 0.05  # below, static branches cannot come near
@@ -104,22 +104,13 @@ def run(arguments: argparse.Namespace) -> None:
     specs = specs or _compared(model, budgets, arguments.front)
     encoded, window, stride = text.encode(tokenizer, model)
     tokens = scored_tokens(windows(model, encoded, window, stride))
-    calibration, calibrated_on = None, None
+    calibration, seen = None, None
     if any(spec.needs_calibration for _, spec in specs):
         seen = calibration_text_for(arguments, text.content)
         calibration = seen.encode(tokenizer, model)
-        calibrated_on = f"{seen.name} {seen.digest}"
         warn_of_few_tokens(model, [spec for _, spec in specs], calibration)
     check_fit(model, [spec for _, spec in specs], calibration is not None)
-    setting = {
-        "model": arguments.model,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "text": f"{text.name} {text.digest}",
-        "calibration": calibrated_on,
-        "protocol": text.protocol,
-        "window": window,
-        "stride": stride,
-    }
+    setting = run_setting(arguments.model, model, text, seen, window, stride)
     file = RunsFile(arguments.out, setting) if arguments.out else None
     known = file.read() if file else {}
     missing = list(dict.fromkeys(spec for _, spec in specs if spec not in known))
@@ -148,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     runs = [(name, known[spec]) for name, spec in specs]
     if arguments.csv:
         about_all = {"model": arguments.model, "text": text.name, "tokens": tokens}
-        print(to_csv([{"name": name, **about_all, **run.to_dict()} for name, run in runs]), end="")
+        print(to_csv([{"name": name, **about_all, **run.to_row()} for name, run in runs]), end="")
     elif arguments.json:
         print_json({"setting": setting, "runs": [{"name": n} | r.to_dict() for n, r in runs]})
     else:

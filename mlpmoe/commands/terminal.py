@@ -11,8 +11,17 @@ from typing import Any
 from ..measure.cost.bench import BenchLine
 from ..measure.cost.parameters import ParameterReport
 from ..measure.cost.speed import SpeedReport
-from ..measure.notation import NBSP, difference, number, signed_percent, speedup
+from ..measure.notation import (
+    NBSP,
+    difference,
+    number,
+    score_difference,
+    scores,
+    signed_percent,
+    speedup,
+)
 from ..measure.quality.perplexity import Perplexity, PerplexityChange
+from ..measure.quality.tasks import TaskScore
 
 _shown = ""  # by `progress`
 
@@ -71,6 +80,15 @@ def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
         number(speed.converted),
         speedup(speed.speedup),
     ]
+
+
+def task_rows(found: Sequence[TaskScore]) -> Iterator[list[str]]:
+    """A row per task and metric; what is special about an error stands behind it."""
+    for score in found:
+        shots = "shots differ" if score.shots is None else f"{score.shots}-shot"
+        note = "" if score.paired or score.difference_stderr is None else "not paired"
+        asked = f"{score.samples:,} × {shots}"
+        yield [score.task, score.metric, asked, *scores(score), score_difference(score), note]
 
 
 def bench_line(line: BenchLine) -> str:

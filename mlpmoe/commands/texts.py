@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -134,6 +135,26 @@ def calibration_text_for(arguments: argparse.Namespace, evaluation: str) -> Cali
     check_disjoint(content, evaluation)
     name = chosen if named else Path(chosen).name
     return CalibrationText(name, content, arguments.nsamples, arguments.seqlen)
+
+
+def run_setting(
+    name: str,
+    model: PreTrainedModel,
+    text: EvaluationText,
+    seen: CalibrationText | None,
+    window: int,
+    stride: int,
+) -> dict[str, Any]:
+    """What tells the runs of a file apart beside their specs: see `RunsFile`."""
+    return {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text": f"{text.name} {text.digest}",
+        "calibration": f"{seen.name} {seen.digest}" if seen else None,
+        "protocol": text.protocol,
+        "window": window,
+        "stride": stride,
+    }
 
 
 def read_text(path: Path) -> str:

@@ -6,6 +6,7 @@ from math import floor, isfinite, log10
 
 from .cost.speed import Ratio
 from .quality.perplexity import PerplexityChange
+from .quality.tasks import TaskScore
 
 NO_CHANGE = "no measurable change"
 NOISY = 1.3  # quartiles of a speed ratio that lie further apart than this say nothing
@@ -65,3 +66,34 @@ def speedup(ratio: Ratio) -> str:
     if not ratio.measurable:
         return NO_CHANGE
     return f"× {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def scores(score: TaskScore) -> tuple[str, str]:
+    """What both models reach: "58.4 ± 1.0 %", or plain figures by a metric that is no share."""
+    return (
+        _with_error(score.dense, score.dense_stderr, score.share),
+        _with_error(score.converted, score.converted_stderr, score.share),
+    )
+
+
+def score_difference(score: TaskScore) -> str:
+    """Converted less dense, in points of percent where they are shares: "−1.3 ± 0.4"."""
+    return _with_error(score.difference, score.difference_stderr, score.share, "+")
+
+
+def _with_error(value: float | None, error: float | None, share: bool, sign: str = "") -> str:
+    """A figure and its error with the same digits: tenths of a percent, or two of the error."""
+    if value is None:
+        return "undefined"
+    scale, digits = (100, 1) if share else (1, 3)
+    if not share and error:
+        digits = min(6, max(0, 1 - floor(log10(error))))
+    if not share and max(abs(value), error or 0) >= 1e6:
+        return f"{'−' if value < 0 else sign}{number(abs(value))}"
+    text = f"{scale * value:{sign},.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = f"±{text[1:]}" if sign else text.removeprefix("-")
+    text = text.replace("-", "−")
+    if error is not None:
+        text += f" ±{NBSP}{scale * error:,.{digits}f}"
+    return f"{text}{NBSP}%" if share and not sign else text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mlpmoe import ConversionSpec
 from mlpmoe.explorer.shell.records import Record
 from mlpmoe.measure.cost.speed import Ratio
+from mlpmoe.measure.quality.tasks import TaskScore
 from mlpmoe.measure.runs.sweep import Run
 
 FIGURES = {
@@ -25,7 +27,8 @@ def made_run(spec: ConversionSpec | None = None, **figures: Any) -> Run:
 def made_record(
     spec: ConversionSpec | None = None, *, model: str = "demo", text: str = "stories",
     tokens: int = 1000, dense: float = 10.0, when: str = "2026-11-25T21:07:00Z",
-    speed: Ratio | None = None, source: str = "measured", pinned: int = 0, **figures: Any,
+    speed: Ratio | None = None, source: str = "measured", pinned: int = 0,
+    tasks: tuple[TaskScore, ...] = (), **figures: Any,
 ) -> Record:  # fmt: skip
-    run = made_run(spec, **figures)
+    run = replace(made_run(spec, **figures), tasks=tasks)
     return Record(model, text, tokens, dense, run, when, speed, source, pinned)

@@ -3,10 +3,12 @@
 import csv
 import io
 import math
+from dataclasses import replace
 
 import pytest
 
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.measure.quality.tasks import TaskScore
 from mlpmoe.measure.runs.sweep import Run
 from mlpmoe.measure.runs.tables import to_csv
 
@@ -33,6 +35,21 @@ def test_a_table_of_runs():
         for name, value in values.items():
             assert row[name] == ("" if value is None else str(value))
     assert float(second["nonzero_share"]) == 1 / 3  # to the last bit
+
+
+def test_scores_of_tasks_have_columns_of_their_own():
+    score = TaskScore("arc_easy", "acc_norm", 0, 500, True, 0.58, None, 0.02, None, None, True)
+    one, other = read(to_csv([run.to_row() for run in (replace(RUNS[0], tasks=(score,)), RUNS[1])]))
+    assert (one["arc_easy acc_norm dense"], other["arc_easy acc_norm dense"]) == ("0.58", "")
+    figures = {name: value for name, value in one.items() if name.startswith("arc_easy")}
+    assert list(figures) == [
+        f"arc_easy acc_norm {name}"
+        for name in list(score.to_dict())
+        if name not in ("task", "metric")
+    ]
+    assert figures["arc_easy acc_norm converted"] == ""
+    assert "tasks" not in one
+    assert RUNS[0].to_row() == RUNS[0].to_dict()
 
 
 def test_pandas_reads_numbers_as_numbers():

@@ -24,6 +24,6 @@ def shipped(model: str) -> tuple[Record, ...]:
 
 
 def _shipped(model: str, entry: dict[str, Any]) -> Record:
-    run = Run.from_dict({name: entry[name] for name in Run.__dataclass_fields__})
+    run = Run.from_dict(entry)
     text = TEXT_KEYS.get(name := entry["text"].split()[0], name)
     return Record(model, text, entry["tokens"], run.perplexity / run.ratio, run, "", None)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from html import escape
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -22,11 +23,13 @@ from ..server.loaded import LoadedModel
 from ..server.texts import text_name
 from ..server.workbench import Workbench
 from ..shell.answer import WRITING_SECONDS, check_writing
-from ..shell.records import Record, pinned, read_records
+from ..shell.imported import imported_records
+from ..shell.records import Record, pinned, read_records, write_records
 from ..shell.run_words import model_name, short_recipe
 from ..shell.shipped import shipped
 from .published import published
 from .runs_table import comparison_table, runs_table
+from .scores_table import scores_table
 from .weights import histograms, layer_and_projection
 
 COMPARED = 6  # outputs of `compare`
@@ -41,7 +44,7 @@ class TradeOffHandlers:
         self.workbench, self.jobs = workbench, Jobs()
 
     def show(self, stored: str, model: str, text: str, x: str, y: str, layers: list[str]) -> tuple:
-        """Plot, sentence, table, whether Undo and Delete can be pressed, comparison and whether
+        """Plot, sentence, tables, whether Undo and Delete can be pressed, comparison and whether
         there is one."""
         for axis in (x, y):
             if axis not in AXES:
@@ -59,7 +62,7 @@ class TradeOffHandlers:
         return (
             tradeoff_plot(shown, elsewhere, x, y),
             about(records, here, model, text),
-            runs_table(records),
+            runs_table(records) + scores_table(records),
             gr.update(interactive=undo),
             gr.update(interactive=bool(records)),
             comparison_table(pair),
@@ -90,6 +93,19 @@ class TradeOffHandlers:
             for record in records
         ]
         return json.dumps({"runs": runs}, indent=2, ensure_ascii=False), "mlpmoe-runs.json"
+
+    def open_file(self, path: str | None) -> str:
+        """New runs for the browser, of a file that the shell wrote; how many is said in a toast."""
+        if path is None:
+            return gr.skip()
+        records, left_out = imported_records(path)
+        said = (
+            f"{len(records)} run{'s' if len(records) > 1 else ''} read from {Path(path).name:.60}"
+        )
+        if left_out:
+            said += f"; {left_out} line{'s' if left_out > 1 else ''} without a usable run"
+        gr.Info(f"{escape(said)}.")
+        return write_records(records)
 
     def compare(
         self, request: gr.Request, stored: str, layer: int, projection: str, prompt: str
@@ -169,7 +185,7 @@ def about(records: Sequence[Record], here: Sequence[Record], model: str, text: s
 
 def flat(record: Record) -> dict[str, Any]:
     """One row of a table, with a column for each field."""
-    values = record.run.to_dict()
+    values = record.run.to_row()
     speed = record.speed
     return {
         "model": record.model,

@@ -43,6 +43,7 @@ class TradeOffsPanel:
     clear: gr.Button
     csv: gr.Button
     json: gr.Button
+    file: gr.UploadButton
     comparison: gr.HTML
     more: gr.Column  # of the comparison
     layer: gr.Slider
@@ -103,7 +104,10 @@ def trade_offs_panel() -> TradeOffsPanel:
         tradeoff_plot({}, (), "nonzero", "perplexity"), show_label=False, elem_id="trade-offs"
     )
     sweep, paper = sweep_panel(), paper_panel()
-    gr.Markdown("#### Runs\nThey are kept in this browser only.")
+    gr.Markdown(
+        "#### Runs\nThey are kept in this browser only. *Open* adds those of a file that "
+        "`sweep --out` or `evaluate --out` wrote."
+    )
     with gr.Row(elem_id="runs-buttons"):
         about = gr.HTML("", elem_id="runs-about", min_width=160)
         undo = gr.Button("Undo delete", size="sm", min_width=100, scale=0, interactive=False,
@@ -111,6 +115,9 @@ def trade_offs_panel() -> TradeOffsPanel:
         clear = gr.Button("Delete all", size="sm", min_width=90, scale=0, elem_id="clear-runs")
         csv = gr.Button("CSV", size="sm", min_width=60, scale=0, elem_id="runs-csv")
         json = gr.Button("JSON", size="sm", min_width=60, scale=0, elem_id="runs-json")
+        file = gr.UploadButton(
+            "Open", size="sm", min_width=60, scale=0, file_types=[".jsonl"], elem_id="open-runs"
+        )
     table = gr.HTML(EMPTY, elem_id="runs")
     gr.Markdown("#### Two runs side by side")
     comparison = gr.HTML(NOTHING_PINNED, elem_id="comparison")
@@ -139,7 +146,7 @@ def trade_offs_panel() -> TradeOffsPanel:
             columns = [_column(letter) for letter in "AB"]
     histograms, texts = zip(*columns, strict=True)
     return TradeOffsPanel(
-        x, y, shown, plot, about, table, undo, clear, csv, json, comparison, more,
+        x, y, shown, plot, about, table, undo, clear, csv, json, file, comparison, more,
         layer, projection, prompt, compare, stop, status, results, histograms, texts,
         sweep, paper,
     )  # fmt: skip
@@ -183,6 +190,7 @@ def wire_trade_offs(
         button.click(
             readable(getattr(handlers, kind)), fields.stored, [fields.file, fields.name], **QUIET
         ).success(None, [fields.file, fields.name], js=SAVE, **PRIVATE)
+    panel.file.upload(readable(handlers.open_file), panel.file, fields.measured, **QUIET)
     panel.compare.click(
         readable(handlers.compare),
         [fields.stored, panel.layer, panel.projection, panel.prompt],

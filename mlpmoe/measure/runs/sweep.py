@@ -22,9 +22,11 @@ from ...core.visiting import Observed
 from ..cost.parameters import ParameterReport, parameter_report
 from ..quality.encoding import EncodedText
 from ..quality.perplexity import Perplexity, compare, measure
+from ..quality.tasks import TaskScore
 from .pace import Pace
 
 MAY_BE_INFINITE = ("perplexity", "ratio", "stderr", "bits_per_byte")  # of a broken model
+MOST_SCORES = 1000  # of one run; a suite of 57 subjects has some 60
 AT_ONCE = 4  # conversions held at a time; they share the passes over the calibration text
 
 Report = Callable[[str], None]
@@ -45,11 +47,25 @@ class Run:
     macs_per_token: int  # in the whole model
     macs_share: float  # of the dense model's multiply-adds
     mlp_macs_share: float  # of the dense MLPs' multiply-adds, routers included
+    tasks: tuple[TaskScore, ...] = ()  # one for each task and metric, where tasks were asked for
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, which has no word for infinite numbers: those are None."""
+        """Plain values for JSON, which has no word for infinite numbers: those are None. Without
+        tasks there is no entry of that name, as in files of earlier versions."""
         values = asdict(self) | {"spec": self.spec.to_dict()}
-        return values | {name: None for name in MAY_BE_INFINITE if not isfinite(values[name])}
+        values |= {name: None for name in MAY_BE_INFINITE if not isfinite(values[name])}
+        values["tasks"] = [score.to_dict() for score in self.tasks]
+        if not self.tasks:
+            del values["tasks"]
+        return values
+
+    def to_row(self) -> dict[str, Any]:
+        """`to_dict` for a table: each figure of each score under a name of its own."""
+        values = self.to_dict()
+        for score in values.pop("tasks", ()):
+            name = f"{score.pop('task')} {score.pop('metric')}"
+            values |= {f"{name} {figure}": value for figure, value in score.items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
@@ -59,7 +75,12 @@ class Run:
         if not isinstance(values, Mapping) or not isinstance(values.get("spec"), Mapping):
             raise UserError("this is no run: it has no spec.")
         spec = ConversionSpec.from_dict(values["spec"])
-        return cls(spec, **{f.name: _figure(f.name, f.type, values) for f in fields(cls)[1:]})
+        figures = {
+            f.name: _figure(f.name, f.type, values)
+            for f in fields(cls)
+            if f.name not in ("spec", "tasks")
+        }
+        return cls(spec, **figures, tasks=_scores(values.get("tasks", ())))
 
 
 def _figure(name: str, kind: str, values: Mapping[str, Any]) -> int | float:
@@ -76,6 +97,16 @@ def _figure(name: str, kind: str, values: Mapping[str, Any]) -> int | float:
         if value <= 1e300 or (value == inf and name in MAY_BE_INFINITE):
             return float(value)
     raise UserError(f"this is no run: {name} is {shown(value)}.")
+
+
+def _scores(values: Any) -> tuple[TaskScore, ...]:
+    """The scores of a run."""
+    if not isinstance(values, list | tuple) or len(values) > MOST_SCORES:
+        raise UserError(f"this is no run: tasks is {shown(values)}.")
+    scores = tuple(TaskScore.from_dict(entry) for entry in values)
+    if len({(score.task, score.metric) for score in scores}) < len(scores):
+        raise UserError("this is no run: tasks holds one score twice.")
+    return scores
 
 
 class Baseline:
