@@ -85,6 +85,20 @@ def test_wanda_compares_within_each_output_of_a_branch(axis, layout):
     assert thresholds == ()
 
 
+@each_axis
+@pytest.mark.parametrize("branches", [1, 3, 5])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_wanda_compares_whole_outputs_where_branches_lose_the_same(axis, branches, share):
+    """As published, whatever the branches are."""
+    weight, moment = random_weight(9, 22), random_moment(22)
+    found, _ = zero_weights(weight, cut_of(weight, axis, [share] * branches), "wanda", moment)
+    expected = weight.clone()
+    for row in range(9):
+        size = [abs(float(weight[row, j])) * float(moment[j, j]) ** 0.5 for j in range(22)]
+        expected[row, lowest(size, round(share * 22))] = 0
+    assert torch.equal(found, expected)
+
+
 def test_wanda_spares_small_weights_on_large_inputs():
     moment = torch.diag(torch.tensor([100.0, 1.0, 1.0, 1.0]).double())
     weight = torch.tensor([[0.1, 0.5, 0.4, 0.6]])
@@ -162,6 +176,20 @@ def test_sparsegpt_of_down(block, layout, monkeypatch):
     ]
     assert_like_plain(found, plain_sparsegpt(weight, moment, blocks))
     assert torch.equal(found[:, cut.slices[0]], weight[:, cut.slices[0]])
+
+
+@each_axis
+@pytest.mark.parametrize("branches", [1, 3, 5])
+@pytest.mark.parametrize("block", [128, 8])
+def test_sparsegpt_compares_whole_blocks_where_branches_lose_the_same(
+    axis, branches, block, monkeypatch
+):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    weight, moment = random_weight(9, 22), random_moment(22)
+    cut = cut_of(weight, axis, [0.4] * branches)
+    found, _ = zero_weights(weight, cut, "sparsegpt", moment)
+    blocks = [(inputs, 0.4) for inputs in in_blocks(range(22), block)]
+    assert_like_plain(found, plain_sparsegpt(weight, moment, blocks))
 
 
 def test_sparsegpt_beyond_a_block():

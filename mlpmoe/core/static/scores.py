@@ -1,13 +1,16 @@
 """Which weights of a matrix go: by magnitude, by Wanda's score, or by SparseGPT's.
 
 A matrix is (outputs, inputs). Branches are groups of its outputs (gate and up) or of its inputs
-(down), each with a share to zero. A pattern n:m zeroes n of every m neighbouring inputs instead.
+(down), each with a share to zero. Where all have the same share only magnitude, MLPMoE's own rule,
+still looks at one branch at a time; the others compare as they were published, Wanda within whole
+rows and SparseGPT within blocks of inputs. A pattern n:m zeroes n of every m neighbouring inputs
+instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -52,6 +55,13 @@ class Cut:
     axis: int  # of the neurons: 0, outputs (gate, up), or 1, inputs (down)
     pattern: tuple[int, int] | None = None  # n zeros in every m inputs
 
+    def joined(self) -> Cut:
+        """The same as a single branch, if all lose the same share: then they have no say in the
+        choice."""
+        if len(set(self.sparsities)) > 1:
+            return self
+        return replace(self, sizes=(sum(self.sizes),), sparsities=tuple(self.sparsities[:1]))
+
     @property
     def slices(self) -> list[slice]:
         ends = accumulate(self.sizes, initial=0)
@@ -70,13 +80,14 @@ def zero_weights(
             f"{cut.pattern[0]}:{cut.pattern[1]} zeros need a multiple of {cut.pattern[1]} inputs, "
             f"but a matrix here has {weight.shape[1]}."
         )
-    if score == "sparsegpt":
-        return _sparsegpt(weight, cut, moment), ()
     if cut.pattern is None and score == "magnitude":
         if cut.axis == 0:
             return fade_projection(weight, tuple(cut.sizes), list(cut.sparsities))
         faded, thresholds = fade_projection(weight.T, tuple(cut.sizes), list(cut.sparsities))
         return faded.T.contiguous(), thresholds
+    cut = cut.joined()
+    if score == "sparsegpt":
+        return _sparsegpt(weight, cut, moment), ()
     size = weight.detach().float().abs()
     if score == "wanda":
         size = size * moment.diagonal().clamp(min=0).sqrt().to(size)
