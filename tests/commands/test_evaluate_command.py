@@ -537,6 +537,10 @@ STATIC = {
         ["--fade", "0.9", "--fade-schedule", "power", "--fade-exponent", "3"],
         {"fade": 0.9, "fade_schedule": "power", "fade_exponent": 3.0},
     ),
+    "half of the weights": (
+        ["--branches", "1", "--sparsity", "0.5", "--fade-schedule", "uniform"],
+        {"branches": 1, "fade": 1.0, "fade_schedule": "uniform"},
+    ),
     "all matrices": (
         ["--fade", "0.6", "--fade-schedule", "uniform", "--fade-projections", "down-gate-up"],
         {"fade": 0.6, "fade_schedule": "uniform", "fade_projections": "gate-up-down"},
@@ -606,6 +610,11 @@ def test_a_pattern_leaves_its_zeros_in_place(evaluate):
         (["--fade", "7"], "between 0 and 2"),
         (["--fade", "much"], "must be a number"),
         (["--fade", "-1"], "between 0 and 2"),
+        (["--sparsity", "0.5", "--fade", "0.9"], "fade and sparsity say the same"),
+        (["--sparsity", "0.8"], "at most 0.71875 of the weights in 16 branches"),
+        (["--sparsity", "50%"], "sparsity must be a number, not '50%'"),
+        (["--sparsity", "0.5", "--method", "cmoe"], "sparsity does not belong to the method cmoe"),
+        (["--sparsity", "0.5", "--fade-unit", "2:4"], "leave out sparsity"),
         (["--keep", "17"], "branches (B) = 16"),
         (["--keep", "all"], "must be a number"),
         (["--branches", "0"], "at least 1"),

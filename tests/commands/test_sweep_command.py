@@ -296,6 +296,18 @@ def test_flags_replace_the_values_of_a_sweep_file(sweep, spec_file):
     ]
 
 
+def test_fade_and_a_share_of_zeros_replace_each_other(sweep, spec_file):
+    def fades(*flags):
+        _, out, _ = sweep("--spec-file", str(spec_file), *flags, "--branches", "2", "--json")
+        return [run["spec"]["fade"] for run in strictly(out)["runs"]]
+
+    assert fades("--sparsity", "0:0.25:0.125") == [0, 0.5, 1]
+    content = {"sparsity": [0.125], "compensation": "none"}
+    spec_file.write_text(json.dumps(content), encoding="utf-8")
+    assert fades() == [0.5]
+    assert fades("--fade", "0.25") == [0.25]
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "words"),
     [
