@@ -633,7 +633,7 @@ def test_a_pattern_leaves_its_zeros_in_place(evaluate):
         (["--fade-schedule", "power", "--fade-exponent", "x"], "must be a number"),
         (["--fade-projections", "side"], "gate, up or down"),
         (["--fade-projections", "gate,up"], "joined by hyphens"),
-        (["--fade-score", "magic"], "magnitude, wanda, sparsegpt"),
+        (["--fade-score", "magic"], "magnitude, relative, wanda, sparsegpt"),
         (["--fade-unit", "block"], "weight, neuron, or n:m"),
         (["--fade-unit", "4:2"], "n must be at least 1"),
         (["--fade-unit", "2:4", "--fade", "0.5"], "leave fade at 0"),

@@ -1,9 +1,10 @@
-"""Which weights of a matrix go: by magnitude, by Wanda's score, or by SparseGPT's.
+"""Which weights of a matrix go: by magnitude, by their part of a column, by Wanda's score, or by
+SparseGPT's.
 
 A matrix is (outputs, inputs). Branches are groups of its outputs (gate and up) or of its inputs
 (down), each with a share to zero. Where all have the same share only magnitude, MLPMoE's own rule,
-still looks at one branch at a time; the others compare as they were published, Wanda within whole
-rows and SparseGPT within blocks of inputs. A pattern n:m zeroes n of every m neighbouring inputs
+still looks at one branch at a time; the others compare as they were published, within whole rows
+(Wanda) or blocks of inputs (SparseGPT). A pattern n:m zeroes n of every m neighbouring inputs
 instead.
 """
 
@@ -22,6 +23,7 @@ from ..stopping import may_stop
 from .fade import fade_projection
 from .order import damped
 
+LEAST_SUM = 1e-30  # of a column, which may be all zeros
 BLOCK = 128  # inputs whose mask SparseGPT chooses at a time
 
 
@@ -35,13 +37,17 @@ class Score(Choice):
 
 SCORES: dict[str, Score] = {
     "magnitude": Score("small ones (MLPMoE)", "the smallest", neurons="norm"),
+    "relative": Score(
+        "small beside others on their input", "the smallest beside others on their input",
+        short="relative", neurons="norm",
+    ),
     "wanda": Score(
-        "small on small inputs (Wanda)", "the smallest on small inputs (Wanda)",
+        "small on small inputs (Wanda)", "the smallest on small inputs (Wanda)", short="Wanda",
         neurons="fluctuation", calibrated=True,
     ),
     "sparsegpt": Score(
         "least missed (SparseGPT)", "those the others make up for best (SparseGPT)",
-        neurons="least-squares", calibrated=True,
+        short="SparseGPT", neurons="least-squares", calibrated=True,
     ),
 }  # fmt: skip
 
@@ -73,7 +79,8 @@ def zero_weights(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The matrix with its zeros, and the threshold of each branch where one magnitude decides.
 
-    moment: (inputs, inputs), mean of x xᵀ over the calibration tokens; None by magnitude.
+    moment: (inputs, inputs), mean of x xᵀ over the calibration tokens; None for scores that look
+    at none.
     """
     if cut.pattern and weight.shape[1] % cut.pattern[1]:
         raise SpecError(
@@ -91,6 +98,8 @@ def zero_weights(
     size = weight.detach().float().abs()
     if score == "wanda":
         size = size * moment.diagonal().clamp(min=0).sqrt().to(size)
+    elif score == "relative":
+        size = _relative(size)
     if cut.pattern:
         mask = _pattern_mask(size, cut.pattern)
     else:
@@ -101,10 +110,17 @@ def zero_weights(
     return weight.detach().masked_fill(mask, 0), ()
 
 
+def _relative(size: Tensor) -> Tensor:
+    """|w| as a part of its column, the weights on the same input: a large input often has small
+    weights. The column's part of relative importance (RIA, arXiv 2402.12531) without activations;
+    the row's part made it worse."""
+    return size / size.sum(0, keepdim=True).clamp(min=LEAST_SUM)
+
+
 def _lowest_of_rows(size: Tensor, share: float) -> Tensor:
-    """Mask of the smallest `share` of every row: Wanda compares within an output."""
+    """Mask of the smallest `share` of every row: compared within an output."""
     count = round(share * size.shape[1])
-    lowest = size.topk(count, dim=1, largest=False).indices
+    lowest = size.topk(count, dim=1, largest=False, sorted=False).indices
     return torch.zeros_like(size, dtype=torch.bool).scatter_(1, lowest, True)
 
 

@@ -13,6 +13,7 @@ from ...core.routed import ROUTED_METHODS
 from ...core.routed.neurons import active_share
 from ...core.spec import MAX_FADE, ConversionSpec
 from ...core.static.schedule import branch_sparsities, strength_for
+from ...core.static.scores import SCORES
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -61,7 +62,7 @@ class Space:
         if self.calibrated:  # the best of those that take little time, and the best
             recipes = [("fluctuation", "mean", "wanda"), ("least-squares", "refit", "sparsegpt")]
         else:
-            recipes = [("norm", "none", "magnitude")]
+            recipes = [("norm", "none", "relative")]
         usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
         usual |= {"branches": max(self._branches()), "allocation": "uniform"}
         for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
@@ -195,7 +196,7 @@ class Space:
         return ["sqrt", "none", *(["mean", "refit", "alpha"] if self.calibrated else [])]
 
     def _scores(self) -> list[str]:
-        return ["magnitude", *(["wanda", "sparsegpt"] if self.calibrated else [])]
+        return [name for name, score in SCORES.items() if self.calibrated or not score.calibrated]
 
 
 def _strength(zeros: float, branches: int, keep: int, schedule: str) -> float:
