@@ -13,7 +13,7 @@ from ..core.calibration import MAX_TOKENS, MIN_SAMPLES, SAMPLE_TOKENS
 from ..core.choices import REGISTRIES
 from ..core.spec import ConversionSpec
 from ..core.static.compensation import FILLS
-from ..core.written import flag_of
+from ..core.written import SPARSITY, flag_of
 from ..measure.quality.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS
 
@@ -29,6 +29,11 @@ SPEC_FLAGS = {
     "fade": (
         "S",
         "Fractal Fade strength: branch i loses its smallest min(1, S·i/B) of gate and up",
+    ),
+    SPARSITY: (
+        "P",
+        "share of the weights that fade zeroes in the matrices it works on, in the mean over the "
+        "branches, in place of --fade",
     ),
     "fade_schedule": ("NAME", "how branches share the zeros: {choices}"),
     "fade_exponent": ("P", "of a schedule that takes one, such as power"),
@@ -49,6 +54,7 @@ SPEC_FLAGS = {
     "progressive": ("BOOL", "calibrate each layer on the converted layers before it"),
     "seed": ("N", "of what a method draws"),
 }
+SPEC_NAMES = (*(field.name for field in fields(ConversionSpec)), SPARSITY)
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
@@ -122,14 +128,16 @@ def add_spec(parser: argparse.ArgumentParser, file: bool = True) -> None:
             metavar="FILE",
             help="conversion.json of a checkpoint, or JSON with fields of the spec; flags win",
         )
-    for field in fields(ConversionSpec):
-        default = {"keep": "all"}.get(field.name, "the method's")
-        default = default if field.default is None else field.default
-        placeholder, meaning = SPEC_FLAGS.get(field.name, ("VALUE", field.name))
-        known = ", ".join(REGISTRIES.get(field.name, ()))
+    unset = {"keep": "all", SPARSITY: "as --fade says"}
+    defaults = {field.name: field.default for field in fields(ConversionSpec)}
+    for name in SPEC_NAMES:
+        default = defaults.get(name)
+        default = unset.get(name, "the method's") if default is None else default
+        placeholder, meaning = SPEC_FLAGS.get(name, ("VALUE", name))
+        known = ", ".join(REGISTRIES.get(name, ()))
         meaning = meaning.format(choices=known, fills=", ".join(FILLS))
         group.add_argument(
-            f"--{flag_of(field.name)}",
+            f"--{flag_of(name)}",
             default=argparse.SUPPRESS,
             metavar=placeholder,
             help=f"{meaning} (default: {default})",
@@ -141,8 +149,10 @@ def read_spec(arguments: argparse.Namespace) -> ConversionSpec:
     texts = {}
     if arguments.spec_file:
         texts = dict(parse_qsl(read_spec_file(arguments.spec_file).to_query()))
-    names = [field.name for field in fields(ConversionSpec) if field.name in arguments]
-    return ConversionSpec.from_texts(texts | {name: getattr(arguments, name) for name in names})
+    flags = {name: getattr(arguments, name) for name in SPEC_NAMES if name in arguments}
+    if SPARSITY in flags:
+        texts.pop("fade", None)
+    return ConversionSpec.from_texts(texts | flags)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..core.calibration import warn_of_few_tokens
 from ..core.errors import SpecError, UserError
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
+from ..core.written import SPARSITY
 from ..measure.notation import change, signed_percent
 from ..measure.quality.encoding import scored_tokens, windows
 from ..measure.runs.engines import DEFAULT_WORKERS, ENGINES, Job, run_locally, run_on_ray
@@ -26,7 +26,7 @@ from ..measure.runs.recipes import recipes
 from ..measure.runs.sweep import AT_ONCE, Run, check_fit, comparison
 from ..measure.runs.tables import to_csv
 from ..models import find_entry, load
-from .arguments import MODEL_HELP, add_setting, add_spec, at_least
+from .arguments import MODEL_HELP, SPEC_NAMES, add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress
 from .texts import calibration_text_for, evaluation_text, in_windows, read_text, run_setting
 
@@ -157,9 +157,12 @@ def _values(arguments: argparse.Namespace) -> dict[str, list[str]]:
     values = {}
     if arguments.spec_file:
         values = read_grid(read_text(arguments.spec_file))
-    for field in fields(ConversionSpec):
-        if field.name in arguments:
-            values[field.name] = read_values(field.name, getattr(arguments, field.name))
+    flags = [name for name in SPEC_NAMES if name in arguments]
+    for name, other in (("fade", SPARSITY), (SPARSITY, "fade")):
+        if name in flags:
+            values.pop(other, None)  # of the file, which says the same in another way
+    for name in flags:
+        values[name] = read_values(name, getattr(arguments, name))
     alone = [name for name in ("recipes", "front") if getattr(arguments, name)]
     if alone and (values or arguments.compare or len(alone) > 1):
         raise UserError(

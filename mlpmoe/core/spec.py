@@ -16,15 +16,14 @@ from .routed.partition import expert_count
 from .routed.routers import ROUTERS
 from .static.compensation import COMPENSATIONS, FILLS
 from .static.order import ORDERS
-from .static.schedule import SCHEDULES, branch_sparsities
+from .static.schedule import MAX_FADE, SCHEDULES, branch_sparsities
 from .static.scores import SCORES
-from .written import Written
+from .written import SPARSITY, Written
 
 COMMON_FIELDS = ("compensation", "spared")  # that every method uses
 FADE_CHOICES = (
     "fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit",
 )  # fmt: skip
-MAX_FADE = 2.0  # at 2 the last half of the branches is empty; beyond, only branch 0 would be left
 MAX_SEED = 2**32 - 1
 MAX_TAU = 1000.0
 MAX_EXPONENT = 100.0
@@ -346,7 +345,7 @@ def without_idle(values: Mapping[str, Any]) -> dict[str, Any]:
         return left
     unit, idle = left.get("fade_unit", "weight"), set()
     if not known(unit, UNITS):  # n:m fixes the share of zeros
-        idle |= {"fade", "fade_schedule", "fade_exponent"}
+        idle |= {"fade", SPARSITY, "fade_schedule", "fade_exponent"}
     if unit == "neuron":
         idle.add("fade_projections")
     schedule = left.get("fade_schedule", "linear")
@@ -355,7 +354,7 @@ def without_idle(values: Mapping[str, Any]) -> dict[str, Any]:
     left = {name: value for name, value in left.items() if name not in idle}
     if left.get("progressive") is True:
         plain = {name: value for name, value in left.items() if name != "progressive"}
-        left = left if ConversionSpec(**plain).looks_at_activations else plain
+        left = left if ConversionSpec.from_dict(plain).looks_at_activations else plain
     return left
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode
 
 from .checks import boolean, shown
 from .errors import SpecError
 from .routed.expertweaver import AUTO
+from .static.schedule import strength_for
+
+SPARSITY = "sparsity"  # no field: another way to write fade, as the mean share that it zeroes
 
 
 class Written:
@@ -21,12 +24,31 @@ class Written:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The spec with these values; SpecError names unknown fields."""
+        """The spec with these values; SpecError names unknown fields. In place of `fade` may stand
+        `sparsity`: the share to zero, in the mean over the branches that stay, of the matrices
+        that fade."""
         known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
+        unknown = [name for name in values if name not in (*known, SPARSITY)]
         if unknown:
             raise SpecError(f"unknown field {shown(unknown[0])}; allowed: {', '.join(known)}.")
-        return cls(**values)
+        return cls._of_sparsity(dict(values)) if SPARSITY in values else cls(**values)
+
+    @classmethod
+    def _of_sparsity(cls, values: dict[str, Any]) -> Self:
+        """The spec of values that name a sparsity. progressive waits for the fade, without which
+        there may be nothing to calibrate."""
+        sparsity, progressive = values.pop(SPARSITY), values.pop("progressive", False)
+        if "fade" in values:
+            raise SpecError("fade and sparsity say the same in two ways: give one of them.")
+        spec = cls(**values)
+        if spec.routed:
+            raise SpecError(f"sparsity does not belong to the method {spec.method}, as fade.")
+        if spec.pattern:
+            raise SpecError(f"{spec.fade_unit} fixes the share of zeros: leave out sparsity.")
+        fade = strength_for(
+            sparsity, spec.branches, spec.fade_schedule, spec.fade_exponent, spec.kept
+        )
+        return replace(spec, fade=fade, progressive=progressive)
 
     def _changed(self) -> dict[str, Any]:
         """The fields that say something: the first choice always, others where they differ from
@@ -67,8 +89,9 @@ class Written:
 def read_texts(texts: Mapping[str, str]) -> dict[str, Any]:
     """The values of a spec's fields, written as text; SpecError if one cannot be read."""
     readers = {
-        "branches": int, "keep": int, "fade": float, "fade_exponent": float, "experts": int,
-        "active": float, "shared": lambda text: text if text == AUTO else float(text),
+        "branches": int, "keep": int, "fade": float, SPARSITY: float, "fade_exponent": float,
+        "experts": int, "active": float,
+        "shared": lambda text: text if text == AUTO else float(text),
         "tau": float, "seed": int, "progressive": boolean,
     }  # fmt: skip
     values: dict[str, Any] = {}

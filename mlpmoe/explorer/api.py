@@ -14,6 +14,7 @@ import gradio as gr
 from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
+from ..core.written import SPARSITY
 from ..measure.text.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE, default_text
 from .server.asked import Conversion, spec_of
@@ -53,7 +54,8 @@ def add_endpoints(workbench: Workbench) -> None:
         common = {
             "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
         }  # fmt: skip
-        if more.get("method") in ROUTED_METHODS:  # what stands there unasked is no part of it
+        # what stands there unasked is no part of a routed spec, nor is a fade beside a sparsity
+        if more.get("method") in ROUTED_METHODS or SPARSITY in more:
             common = {name: value for name, value in common.items() if value != USUAL[name]}
         spec = ConversionSpec.from_dict(common | more)
         loaded = workbench.loaded(model)

@@ -63,6 +63,13 @@ def test_json_and_a_spec_from_a_file(run, tmp_path):
     )
     assert status == 0
     assert strictly(out)["spec"] == first["spec"] | {"fade": 0.25}  # flags win
+    faded = ["--spec-file", tmp_path / "b" / "conversion.json"]
+    status, out, _ = run(tmp_path / "c", *faded, "--sparsity", 0.3125, "--json")
+    assert (status, strictly(out)["spec"]) == (0, first["spec"] | {"fade": 1.0})
+    file = tmp_path / "share.json"
+    file.write_text('{"branches": 8, "keep": 6, "sparsity": 0.3125}', encoding="utf-8")
+    status, out, _ = run(tmp_path / "d", "--spec-file", file, "--json")
+    assert (status, strictly(out)["spec"]) == (0, first["spec"] | {"fade": 1.0})
 
 
 def test_a_calibrated_spec(run, room, tmp_path):

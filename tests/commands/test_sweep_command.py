@@ -196,7 +196,7 @@ def test_a_sweep_of_the_recipes(sweep, runs):
         expected = perplexity(converted, byte_tokenizer(), TEXT)
         assert by_name[name]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
     _, table, _ = sweep("--recipes", "--out", str(runs))
-    assert "0 measured now, 32 before" in table
+    assert "0 measured now, 33 before" in table
     for name, spec in recipes().items():
         assert f"  {name}: {spec.to_flags()}\n" in table
 
@@ -294,6 +294,18 @@ def test_flags_replace_the_values_of_a_sweep_file(sweep, spec_file):
         ConversionSpec(branches=2, fade=fade, order="norm", compensation="none").to_dict()
         for fade in (0, 0.9)
     ]
+
+
+def test_fade_and_a_share_of_zeros_replace_each_other(sweep, spec_file):
+    def fades(*flags):
+        _, out, _ = sweep("--spec-file", str(spec_file), *flags, "--branches", "2", "--json")
+        return [run["spec"]["fade"] for run in strictly(out)["runs"]]
+
+    assert fades("--sparsity", "0:0.25:0.125") == [0, 0.5, 1]
+    content = {"sparsity": [0.125], "compensation": "none"}
+    spec_file.write_text(json.dumps(content), encoding="utf-8")
+    assert fades() == [0.5]
+    assert fades("--fade", "0.25") == [0.25]
 
 
 @pytest.mark.parametrize(

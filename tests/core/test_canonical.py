@@ -100,7 +100,7 @@ def test_it_is_one_form(spec):
         (ConversionSpec(fade_score="wanda", fade_unit="neuron", keep=4), ConversionSpec(keep=4)),
         # the first branch loses nothing in a ramp
         (ConversionSpec(fade=0.9, keep=1), ConversionSpec(keep=1)),
-        (ConversionSpec(fade=0.9, branches=1, fade_schedule="uniform"), ConversionSpec(branches=1)),
+        (ConversionSpec(fade=0.9, branches=1, fade_schedule="power"), ConversionSpec(branches=1)),
         (ConversionSpec(keep=8, seed=3), ConversionSpec(keep=8)),
         (ConversionSpec(allocation="sensitivity", spared="1"), ConversionSpec()),
         (
@@ -128,6 +128,7 @@ def test_what_is_left_out(spec, canonical):
         *PRESETS.values(),
         ConversionSpec(fade=0.9, keep=1, allocation="sensitivity"),  # others may keep more
         ConversionSpec(fade=0.9, keep=1, fade_schedule="reverse"),
+        ConversionSpec(fade=0.9, branches=1, fade_schedule="uniform"),
         ConversionSpec(order="norm", spared="0"),
         ConversionSpec(order="random", seed=3),
         ConversionSpec(method="expertweaver", tau=0.5),

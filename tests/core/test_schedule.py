@@ -4,8 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlpmoe.core.errors import SpecError
 from mlpmoe.core.spec import MAX_EXPONENT, MAX_FADE
-from mlpmoe.core.static.schedule import DEFAULT_EXPONENT, SCHEDULES, branch_sparsities
+from mlpmoe.core.static.schedule import (
+    DEFAULT_EXPONENT,
+    SCHEDULES,
+    branch_sparsities,
+    strength_for,
+)
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 counts = st.integers(1, 300)
@@ -39,6 +45,8 @@ def test_no_schedule_zeroes_more_or_less(schedule, branches, strength, exponent)
     assert len(found) == branches
     assert all(0 <= share <= 1 for share in found)
     asked = strength * (branches - 1) / 2 / branches
+    if (schedule, branches) == ("uniform", 1):  # the limit of many branches
+        asked = strength / 2
     if max(found) < 1:
         assert mean(found) == pytest.approx(asked, rel=1e-9, abs=1e-15)
     else:
@@ -77,6 +85,84 @@ def test_larger_exponents_spare_early_branches():
 
 
 @each_schedule
-def test_a_single_branch_and_no_strength_lose_nothing(schedule):
-    assert branch_sparsities(1, 2.0, schedule) == [0]
+def test_a_single_branch_loses_nothing_unless_evenly_and_none_does_without_strength(schedule):
+    assert branch_sparsities(1, 2.0, schedule) == [1.0 if schedule == "uniform" else 0]
     assert branch_sparsities(9, 0.0, schedule) == [0] * 9
+    assert branch_sparsities(1, 0.0, schedule) == [0]
+
+
+@given(strength=strengths)
+def test_a_single_branch_fades_evenly_as_each_of_many(strength):
+    (alone,) = branch_sparsities(1, strength, "uniform")
+    assert alone == strength / 2
+    assert alone == pytest.approx(branch_sparsities(10**5, strength, "uniform")[0], abs=2e-5)
+
+
+def test_28_percent_of_the_weights_without_branches():
+    assert branch_sparsities(1, 0.5625, "uniform") == [0.28125] == [9 / 32]
+
+
+# The strength that zeroes a given share ----------------------------------------------------
+
+
+@each_schedule
+@given(branches=counts, strength=strengths, exponent=exponents, data=st.data())
+def test_the_strength_of_a_share_zeroes_that_share(schedule, branches, strength, exponent, data):
+    """Whether branches have lost all or not."""
+    kept = data.draw(st.none() | st.integers(1, branches))
+    asked = mean(branch_sparsities(branches, strength, schedule, exponent)[:kept])
+    found = strength_for(asked, branches, schedule, exponent, kept)
+    assert 0 <= found <= MAX_FADE
+    again = branch_sparsities(branches, found, schedule, exponent)[:kept]
+    assert mean(again) == pytest.approx(asked, abs=1e-12)
+
+
+@each_schedule
+@given(branches=counts, share=st.floats(0, 1), exponent=exponents)
+def test_a_share_is_reached_or_the_largest_is_named(schedule, branches, share, exponent):
+    most = mean(branch_sparsities(branches, MAX_FADE, schedule, exponent))
+    try:
+        found = strength_for(share, branches, schedule, exponent)
+    except SpecError as refused:
+        assert share > most
+        assert f"{most:.6g} of the weights in {branches} branch" in str(refused)
+    else:
+        reached = mean(branch_sparsities(branches, found, schedule, exponent))
+        assert reached == pytest.approx(share, abs=1e-12)
+        assert found == 0 or share > 0
+
+
+@pytest.mark.parametrize(
+    ("share", "branches", "schedule", "strength"),
+    [
+        (27 / 64, 16, "linear", 0.9),  # as published
+        (9 / 32, 16, "uniform", 0.6),
+        (9 / 32, 1, "uniform", 0.5625),
+        (0.5, 1, "uniform", 1.0),
+        (0.5, 2, "uniform", 2.0),
+        (0.25, 2, "reverse", 1.0),
+        (0.55, 4, "linear", 1.6),  # 0, 0.4, 0.8 and 1, which 1.2 is cut to
+        (0.625, 4, "linear", 2.0),  # 0, 0.5, 1 and 1
+    ],
+)
+def test_strengths_by_hand(share, branches, schedule, strength):
+    assert strength_for(share, branches, schedule) == pytest.approx(strength, rel=1e-14)
+
+
+def test_branches_that_stay_count():
+    """Of shares 0, s/4, s/2, 3s/4 the first two have the mean s/8."""
+    assert strength_for(0.2, 4, kept=2) == pytest.approx(1.6, rel=1e-15)
+    with pytest.raises(SpecError, match=r"at most 0\.25 of the weights in the first 2 of 4"):
+        strength_for(0.26, 4, kept=2)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), "0.5", None, True], ids=repr)
+def test_a_share_lies_between_none_and_all(share):
+    with pytest.raises(SpecError, match="sparsity must be a number between 0 and 1"):
+        strength_for(share, 16)
+
+
+def test_a_ramp_of_one_branch_reaches_nothing():
+    assert strength_for(0, 1) == 0
+    with pytest.raises(SpecError, match=r"linear fade zeroes at most 0 of the weights in 1 branch"):
+        strength_for(0.1, 1)

@@ -10,6 +10,7 @@ from mlpmoe.core.static.removal import DAMPING
 from mlpmoe.core.static.scores import SCORES, Cut, zero_weights
 
 each_score = pytest.mark.parametrize("score", SCORES)
+BY_OUTPUT = ("relative", "wanda")  # scores that compare within an output
 each_axis = pytest.mark.parametrize("axis", [0, 1], ids=["gate-like", "down-like"])
 LAYOUTS = {
     "contiguous": lambda w: w,
@@ -86,11 +87,76 @@ def test_wanda_compares_within_each_output_of_a_branch(axis, layout):
     assert thresholds == ()
 
 
+@each_axis
+@pytest.mark.parametrize("branches", [1, 3, 5])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_wanda_compares_whole_outputs_where_branches_lose_the_same(axis, branches, share):
+    """As published, whatever the branches are."""
+    weight, moment = random_weight(9, 22), random_moment(22)
+    found, _ = zero_weights(weight, cut_of(weight, axis, [share] * branches), "wanda", moment)
+    expected = weight.clone()
+    for row in range(9):
+        size = [abs(float(weight[row, j])) * float(moment[j, j]) ** 0.5 for j in range(22)]
+        expected[row, lowest(size, round(share * 22))] = 0
+    assert torch.equal(found, expected)
+
+
 def test_wanda_spares_small_weights_on_large_inputs():
     moment = torch.diag(torch.tensor([100.0, 1.0, 1.0, 1.0]).double())
     weight = torch.tensor([[0.1, 0.5, 0.4, 0.6]])
     found, _ = zero_weights(weight, Cut([1], [0.5], 0), "wanda", moment)
     assert torch.equal(found, torch.tensor([[0.1, 0, 0, 0.6]]))
+
+
+# Beside others on the same input -----------------------------------------------------------
+
+
+def parts_of_columns(weight):
+    """|w| / Σ|column|, one weight after the other."""
+    size = [[abs(float(w)) for w in row] for row in weight]
+    columns = [sum(column) for column in zip(*size, strict=True)]
+    return [[w / columns[j] for j, w in enumerate(row)] for row in size]
+
+
+@each_axis
+@pytest.mark.parametrize("shares", [[0, 0.3, 0.7, 1], [0.4] * 4, [0.4]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_columns_are_compared_within_each_output(axis, shares, layout):
+    """Of a branch, or of all where they lose the same; the sums run over the whole matrix."""
+    weight = random_weight(9, 22) * (torch.arange(22) + 1) ** 0.5
+    weight = LAYOUTS[layout](weight)
+    cut = cut_of(weight, axis, shares)
+    found, thresholds = zero_weights(weight, cut, "relative", None)
+    places = [(range(9), range(22), 0.4)]
+    if len(set(shares)) > 1:
+        places = [
+            (range(9)[where], range(22), share)
+            if axis == 0
+            else (range(9), range(22)[where], share)
+            for where, share in zip(cut.slices, shares, strict=True)
+        ]
+    expected, parts = weight.clone(), parts_of_columns(weight)
+    for rows, inputs, share in places:
+        for row in rows:
+            gone = lowest([parts[row][j] for j in inputs], round(share * len(inputs)))
+            expected[row, [inputs[i] for i in gone]] = 0
+    assert torch.equal(found, expected)
+    assert thresholds == ()
+
+
+def test_columns_that_are_small_all_over_are_spared():
+    weight = torch.tensor([[0.1, 1.0, 2.0], [0.1, 2.0, 1.0]])
+    found, _ = zero_weights(weight, Cut([2], [1 / 3], 0), "relative", None)
+    assert torch.equal(found, torch.tensor([[0.1, 0, 2.0], [0.1, 2.0, 0]]))
+
+
+@each_axis
+@pytest.mark.parametrize("pattern", [None, (1, 2)], ids=str)
+def test_columns_of_zeros_go_first(axis, pattern):
+    weight = random_weight(6, 24)
+    weight[2], weight[:, 5] = 0, 0
+    found, _ = zero_weights(weight, cut_of(weight, axis, [0.5], pattern), "relative", None)
+    assert all(zeros(row) == (24 if i == 2 else 12) for i, row in enumerate(found))
 
 
 # SparseGPT ---------------------------------------------------------------------------------
@@ -165,6 +231,20 @@ def test_sparsegpt_of_down(block, layout, monkeypatch):
     assert torch.equal(found[:, cut.slices[0]], weight[:, cut.slices[0]])
 
 
+@each_axis
+@pytest.mark.parametrize("branches", [1, 3, 5])
+@pytest.mark.parametrize("block", [128, 8])
+def test_sparsegpt_compares_whole_blocks_where_branches_lose_the_same(
+    axis, branches, block, monkeypatch
+):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    weight, moment = random_weight(9, 22), random_moment(22)
+    cut = cut_of(weight, axis, [0.4] * branches)
+    found, _ = zero_weights(weight, cut, "sparsegpt", moment)
+    blocks = [(inputs, 0.4) for inputs in in_blocks(range(22), block)]
+    assert_like_plain(found, plain_sparsegpt(weight, moment, blocks))
+
+
 def test_sparsegpt_beyond_a_block():
     weight, moment = random_weight(3, 150), random_moment(150)
     found, _ = zero_weights(weight, Cut([3], [0.5], 0), "sparsegpt", moment)
@@ -218,14 +298,16 @@ def test_a_pattern_leaves_n_zeros_in_every_m_inputs(score, axis, pattern):
     assert thresholds == ()
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+@pytest.mark.parametrize("score", ["magnitude", "relative", "wanda"])
 def test_a_pattern_zeroes_the_lowest_of_each_group(score):
     weight, moment = random_weight(6, 24), random_moment(24)
     found, _ = zero_weights(weight, Cut([6], [0.0], 0, (3, 8)), score, moment)
-    expected = weight.clone()
+    expected, parts = weight.clone(), parts_of_columns(weight)
     for row in range(6):
         for first in range(0, 24, 8):
             size = [abs(float(weight[row, first + i])) for i in range(8)]
+            if score == "relative":
+                size = parts[row][first : first + 8]
             if score == "wanda":
                 size = [s * float(moment[first + i, first + i]) ** 0.5 for i, s in enumerate(size)]
             for i in lowest(size, 3):
@@ -251,7 +333,7 @@ def test_as_many_zeros_as_asked_for(score, axis, shares):
     cut = cut_of(weight, axis, shares)
     found, _ = zero_weights(weight, cut, score, moment)
     for part, share in zip(branches_of(found, cut), shares, strict=True):
-        together = part.shape[1] if score == "wanda" else part.numel()
+        together = part.shape[1] if score in BY_OUTPUT else part.numel()
         assert zeros(part) / part.numel() == pytest.approx(share, abs=1 / together)
         if share in (0, 1):
             assert zeros(part) == share * part.numel()

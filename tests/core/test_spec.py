@@ -19,7 +19,7 @@ from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.spec import ConversionSpec, fields_of
 from mlpmoe.core.static.compensation import COMPENSATIONS, FILLS
 from mlpmoe.core.static.order import ORDERS
-from mlpmoe.core.static.schedule import SCHEDULES
+from mlpmoe.core.static.schedule import SCHEDULES, branch_sparsities
 from mlpmoe.core.static.scores import SCORES
 from tests.core.specs import patterns, spared, static_specs
 
@@ -417,6 +417,71 @@ def test_forms_are_short():
     spec = ConversionSpec(fade_unit="2:4", fade_score="wanda", progressive=True)
     assert spec.to_flags() == "--branches 16 --fade-score wanda --fade-unit 2:4 --progressive True"
     assert spec.to_query() == "branches=16&fade_score=wanda&fade_unit=2%3A4&progressive=True"
+
+
+# The share of zeros in place of fade ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "spec"),
+    [
+        ("sparsity=0.421875", ConversionSpec(fade=0.9)),
+        ("sparsity=0", ConversionSpec()),
+        (
+            "sparsity=0.5&branches=1&fade_schedule=uniform",
+            ConversionSpec(branches=1, fade=1, fade_schedule="uniform"),
+        ),
+        (
+            "sparsity=0.25&branches=4&keep=2&fade_unit=neuron",  # of the branches that stay
+            ConversionSpec(branches=4, keep=2, fade=2, fade_unit="neuron"),
+        ),
+        (  # nothing could be calibrated without a fade
+            "sparsity=0.28125&fade_schedule=uniform&fade_score=wanda&progressive=true",
+            ConversionSpec(fade=0.6, fade_schedule="uniform", fade_score="wanda", progressive=True),
+        ),
+    ],
+)
+def test_a_share_of_zeros_says_fade_in_another_way(query, spec):
+    assert ConversionSpec.from_query(query) == spec
+    assert "sparsity" not in spec.to_query()
+
+
+@given(spec=static_specs(300))
+def test_the_share_of_zeros_of_a_spec_gives_it_again(spec):
+    shares = branch_sparsities(spec.branches, spec.fade, spec.fade_schedule, spec.fade_exponent)
+    values = spec.to_dict() | {"sparsity": sum(shares[: spec.kept]) / spec.kept}
+    del values["fade"]
+    if spec.pattern:
+        with pytest.raises(SpecError, match="fixes the share of zeros: leave out sparsity"):
+            ConversionSpec.from_dict(values)
+        return
+    try:
+        found = ConversionSpec.from_dict(values)
+    except SpecError as refused:  # a strength that zeroes nothing is none
+        assert spec.progressive and values["sparsity"] == 0, refused
+        return
+    again = branch_sparsities(spec.branches, found.fade, spec.fade_schedule, spec.fade_exponent)
+    assert again[: spec.kept] == pytest.approx(shares[: spec.kept], abs=1e-9)
+    assert dataclasses.replace(found, fade=spec.fade) == spec
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("sparsity=0.5&fade=0.9", "fade and sparsity say the same in two ways"),
+        ("sparsity=0.5&fade=0", "fade and sparsity say the same in two ways"),
+        ("sparsity=1.5", "sparsity must be a number between 0 and 1, not 1.5"),
+        ("sparsity=nan", "sparsity must be a number between 0 and 1, not nan"),
+        ("sparsity=half", "sparsity must be a number, not 'half'"),
+        ("sparsity=0.9", "with the schedule linear fade zeroes at most 0.71875 of the weights"),
+        ("sparsity=0.5&branches=1", "at most 0 of the weights in 1 branch"),
+        ("sparsity=0.5&fade_unit=2:4", "2:4 fixes the share of zeros: leave out sparsity"),
+        ("sparsity=0.5&method=cmoe", "sparsity does not belong to the method cmoe, as fade"),
+        ("sparsity=0.5&progressive=true", "no stage of this spec looks at activations"),
+    ],
+)
+def test_shares_of_zeros_that_are_refused(query, words):
+    assert words in query_refusal(query)
 
 
 def query_refusal(query):

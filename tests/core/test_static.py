@@ -115,7 +115,7 @@ def shares_of(case):
     powers = [i * i for i in range(branches)]
     shape = {
         "linear": ramp,
-        "uniform": [(branches - 1) / 2 / branches] * branches,
+        "uniform": [(branches - 1) / 2 / branches or 0.5] * branches,
         "reverse": ramp[::-1],
         "power": [sum(ramp) * p / sum(powers) for p in powers],
     }[case["fade_schedule"]]
@@ -220,9 +220,13 @@ def check_zeros(case, module):
             for group in linear.weight.split(int(m), dim=1):
                 assert ((group == 0).sum(1) == int(n)).all()
         else:
+            shares = shares_of(case)
             parts = linear.weight.split(sizes, dim=int(name == "down"))
-            for part, share in zip(parts, shares_of(case), strict=True):
-                together = part.shape[1] if case["fade_score"] == "wanda" else part.numel()
+            if len(set(shares)) == 1 and case["fade_score"] != "magnitude":
+                parts, shares = [linear.weight], shares[:1]  # branches have no say
+            for part, share in zip(parts, shares, strict=True):
+                by_output = case["fade_score"] in ("relative", "wanda")
+                together = part.shape[1] if by_output else part.numel()
                 assert zeros(part) / part.numel() == pytest.approx(share, abs=1 / together)
 
 

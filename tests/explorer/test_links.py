@@ -71,6 +71,12 @@ def test_what_is_said_nowhere_is_a_conversion():
     assert read_link("branches=16")[0].spec == ConversionSpec()  # said, so it is not faded
 
 
+def test_a_link_may_name_the_share_of_zeros():
+    link, notices = read_link("branches=1&fade_schedule=uniform&sparsity=0.5")
+    assert link == Link(spec=ConversionSpec(branches=1, fade=1, fade_schedule="uniform"))
+    assert notices == [] and "sparsity" not in link.to_query()
+
+
 def test_an_empty_link_has_the_defaults():
     assert read_link("") == read_link({}) == (Link(), [])
     link, notices = read_link("model=&text=stories")
@@ -110,6 +116,7 @@ def test_names_of_hosts_are_passed_over():
         ({"seed": "1", "order": "random"}, "no control for seed"),
         ({"branches": "65"}, "at most 64"),
         ({"experts": "8"}, "does not belong"),
+        ({"sparsity": "0.9"}, "at most 0.71875 of the weights"),
     ],
     ids=str,
 )

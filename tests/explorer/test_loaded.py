@@ -49,7 +49,7 @@ def share_of_zeros(weights: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("projections", ["gate-up", "gate-up-down", "down"])
 @pytest.mark.parametrize("schedule", SHARES)
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("score", ["magnitude", "relative", "wanda", "sparsegpt"])
 def test_zeros_of_every_score(tiny, score, schedule, projections):
     spec = ConversionSpec(
         branches=8, fade=1.2, keep=6, fade_schedule=schedule, fade_score=score,
@@ -65,7 +65,7 @@ def test_zeros_of_every_score(tiny, score, schedule, projections):
     assert zeros.what.replace(" and ", ", ").split(", ") == names
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("score", ["magnitude", "relative", "wanda", "sparsegpt"])
 @pytest.mark.parametrize(("unit", "share"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.25)])
 def test_zeros_of_patterns_are_exactly_those(tiny, unit, share, score):
     spec = ConversionSpec(fade_unit=unit, fade_score=score, fade_projections="gate-up-down")
@@ -79,7 +79,7 @@ def test_zeros_of_patterns_are_exactly_those(tiny, unit, share, score):
         assert ((weight.unflatten(1, (-1, m)) == 0).sum(2) == n).all()
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("score", ["magnitude", "relative", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("keep", [None, 6, 5])
 def test_zeros_of_neurons_are_counted_in_what_is_kept(tiny, score, keep):
     spec = ConversionSpec(branches=8, fade=1.2, keep=keep, fade_unit="neuron", fade_score=score)

@@ -70,3 +70,23 @@ def test_counted_is_made(kind, dtype, spec):
         assert torch.equal(found.edges, wanted.edges)
         assert found.thresholds == wanted.thresholds
     assert made and not any(asked.fades for asked in made)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_no_magnitude_decides_is_made(dtype):
+    """Without a calibration text as with one."""
+    dense = tiny_model().to(dtype)
+    spec = ConversionSpec(branches=6, fade=0.9, fade_score="relative", keep=5)
+    structure = Structure(dense, read_mlps(dense), lambda asked: convert(dense, asked))
+    faded = convert(dense, spec)
+    assert structure.unfaded(spec) == spec
+    assert structure.report(spec) == parameter_report(faded)
+    found, wanted = (
+        structure.histogram(spec, 1, "gate", 20, 0.5), magnitudes(faded, 1, "gate", 20, 0.5)
+    )  # fmt: skip
+    assert torch.equal(found.counts, wanted.counts)
+    assert found.zeros.tolist() == wanted.zeros.tolist()
+    assert found.thresholds == wanted.thresholds and not any(found.thresholds)
+    weights = [m.projections[n].weight for m in branched_mlps(faded) for n in ("gate", "up")]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert structure.zeros(spec).realised == pytest.approx(zeros)

@@ -37,6 +37,7 @@ def specs_of(**texts):
         ("fade", "0:1:0.3", ["0", "0.3", "0.6", "0.9"]),  # no step meets the stop
         ("fade", "0.5:0.5:1", ["0.5"]),
         ("fade", "1e-3,0.50", ["1e-3", "0.50"]),
+        ("sparsity", "0.25:0.5:0.125", ["0.25", "0.375", "0.5"]),
         ("keep", "all, 75%,12", ["all", "75%", "12"]),
         ("keep", "4:8:2,all", ["4", "6", "8", "all"]),
         ("shared", "auto,0:0.5:0.25", ["auto", "0", "0.25", "0.5"]),
@@ -82,6 +83,7 @@ def test_a_range_is_exact(start, step, count):
         ("keep", "-5%", "all, a percentage of B such as 75%"),
         ("keep", "some", "all, a percentage of B such as 75%, a whole number"),
         ("fade", "50%", "--fade must be a number"),
+        ("sparsity", "50%", "--sparsity must be a number"),
         ("shared", "much", "auto, a number"),
         ("progressive", "yes", "--progressive must be true or false"),
         ("order", "contiguous,", "--order has a value that is empty"),
@@ -215,6 +217,30 @@ def test_branches_that_are_not_there_cannot_be_kept():
                 ConversionSpec(fade=0.5),
             ],
         ),
+        (  # the same share of zeros, whatever the schedule and the branches
+            {
+                "sparsity": "0.25",
+                "fade_schedule": "linear,uniform",
+                "branches": "2,4",
+                "keep": "all,2",
+            },
+            [
+                ConversionSpec(branches=2, fade=1),
+                ConversionSpec(branches=4, fade=2 / 3),
+                ConversionSpec(branches=4, fade=2, keep=2),
+                ConversionSpec(branches=2, fade=1, fade_schedule="uniform"),
+                ConversionSpec(branches=4, fade=2 / 3, fade_schedule="uniform"),
+                ConversionSpec(branches=4, fade=2 / 3, fade_schedule="uniform", keep=2),
+            ],
+        ),
+        (
+            {"sparsity": "0.25", "fade_unit": "weight,2:4", "method": "mlpmoe,random"},
+            [
+                ConversionSpec(fade=8 / 15),
+                ConversionSpec(fade_unit="2:4"),
+                ConversionSpec(method="random"),
+            ],
+        ),
         (
             {"fade": "0.5", "fade_schedule": "linear,power", "fade_exponent": "2,3"},
             [
@@ -290,6 +316,10 @@ def test_branches_and_orders_are_no_detail():
         ({"method": "cmoe,neurons", "keep": "8"}, "--keep does not belong to cmoe, neurons; it"),
         ({"method": "magic"}, "--method magic: method must be one of mlpmoe"),
         ({"fade": "0,7"}, "--fade 7: fade must be a number between 0 and 2"),
+        ({"fade": "0.5", "sparsity": "0.5"}, "--fade 0.5 --sparsity 0.5: fade and sparsity say"),
+        ({"sparsity": "0.5,0.8"}, "--sparsity 0.8: sparsity is 0.8, but with the schedule linear"),
+        ({"sparsity": "0.5", "method": "cmoe"}, "--sparsity does not belong to cmoe; it is for ml"),
+        ({"sparsity": "0.5", "fade_unit": "2:4"}, "2:4 fixes the share of zeros"),
         ({"branches": "0"}, "--branches 0: branches (B) must be at least 1"),
         ({"keep": "0"}, "must lie between 1 and"),
         ({"order": "best"}, "--order best: order must be one of contiguous"),

@@ -1,13 +1,17 @@
-"""Which weights of a matrix go: by magnitude, by Wanda's score, or by SparseGPT's.
+"""Which weights of a matrix go: by magnitude, by their part of a column, by Wanda's score, or by
+SparseGPT's.
 
 A matrix is (outputs, inputs). Branches are groups of its outputs (gate and up) or of its inputs
-(down), each with a share to zero. A pattern n:m zeroes n of every m neighbouring inputs instead.
+(down), each with a share to zero. Where all have the same share only magnitude, MLPMoE's own rule,
+still looks at one branch at a time; the others compare as they were published, within whole rows
+(Wanda) or blocks of inputs (SparseGPT). A pattern n:m zeroes n of every m neighbouring inputs
+instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -19,6 +23,7 @@ from ..stopping import may_stop
 from .fade import fade_projection
 from .removal import damped
 
+LEAST_SUM = 1e-30  # of a column, which may be all zeros
 BLOCK = 128  # inputs whose mask SparseGPT chooses at a time
 
 
@@ -32,13 +37,17 @@ class Score(Choice):
 
 SCORES: dict[str, Score] = {
     "magnitude": Score("small ones (MLPMoE)", "the smallest", neurons="norm"),
+    "relative": Score(
+        "small beside others on their input", "the smallest beside others on their input",
+        short="relative", neurons="norm",
+    ),
     "wanda": Score(
-        "small on small inputs (Wanda)", "the smallest on small inputs (Wanda)",
+        "small on small inputs (Wanda)", "the smallest on small inputs (Wanda)", short="Wanda",
         neurons="fluctuation", calibrated=True,
     ),
     "sparsegpt": Score(
         "least missed (SparseGPT)", "those the others make up for best (SparseGPT)",
-        neurons="least-squares", calibrated=True,
+        short="SparseGPT", neurons="least-squares", calibrated=True,
     ),
 }  # fmt: skip
 
@@ -52,6 +61,13 @@ class Cut:
     axis: int  # of the neurons: 0, outputs (gate, up), or 1, inputs (down)
     pattern: tuple[int, int] | None = None  # n zeros in every m inputs
 
+    def joined(self) -> Cut:
+        """The same as a single branch, if all lose the same share: then they have no say in the
+        choice."""
+        if len(set(self.sparsities)) > 1:
+            return self
+        return replace(self, sizes=(sum(self.sizes),), sparsities=tuple(self.sparsities[:1]))
+
     @property
     def slices(self) -> list[slice]:
         ends = accumulate(self.sizes, initial=0)
@@ -63,23 +79,27 @@ def zero_weights(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The matrix with its zeros, and the threshold of each branch where one magnitude decides.
 
-    moment: (inputs, inputs), mean of x xᵀ over the calibration tokens; None by magnitude.
+    moment: (inputs, inputs), mean of x xᵀ over the calibration tokens; None for scores that look
+    at none.
     """
     if cut.pattern and weight.shape[1] % cut.pattern[1]:
         raise SpecError(
             f"{cut.pattern[0]}:{cut.pattern[1]} zeros need a multiple of {cut.pattern[1]} inputs, "
             f"but a matrix here has {weight.shape[1]}."
         )
-    if score == "sparsegpt":
-        return _sparsegpt(weight, cut, moment), ()
     if cut.pattern is None and score == "magnitude":
         if cut.axis == 0:
             return fade_projection(weight, tuple(cut.sizes), list(cut.sparsities))
         faded, thresholds = fade_projection(weight.T, tuple(cut.sizes), list(cut.sparsities))
         return faded.T.contiguous(), thresholds
+    cut = cut.joined()
+    if score == "sparsegpt":
+        return _sparsegpt(weight, cut, moment), ()
     size = weight.detach().float().abs()
     if score == "wanda":
         size = size * moment.diagonal().clamp(min=0).sqrt().to(size)
+    elif score == "relative":
+        size = _relative(size)
     if cut.pattern:
         mask = _pattern_mask(size, cut.pattern)
     else:
@@ -90,10 +110,17 @@ def zero_weights(
     return weight.detach().masked_fill(mask, 0), ()
 
 
+def _relative(size: Tensor) -> Tensor:
+    """|w| as a part of its column, the weights on the same input: a large input often has small
+    weights. The column's part of relative importance (RIA, arXiv 2402.12531) without activations;
+    the row's part made it worse."""
+    return size / size.sum(0, keepdim=True).clamp(min=LEAST_SUM)
+
+
 def _lowest_of_rows(size: Tensor, share: float) -> Tensor:
-    """Mask of the smallest `share` of every row: Wanda compares within an output."""
+    """Mask of the smallest `share` of every row: compared within an output."""
     count = round(share * size.shape[1])
-    lowest = size.topk(count, dim=1, largest=False).indices
+    lowest = size.topk(count, dim=1, largest=False, sorted=False).indices
     return torch.zeros_like(size, dtype=torch.bool).scatter_(1, lowest, True)
 
 

@@ -237,7 +237,7 @@ def _fades_in_place(asked: Conversion) -> bool:
     """Whether weights are zeroed by their magnitudes alone."""
     if not isinstance(asked, ConversionSpec) or asked.routed:
         return False
-    return asked.fade > 0 and asked.fade_unit == "weight"
+    return asked.fade > 0 and asked.fade_unit == "weight" and asked.fade_score == "magnitude"
 
 
 def _sparsities(spec: ConversionSpec) -> list[float]:

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, urlencode
 from ...core.errors import UserError
 from ...core.presets import PRESETS
 from ...core.spec import ConversionSpec
+from ...core.written import SPARSITY
 from ...models import default_calibration, default_text
 from ...models.catalogue import DEMO_KEY
 from .settings import check_shown
@@ -29,7 +30,7 @@ FORMER_TABS = {  # of older links
 # What a page shows that no link asks anything of: a conversion, not the model as it was.
 START = PRESETS["Fractal Fade (paper)"]
 LONGEST = 4000  # characters of a query that is read
-SPEC_FIELDS = tuple(f.name for f in fields(ConversionSpec))
+SPEC_NAMES = (*(f.name for f in fields(ConversionSpec)), SPARSITY)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_link(
         query = dict(parse_qsl(query[:LONGEST], keep_blank_values=True))
     notices = []
     spec, tab = START, query.get("tab")
-    known = {name: value for name, value in query.items() if name in SPEC_FIELDS}
+    known = {name: value for name, value in query.items() if name in SPEC_NAMES}
     try:
         spec = ConversionSpec.from_texts(known) if known else spec
         check_shown(spec)

@@ -9,6 +9,7 @@ from math import floor, hypot, isfinite, log10
 
 from ...core.routed import ROUTED_METHODS
 from ...core.spec import PROJECTIONS, ConversionSpec
+from ...core.static.scores import SCORES
 from ...measure.notation import NBSP, NO_CHANGE, number
 from ...measure.quality.estimate import Evaluation
 from ...measure.runs.families import (
@@ -219,7 +220,7 @@ def _name(run: Run) -> str:
         )
         parts.append(f"fade {schedule}{where}")
         if spec.fade_score != "magnitude":
-            parts.append({"wanda": "Wanda", "sparsegpt": "SparseGPT"}[spec.fade_score])
+            parts.append(SCORES[spec.fade_score].short)
     if spec.compensation == "refit":
         parts.append("refitted")
     return ", ".join(parts)

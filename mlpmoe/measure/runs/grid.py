@@ -15,7 +15,7 @@ from ...core.checks import boolean, shown
 from ...core.errors import SpecError, UserError
 from ...core.routed.expertweaver import AUTO
 from ...core.spec import METHODS, ConversionSpec, fields_of, without_idle
-from ...core.written import flag_of, read_texts
+from ...core.written import SPARSITY, flag_of, read_texts
 
 T = TypeVar("T")
 
@@ -24,6 +24,7 @@ ALL = "all"  # of keep
 USUAL = ConversionSpec()
 # field -> "int", "float", "str" or "bool", as its annotation begins
 KINDS = {field.name: field.type.split(" | ")[0] for field in fields(ConversionSpec)}
+KINDS[SPARSITY] = KINDS["fade"]
 WORDS = {"keep": (ALL,), "shared": (AUTO,)}  # that stand for numbers
 _PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,10})?)\s*%")
 _DECIMAL = re.compile(r"[+-]?\d{1,10}(?:\.\d{1,10})?")  # short enough for exact sums
@@ -98,7 +99,7 @@ def grid(values: Mapping[str, Sequence[str]]) -> Grid:
         if not given:
             raise SpecError(f"--{flag_of(name)} has no value.")
         if not any(name in used for used in methods.values()):
-            whose = ", ".join(method for method in METHODS if name in fields_of(method))
+            whose = ", ".join(method for method in METHODS if name in _used_by(method))
             raise SpecError(
                 f"--{flag_of(name)} does not belong to {', '.join(methods)}; it is for {whose}."
             )
@@ -217,7 +218,12 @@ def _written(field: str, value: Any) -> str:
 def _belonging(method: str, values: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     """The values of the fields that a method uses."""
     _spec({"method": method})  # there must be one
-    return {name: given for name, given in values.items() if name in fields_of(method)}
+    return {name: given for name, given in values.items() if name in _used_by(method)}
+
+
+def _used_by(method: str) -> tuple[str, ...]:
+    names = fields_of(method)
+    return (*names, SPARSITY) if "fade" in names else names
 
 
 def _useful(texts: Mapping[str, str]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def recipes() -> dict[str, ConversionSpec]:
     fade("gate and up, evenly", fade=RAMP, fade_schedule="uniform")
     even = {"fade": EVEN, "fade_schedule": "uniform", "fade_projections": "gate-up-down"}
     fade("gate, up and down, evenly", **even)
+    fade("… relative to others on an input", **even, fade_score="relative")
     fade("… by Wanda's score", **even, fade_score="wanda")
     fade("… by SparseGPT", **even, fade_score="sparsegpt")
     fade("… and down refitted", **even, fade_score="sparsegpt", compensation="refit")

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+from ...core.errors import SpecError
 from ...core.presets import PRESETS
 from ...core.routed import ROUTED_METHODS
 from ...core.routed.neurons import active_share
 from ...core.spec import MAX_FADE, ConversionSpec
-from ...core.static.schedule import branch_sparsities
+from ...core.static.schedule import branch_sparsities, strength_for
+from ...core.static.scores import SCORES
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -60,7 +62,7 @@ class Space:
         if self.calibrated:  # the best of those that take little time, and the best
             recipes = [("fluctuation", "mean", "wanda"), ("least-squares", "refit", "sparsegpt")]
         else:
-            recipes = [("norm", "none", "magnitude")]
+            recipes = [("norm", "none", "relative")]
         usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
         usual |= {"branches": max(self._branches()), "allocation": "uniform"}
         for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
@@ -194,18 +196,14 @@ class Space:
         return ["sqrt", "none", *(["mean", "refit", "alpha"] if self.calibrated else [])]
 
     def _scores(self) -> list[str]:
-        return ["magnitude", *(["wanda", "sparsegpt"] if self.calibrated else [])]
+        return [name for name, score in SCORES.items() if self.calibrated or not score.calibrated]
 
 
 def _strength(zeros: float, branches: int, keep: int, schedule: str) -> float:
     """The fade that zeroes this share in the mean over the kept branches, as far as there is one;
     three digits are enough for a person to read."""
-    low, high = 0.0, MAX_FADE
-    for _ in range(30):
-        middle = (low + high) / 2
-        shares = branch_sparsities(branches, middle, schedule)[:keep]
-        if sum(shares) / keep < zeros:
-            low = middle
-        else:
-            high = middle
-    return min(MAX_FADE, round(high + 5e-4, 3))
+    try:
+        strength = strength_for(min(1.0, max(0.0, zeros)), branches, schedule, kept=keep)
+    except SpecError:
+        return MAX_FADE
+    return min(MAX_FADE, round(strength + 5e-4, 3))
