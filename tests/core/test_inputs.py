@@ -346,6 +346,17 @@ def test_sharing_out_loses_less_than_equal_shares(router):
     assert shared.active.inputs < 0.9 * even.active.inputs
 
 
+@pytest.mark.parametrize("samples, length", [(256, 128), (7, 30), (40, 100), (3, 2000), (900, 1)])
+def test_the_tokens_are_of_all_places_in_a_sample(samples, length):
+    """Where samples begin, models do something of their own."""
+    place = torch.arange(length).float().expand(samples, length)[..., None]
+    layer = LayerActivations(random_mlp(d_model=1), place.contiguous())
+    taken = inputs._spread(layer, 256).flatten()
+    assert min(samples * length, 128) <= len(taken) <= 256
+    assert len(taken.unique()) >= min(length, len(taken)) / 2
+    assert (taken == 0).sum() <= len(taken) / length + 1
+
+
 def test_specs_share_one_path_for_each_router(monkeypatch):
     found = []
     path = inputs._path

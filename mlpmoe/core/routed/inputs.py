@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from math import gcd
 
 import numpy as np
 import torch
@@ -28,36 +29,29 @@ def build(weights: MLPWeights, spec, layer: LayerActivations | None) -> InputMLP
     With topk every matrix has the active share; with a threshold the matrices share it out (see
     `_path`), and so many inputs are read on average.
     """
+    rule = _rule(weights, spec.router)
     inputs = max(1, round(spec.active * weights.d_model))
     neurons = max(1, round(spec.active * weights.d_ff))
-    dense = _dense(weights, spec.router)
-    opened = neurons if dense.opens else weights.d_ff
-
-    def made(*choices) -> InputMLP:
-        scores = dense.input_importance, dense.importance
-        return InputMLP(weights, dense.opens, *scores, *choices)
-
-    choices = Stages(inputs, opened, neurons), None
+    read = Stages(inputs, neurons if rule[0] else weights.d_ff, neurons), None
     if spec.active < 1 and spec.selection == "threshold":
-        shares = _shares(dense, spec, layer)
-        choices = _thresholds(dense, layer, shares)
-    module = made(*choices)
+        everything = Stages(weights.d_model, weights.d_ff, weights.d_ff)
+        dense = InputMLP(weights, *rule, everything)
+        read = _thresholds(dense, layer, _shares(dense, spec, layer))
+    module = InputMLP(weights, *rule, *read)
     if spec.compensation != "none" and module.idle_parameters:
-        module = made(*choices, _idle_mean(layer, module))
+        module = InputMLP(weights, *rule, *read, _idle_mean(layer, module))
     return module
 
 
-def _dense(weights: MLPWeights, router: str) -> InputMLP:
-    """What reads everything, with the scores of a router."""
+def _rule(weights: MLPWeights, router: str) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Whether neurons are opened; and the importances of inputs and of neurons."""
     opens = router == "inputs-gate" and weights.gate is not None
-    input_importance = importance = None
-    if router != "inputs":
-        read = [weights.up] if weights.gate is None else [weights.gate, weights.up]
-        squares = [m.detach().float().square().sum(0) for m in (read[:1] if opens else read)]
-        input_importance = sum(squares).sqrt()
-        importance = weights.down.detach().float().norm(dim=0)
-    everything = Stages(weights.d_model, weights.d_ff, weights.d_ff)
-    return InputMLP(weights, opens, input_importance, importance, everything)
+    if router == "inputs":
+        return opens, None, None
+    first = weights.up if weights.gate is None else weights.gate
+    met = (first,) if opens or weights.gate is None else (first, weights.up)
+    squares = sum(matrix.detach().float().square().sum(0) for matrix in met)
+    return opens, squares.sqrt(), weights.down.detach().float().norm(dim=0)
 
 
 # How the matrices share the budget out
@@ -90,8 +84,7 @@ def _left(shares: Stages, costs: Stages) -> float:
 def _path(dense: InputMLP, layer: LayerActivations) -> list[Stages]:
     """Shares from 1 down, as TEAL finds them: the share of that stage is lowered by STEP whose
     error grows least for what is saved. Down reads no more neurons than are opened."""
-    step = -(-layer.tokens // TOKENS)
-    error = _errors(dense, layer.x.flatten(0, 1)[::step])
+    error = _errors(dense, _spread(layer, TOKENS))
     costs, state, known = _costs(dense), Stages(1.0, 1.0, 1.0), 0.0
     path = [state]
     while _left(state, costs) > LEAST + 1e-9:
@@ -134,6 +127,15 @@ def _errors(dense: InputMLP, x: Tensor):
     return lambda shares: float((said(shares) - wanted).square().sum() / size)
 
 
+def _spread(layer: LayerActivations, count: int) -> Tensor:
+    """(count or fewer, d_model): x of tokens that are evenly spaced over the text and over the
+    places in a sample: the first one is like no other."""
+    step = -(-layer.tokens // count)
+    while gcd(step, layer.x.shape[1]) > 1:
+        step += 1
+    return layer.x.flatten(0, 1)[::step]
+
+
 # What is read at given shares
 
 
@@ -148,8 +150,7 @@ def _threshold(scores: Tensor, share: float) -> float:
 def _thresholds(dense: InputMLP, layer: LayerActivations, shares: Stages) -> tuple[Stages, Stages]:
     """What is read per token on average, and the thresholds: one stage after the other, each on
     what those before it left."""
-    x = layer.x.flatten(0, 1)
-    x = x[:: -(-len(x) * max(dense.down.shape) // THRESHOLD_SCORES)]
+    x = _spread(layer, THRESHOLD_SCORES // max(dense.down.shape))
     active, thresholds = Stages(*dense.active)._asdict(), Stages(ALL, ALL, ALL)._asdict()
 
     def choose(stage: str, scores: Tensor) -> Tensor:
