@@ -59,7 +59,9 @@ class ConversionSpec(Written):
     compensation: str | None = None
     # routed
     experts: int | None = None  # N_e per MLP, shared ones included; less where d_ff forbids it
-    active: float = 0.75  # share of the neurons that run for a token, shared ones included
+    # share of the neurons that run for a token, shared ones included; of the method "inputs" that
+    # of the multiply-adds
+    active: float = 0.75
     shared: float | str | None = None  # share of the neurons that always run, or "auto"
     router: str | None = None  # what scores the experts for a token
     selection: str = "topk"  # the best k, or "threshold": all above one that gives k on average

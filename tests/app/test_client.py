@@ -93,6 +93,7 @@ MORE = {
     "calibrated by a common field": {"branches": 8, "keep": 6, "compensation": "refit"},
     "routed": {"more": {"method": "cmoe", "active": 0.5, "shared": 0.25}},
     "routed, by single neurons": {"more": {"method": "neurons", "active": 0.5}},
+    "routed, by inputs": {"more": {"method": "inputs", "active": 0.5}},
     "spared": {"branches": 8, "keep": 6, "more": {"spared": "1"}},
 }  # fmt: skip
 

@@ -41,6 +41,10 @@ CMOE = ConversionSpec(method="cmoe", **EXPERTS, compensation="mean")
 NEURONS = ConversionSpec(
     method="neurons", active=0.5, router="gate-norm", selection="threshold", compensation="refit"
 )
+INPUTS = ConversionSpec(
+    method="inputs", active=0.5, selection="threshold", compensation="refit"
+)  # fmt: skip
+EACH, EACH_NAME = [KEPT, CMOE, NEURONS, INPUTS], ["static", "experts", "neurons", "inputs"]
 ROUTED = (
     CMOE,
     NEURONS,
@@ -51,6 +55,11 @@ ROUTED = (
     ConversionSpec(method="coactivation", **EXPERTS, shared=0.2, selection="threshold"),
     ConversionSpec(method="random", experts=11, active=1.0),
     ConversionSpec(method="cmoe", **EXPERTS, spared="1"),
+    INPUTS,
+    ConversionSpec(method="inputs", active=0.5),
+    ConversionSpec(method="inputs", active=0.5, router="inputs", compensation="mean"),
+    ConversionSpec(method="inputs", active=0.5, router="inputs-norm", selection="threshold"),
+    ConversionSpec(method="inputs", active=1.0),
 )
 
 
@@ -97,7 +106,7 @@ def difference(actual, expected, tokens=TOKENS):
 # The same function -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [KEPT, CMOE, NEURONS], ids=["static", "experts", "neurons"])
+@pytest.mark.parametrize("spec", EACH, ids=EACH_NAME)
 @pytest.mark.parametrize("family", SOME)
 def test_every_family_comes_back(family, spec, tmp_path):
     model = convert(dense(family), spec, CALIBRATION)
@@ -140,7 +149,7 @@ def test_equal_scores_go_to_the_experts_of_lower_index(tmp_path):
     assert chosen[:, : mlp.active].all() and not chosen[:, mlp.active :].any()
 
 
-@pytest.mark.parametrize("spec", [KEPT, CMOE, NEURONS], ids=["static", "experts", "neurons"])
+@pytest.mark.parametrize("spec", EACH, ids=EACH_NAME)
 @pytest.mark.parametrize("family", ["llama", "bloom", "lfm2"])
 def test_generating_with_a_cache_from_a_padded_batch(family, spec, tmp_path):
     model = convert(dense(family), spec, CALIBRATION)
@@ -161,7 +170,7 @@ def test_routers_stay_float32_in_a_model_that_is_not(tmp_path):
     stored = tmp_path / "dense"
     build("llama", torch.bfloat16).save_pretrained(stored)
     base = LlamaForCausalLM.from_pretrained(stored)
-    for index, spec in enumerate((CMOE, NEURONS, ROUTED[5], ROUTED[6])):
+    for index, spec in enumerate((CMOE, NEURONS, INPUTS, ROUTED[5], ROUTED[6])):
         model = convert(base, spec, CALIBRATION)
         again = reopened(written(model, tmp_path, f"out{index}"))
         assert again.dtype == again.config.dtype == torch.bfloat16
@@ -171,11 +180,12 @@ def test_routers_stay_float32_in_a_model_that_is_not(tmp_path):
             assert torch.equal(tensor, own[name]), name
             if tensor.dtype == torch.float32:
                 float32.add(name.split(".")[4])
-        assert float32 == ({"importance"} if spec == NEURONS else {"router"})
+        importances = {NEURONS: {"importance"}, INPUTS: {"importance", "input_importance"}}
+        assert float32 == importances.get(spec, {"router"})
         x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
         for mlp, other in zip(mlp_modules(model), mlp_modules_of(again), strict=True):
             with torch.no_grad():
-                if spec == NEURONS:
+                if spec in importances:
                     assert torch.equal(mlp(x), other(x))
                 else:
                     assert torch.equal(mlp.select(x), other.select(x))
@@ -192,7 +202,7 @@ def test_opened_in_another_dtype_the_router_stays(tmp_path):
         assert other.up.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("spec", [KEPT, CMOE, NEURONS], ids=["static", "experts", "neurons"])
+@pytest.mark.parametrize("spec", EACH, ids=EACH_NAME)
 @pytest.mark.parametrize("family", ["llama", "apertus"])
 def test_weights_may_stay_on_disk(family, spec, tmp_path):
     model = convert(dense(family), spec, CALIBRATION)
@@ -249,7 +259,7 @@ def test_the_code_imports_torch_and_transformers_only():
             assert node.level == 0
             roots.add(node.module.partition(".")[0])
     assert roots == {"torch", "transformers"}
-    assert len(source.splitlines()) < 250  # people will read it
+    assert len(source.splitlines()) < 270  # people will read it
 
 
 # The files, and what else opens them -------------------------------------------------------
@@ -366,7 +376,7 @@ def test_the_gradient_of_alpha_is_that_of_the_converted_model(tmp_path):
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("spec", [CMOE, NEURONS], ids=["experts", "neurons"])
+@pytest.mark.parametrize("spec", EACH[1:], ids=EACH_NAME[1:])
 def test_experts_can_be_trained_too(spec, tmp_path):
     opened = reopened(written(convert(dense("llama"), spec, CALIBRATION), tmp_path))
     opened.train()(TOKENS, labels=TOKENS).loss.backward()

@@ -452,6 +452,7 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path):
     [
         (ConversionSpec(branches=4), "nothing is routed"),
         (ConversionSpec(method="neurons"), "single neurons"),
+        (ConversionSpec(method="inputs"), "inputs that each matrix reads"),
     ],
 )
 def test_conversions_without_experts_are_refused(spec, words):

@@ -169,6 +169,15 @@ def test_values_go_to_the_methods_that_use_them(sweep):
     ]
 
 
+def test_a_sweep_of_inputs(sweep):
+    flags = ["--method", "inputs", "--router", "inputs,inputs-norm", "--active", "0.5"]
+    status, out, err = sweep(*flags, "--json")
+    assert (status, err) == (0, "")
+    runs = strictly(out)["runs"]
+    assert [run["spec"]["router"] for run in runs] == ["inputs", "inputs-norm"]
+    assert all(math.isfinite(run["perplexity"]) for run in runs)
+
+
 def test_a_sweep_of_every_method(sweep):
     status, out, err = sweep("--compare", "--active", "0.75,0.5", "--json")
     assert (status, err) == (0, "")

@@ -370,6 +370,7 @@ def streams_of(model):
     [
         ConversionSpec(branches=4, keep=2, compensation="refit"),
         ConversionSpec(method="neurons", active=0.3, compensation="refit"),
+        ConversionSpec(method="inputs", active=0.3, compensation="refit"),
         ConversionSpec(method="random", experts=8, active=0.5, compensation="refit"),
     ],
     ids=ConversionSpec.to_flags,

@@ -112,6 +112,10 @@ def test_it_is_one_form(spec):
             ConversionSpec(method="neurons", active=1),
         ),
         (
+            ConversionSpec(method="inputs", active=1, selection="threshold", compensation="refit"),
+            ConversionSpec(method="inputs", active=1),
+        ),
+        (
             ConversionSpec(method="expertweaver", shared=0.2, tau=0.5),
             ConversionSpec(method="expertweaver", shared=0.2),
         ),

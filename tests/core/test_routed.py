@@ -25,7 +25,7 @@ from tests.tiny import tiny_model
 
 SOME = ("llama", "llama-bias", "phi3", "gpt2", "bloom", "mpt", "gemma")
 CLUSTERED = tuple(name for name, method in ROUTED_METHODS.items() if method.partition)
-UNCALIBRATED = ("moefication", "contiguous", "random", "neurons")
+UNCALIBRATED = ("moefication", "contiguous", "random", "neurons", "inputs")
 SEEDED = ("expertweaver", "moefication", "coactivation", "random")
 
 
@@ -120,6 +120,8 @@ def test_methods_that_look_at_no_text_convert_without(method):
         {"method": "contiguous", "selection": "threshold"},
         {"method": "moefication", "router": "regression"},
         {"method": "neurons", "compensation": "mean"},
+        {"method": "inputs", "compensation": "refit"},
+        {"method": "inputs", "selection": "threshold"},
         {"method": "random", "progressive": True},
     ],
     ids=str,
@@ -351,7 +353,7 @@ def test_a_token_s_result_does_not_depend_on_its_batch(method, router, more):
 
 @pytest.mark.parametrize("selection", ["topk", "threshold"])
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("method", ["cmoe", "neurons"])
+@pytest.mark.parametrize("method", ["cmoe", "neurons", "inputs"])
 def test_reading_token_by_token_gives_the_same_logits(method, name, selection):
     """With a cache each step is one token; BLOOM and MPT hand the residual to the MLP."""
     spec = spec_of(method, selection=selection, compensation="mean")
@@ -541,7 +543,7 @@ def test_expertweaver_s_bounds(tau, share):
         assert module.shared == round(share * 11) * 4
 
 
-@pytest.mark.parametrize("method", ["cmoe", "coactivation", "expertweaver", "neurons"])
+@pytest.mark.parametrize("method", ["cmoe", "coactivation", "expertweaver", "neurons", "inputs"])
 def test_progressive_sees_the_converted_layers_before(method):
     dense = build("llama")
     values = {"active": 0.3, "compensation": "mean"}
@@ -576,7 +578,7 @@ def test_the_dense_model_is_unchanged_and_shares_no_mlp_weights(method):
         assert torch.equal(tensor, before[name])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in dense.modules())
     assert converted.lm_head.weight is dense.lm_head.weight
-    if method != "neurons":
+    if ROUTED_METHODS[method].partition:  # others keep matrices that are read as they are stored
         own = {p.data_ptr() for m in mlp_modules(converted) for p in m.parameters()}
         assert own.isdisjoint(p.data_ptr() for p in dense.parameters())
 

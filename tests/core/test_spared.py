@@ -27,6 +27,7 @@ SPECS = [
     ConversionSpec(method="random", experts=11, active=0.5, selection="threshold"),
     ConversionSpec(method="cmoe", experts=11, active=0.5, compensation="mean"),
     ConversionSpec(method="neurons", active=0.5),
+    ConversionSpec(method="inputs", active=0.5, selection="threshold"),
 ]
 
 

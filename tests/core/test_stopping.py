@@ -32,6 +32,8 @@ LONG = {
     "regression": (ConversionSpec(method="random", router="regression", active=0.5), 3),
     "oracle": (ConversionSpec(method="random", router="oracle", selection="threshold"), 2),
     "single neurons": (ConversionSpec(method="neurons", active=0.5, selection="threshold"), 2),
+    # from all down to a fifth of the multiply-adds in steps of a twentieth of a matrix
+    "inputs": (ConversionSpec(method="inputs", active=0.5, selection="threshold"), 48),
     "layer by layer": (
         ConversionSpec(keep=12, order="fluctuation", compensation="refit", progressive=True), 4,
     ),

@@ -247,7 +247,11 @@ def test_each_token_of_a_routed_model_knows_the_experts_that_it_ran(
     assert numbers == [number for number, piece in enumerate(pieces) if piece.text]
 
 
-@pytest.mark.parametrize("change", [{"keep": 8}, {"method": "neurons", "active": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"keep": 8}, {"method": "neurons", "active": 0.5}, {"method": "inputs", "active": 0.5}],
+    ids=str,
+)
 def test_without_experts_a_token_has_none(handlers, writer, visitor, change):
     """The picture stays as it was; single neurons share their cells."""
     looked_at(handlers, visitor(), **change)

@@ -162,6 +162,7 @@ def test_before_it_is_made_and_watched_the_network_stays(demo, spec, counted):
         (ConversionSpec(fade=0.9, spared="0,1"), ""),
         (ConversionSpec(method="neurons", active=0.5), "compute"),
         (ConversionSpec(method="neurons", active=1.0), ""),
+        (ConversionSpec(method="inputs", active=0.5), "compute"),
         (ConversionSpec(method="cmoe", experts=8, active=0.5), "compute"),
     ],
     ids=named,

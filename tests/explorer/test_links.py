@@ -46,6 +46,7 @@ def test_every_spec_that_the_page_can_show_comes_back(spec, model, text, tab, ca
         ConversionSpec(method="expertweaver", tau=0.5),
         ConversionSpec(method="expertweaver", profile="absolute"),
         ConversionSpec(method="neurons", active=0.01),
+        ConversionSpec(method="inputs", active=0.01),
         ConversionSpec(order="random", seed=1),
     ],
     ids=ConversionSpec.to_query,

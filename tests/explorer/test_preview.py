@@ -19,6 +19,7 @@ SPECS = [
     ConversionSpec(branches=5, fade=0.9, keep=1),
     ConversionSpec(branches=7, keep=3, compensation="none"),
     ConversionSpec(method="neurons", active=0.5),
+    ConversionSpec(method="inputs", active=0.5),
 ]
 
 

@@ -420,6 +420,7 @@ def test_more_cannot_be_shared_than_runs(tiny):
         ({}, {"method": "random", "experts": 8}),
         ({"method": "random"}, {"method": "random", "experts": 8}),
         ({"method": "neurons", "router": "oracle"}, {"method": "neurons", "router": "gate-norm"}),
+        ({"method": "inputs", "router": "gate"}, {"method": "inputs", "router": "inputs-norm"}),
         ({"method": "random", "experts": 8}, {"branches": 8, "keep": 4}),
         ({"fade_projections": [], "fade": 0.9}, {"fade": 0.9}),  # no spec at all, on its way
     ],
@@ -565,6 +566,8 @@ def test_the_budget_follows_the_sliders_and_then_stays(tiny, gateless, values, b
         {"branches": 8, "keep": 4, "spared": "0 1"},
         {"method": "neurons", "active": 0.5},
         {"method": "neurons", "active": 0.25, "spared": "0"},
+        {"method": "inputs", "active": 0.5},
+        {"method": "inputs", "active": 0.25, "router": "inputs", "spared": "0"},
     ],
     ids=str,
 )

@@ -46,6 +46,7 @@ ROUTED = [
     ConversionSpec(method="contiguous", experts=8, active=0.5),
     ConversionSpec(method="expertweaver", experts=8, active=0.5),
     ConversionSpec(method="neurons", active=0.5, selection="threshold", compensation="mean"),
+    ConversionSpec(method="inputs", active=0.5, selection="threshold", router="inputs-norm"),
 ]
 EVERY = [*STATIC, *CALIBRATED, *ROUTED]
 

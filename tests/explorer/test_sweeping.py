@@ -109,6 +109,7 @@ def records_of(steps) -> list[Record]:
         ({"method": ["random"], "routed_shared": "0, 0.25"}, 2),
         ({"method": ["neurons"], "routed_router": ["gate", "gate-norm"],
           "routed_selection": ["topk", "threshold"]}, 4),
+        ({"method": ["inputs"], "routed_router": ["inputs", "inputs-norm", "inputs-gate"]}, 3),
         ({"method": ["neurons"], "routed_active": "1", "routed_compensation": ["none", "mean"]}, 1),
     ],
     ids=str,

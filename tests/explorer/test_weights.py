@@ -81,6 +81,7 @@ def test_another_model_sets_layer_and_projection(tab, gateless_folder, one_layer
         ROUTED | {"selection": "threshold"},
         {"method": "moefication", "experts": 8, "active": 0.5},
         {"method": "neurons", "active": 0.25},
+        {"method": "inputs", "active": 0.25},
     ],
     ids=str,
 )
@@ -88,7 +89,7 @@ def test_what_runs_adds_up(tab, demo, change):
     model = made(demo, **change)
     split = tab.show(*values(**change))[3]
     always, by_routing, idle = (dict(zip(bar.x, bar.y, strict=True)) for bar in split.data)
-    size = 1 if change["method"] == "neurons" else 6
+    size = 1 if change["method"] in ("neurons", "inputs") else 6
     for number, layer in enumerate(routing(model, demo.routing_ids)):
         if str(number) in change.get("spared", ""):
             assert (always[number], by_routing[number]) == (100, 0)
@@ -145,6 +146,8 @@ def test_words_are_escaped(tab, demo):
     [
         (ROUTED | {"spared": "0"}, "kept dense"),
         ({"method": "neurons", "active": 0.5}, "24 of 48"),
+        ({"method": "inputs", "active": 0.5}, "gate reads 16 of 32 numbers"),
+        ({"method": "inputs", "router": "inputs", "active": 0.5}, "gate and up read 16 of 32"),
     ],
     ids=str,
 )

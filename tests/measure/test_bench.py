@@ -9,7 +9,7 @@ import torch
 
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.mlps import read_mlps
-from mlpmoe.core.routed import NeuronMLP, RoutedMLP
+from mlpmoe.core.routed import InputMLP, NeuronMLP, RoutedMLP
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.static.branched import BranchedMLP
 from mlpmoe.measure.cost import bench
@@ -78,7 +78,7 @@ def test_all_lines_on_a_tiny_model(short):
     lines = list(bench_model(tiny_model(), rounds=3, report=doing.append))
     assert doing
     whats = [line.what for line in lines]
-    assert len(set(whats)) == len(whats) == 16
+    assert len(set(whats)) == len(whats) == 17
     for words in (
         "new memory",
         "fade 0.9",
@@ -88,6 +88,7 @@ def test_all_lines_on_a_tiny_model(short):
         "half of 64 experts, routed",
         "a quarter of 64 experts, routed",
         "a quarter of the neurons by their gate",
+        "a quarter of all inputs",
     ):
         assert any(words in what for what in whats)
     for line in lines:
@@ -107,6 +108,7 @@ def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkey
         "half": [8.0, 8.0, 14.0],  # of the ideal gain: 1/2, 1, 3/4
         "quarter": [6.0, 5.0, 12.0],  # 4/5, 1, 4/5
         "neurons": [7.0, 9.0, 14.0],
+        "inputs": [6.0, 4.0, 12.0],
     }
     timed = []
 
@@ -115,6 +117,9 @@ def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkey
         if isinstance(mlp, NeuronMLP):
             assert mlp.active == D_FF // 4
             return "neurons"
+        if isinstance(mlp, InputMLP):
+            assert mlp.active == (D_MODEL // 4, D_FF // 4, D_FF // 4)
+            return "inputs"
         if isinstance(mlp, RoutedMLP):
             assert (mlp.experts, mlp.shared, mlp.size) == (48, 0, 1)  # 64 do not divide 48
             return {24: "half", 12: "quarter"}[mlp.active]
@@ -135,7 +140,7 @@ def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkey
     assert timed == [
         [("decode", "dense"), ("decode", "first 8"), ("decode", "half")],
         [("forward", "dense"), ("forward", "half")],
-        [("decode", "dense"), ("decode", "first 4"), ("decode", "quarter"), ("decode", "neurons")],
+        [("decode", name) for name in ("dense", "first 4", "quarter", "neurons", "inputs")],
     ]
     medians = {what: (line.measured.median, line.unit) for what, line in lines.items()}
     writing, reading = "generation, 2 tokens: ", "forward, 8 tokens: "
@@ -146,10 +151,11 @@ def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkey
         f"{writing}a quarter of 64 experts, routed, to dense": (0.6, "×"),
         f"{writing}a quarter of 64 experts, of the ideal gain": (0.8, "%"),
         f"{writing}a quarter of the neurons by their gate, to dense": (0.7, "×"),
+        f"{writing}a quarter of all inputs, to dense": (0.6, "×"),
     }
     share = lines[f"{writing}half of 64 experts, of the ideal gain"].measured
     assert (share.low, share.high) == (0.5, 1.0)  # quartiles of three values
-    assert [line.target for line in lines.values()] == [1.0, None, None, 1.0, None, None]
+    assert [line.target for line in lines.values()] == [1.0, None, None, 1.0, None, None, None]
 
 
 def test_the_machine_is_described():

@@ -225,6 +225,7 @@ def test_a_threshold_counts_what_runs_on_average():
     [  # of 44 neurons in each of 2 layers; 11 experts of 4 neurons, 5 or 6 of them run
         (ConversionSpec(method="contiguous", active=0.5), 2 * (24 * 2 * ROW + 11 * D_MODEL)),
         (ConversionSpec(method="neurons", active=0.5), 2 * (44 + 22) * ROW),
+        (ConversionSpec(method="inputs", active=0.5), 2 * (22 + 22) * ROW),
     ],
     ids=lambda value: value.method if isinstance(value, ConversionSpec) else None,
 )

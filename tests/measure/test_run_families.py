@@ -18,6 +18,7 @@ from mlpmoe.explorer.shell.shipped import shipped
 from mlpmoe.measure.runs.families import (
     AMONG,
     LEVEL,
+    Shares,
     along,
     best_at,
     cost_of,
@@ -49,11 +50,12 @@ def a_run(spec: ConversionSpec, ratio: float, stderr: float = 0.0, **shares: flo
 
 
 def test_the_standard_comparison_falls_into_its_kinds():
-    kinds = {STATIC: {"published", "static"}, ROUTED: {"routed", "neurons"}, BOUND: {"oracle"}}
+    single = {"neurons", "inputs"}
+    kinds = {STATIC: {"published", "static"}, ROUTED: {"routed", *single}, BOUND: {"oracle"}}
     for active in (0.5, 0.75):
         for kind, spec in comparison(active).values():
             assert family_of(spec) in kinds[kind]
-            assert (family_of(spec) == "neurons") == (spec.method == "neurons")
+            assert all((family_of(spec) == name) == (spec.method == name) for name in single)
 
 
 @given(st.integers(1, 64), st.floats(0, 2), st.data())
@@ -114,15 +116,38 @@ def test_lines_rise_in_cost_and_hold_the_best(runs, cost):
         assert line and all(run in runs and run.ratio < inf for run in line)
         assert all(b - a >= LEVEL / 2 for a, b in pairwise(costs))
         assert costs[-1] < 1
-        if name not in ("best routed", "single neurons", "oracle"):
+        families = {
+            "best routed": "routed", "single neurons": "neurons", "input sparsity": "inputs",
+            "oracle": "oracle",
+        }  # fmt: skip
+        if name not in families:
             continue
-        family = {"best routed": "routed", "single neurons": "neurons"}.get(name, name)
+        family = families[name]
         rivals = [r for r in runs if family_of(r.spec) == family and r.ratio < inf]
         for run in (
             r for r in rivals if cost_of(r, cost) < 1 - LEVEL
         ):  # nobody is better by more than a level
             dearer = [r for r in line if cost_of(r, cost) <= cost_of(run, cost) + 1.5 * LEVEL]
             assert min(r.ratio for r in dearer) <= run.ratio
+
+
+@pytest.mark.parametrize(("method", "name"), [
+    ("neurons", "single neurons"), ("inputs", "input sparsity"),
+])  # fmt: skip
+def test_what_goes_one_by_one_for_each_token_has_a_line_of_its_own(method, name):
+    """On compute, which it saves; towards dense it costs little at first."""
+    specs = [ConversionSpec(method=method, active=active) for active in (0.5, 0.7)]
+    runs = [a_run(spec, ratio) for spec, ratio in zip(specs, (3.0, 1.5), strict=True)]
+    assert lines(runs, "compute") == {name: runs}
+    assert lines(runs, "nonzero") == {}
+    found = estimate([runs[0]], ConversionSpec(method=method, active=0.75))
+    assert found.ratio == pytest.approx(3 ** (0.5**3))
+
+
+def test_the_compute_of_inputs_is_their_active_share():
+    for gated in (True, False):
+        spec = ConversionSpec(method="inputs", active=0.3)
+        assert expected_shares(spec, gated) == Shares(1.0, 0.3)
 
 
 def test_static_runs_of_the_published_recipe_alone_have_one_line():

@@ -186,7 +186,7 @@ def test_compute_is_saved_by_routing_too(text, observed, calibrated):
     budget = Budget("compute", 0.6)
     runs = tried(model, text, budget, seen, most=8)
     routed = [run for run in runs if run.spec.routed]
-    assert {run.spec.method == "neurons" for run in routed} == {True, False}
+    assert {"neurons", "inputs"} < {run.spec.method for run in routed}  # and some with experts
     for run in routed:
         assert run.mlp_macs_share < budget.share + AROUND + 0.05
     nearest = min(routed, key=lambda run: abs(run.mlp_macs_share - 0.6))
@@ -264,9 +264,9 @@ def test_costs_lie_around_the_budget(text, cost):
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_the_same_seed_tries_the_same(model, text, budget):
-    first = tried(model, text, budget, most=14, seed=1)
-    assert tried(model, text, budget, most=14, seed=1) == first
-    other = tried(model, text, budget, most=14, seed=2)
+    first = tried(model, text, budget, most=18, seed=1)
+    assert tried(model, text, budget, most=18, seed=1) == first
+    other = tried(model, text, budget, most=18, seed=2)
     assert {run.spec for run in other} != {run.spec for run in first}
 
 

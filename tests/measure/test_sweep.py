@@ -308,6 +308,8 @@ def test_all_methods_convert_at_equal_compute(model, active):
             distances = {k: abs(k / 16 - active) for k in range(1, 17)}
             assert distances[spec.keep] == min(distances.values())
             assert share == pytest.approx(spec.keep / 16)
+        elif spec.method == "inputs":  # of 32 inputs and 48 neurons so many as come near
+            assert share == pytest.approx(active, abs=1 / D_MODEL)
         elif spec.method == "neurons":
             assert share == pytest.approx(active, abs=1 / D_FF)
         else:
@@ -320,7 +322,7 @@ def test_every_method_is_compared():
     methods = {spec.method for _, spec in comparison(0.75).values()}
     assert methods == {
         "mlpmoe", "random", "contiguous", "moefication", "cmoe", "expertweaver", "coactivation",
-        "neurons",
+        "neurons", "inputs",
     }  # fmt: skip
 
 
@@ -343,4 +345,6 @@ def test_neurons_of_plain_mlps(active):
 def test_no_neurons_where_choosing_them_takes_it_all(active, gated):
     chosen = comparison(active, gated)
     assert all(spec.method != "neurons" for _, spec in chosen.values())
-    assert len(chosen) == len(comparison(0.75)) - 4
+    inputs = sum(spec.method == "inputs" for _, spec in chosen.values())
+    assert inputs == (4 if gated else 2)  # a gate opens neurons
+    assert len(chosen) - inputs == len(comparison(0.75)) - 4 - 4

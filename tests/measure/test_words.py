@@ -167,6 +167,10 @@ def test_what_does_nothing_is_not_mentioned():
             ConversionSpec(method="neurons", selection="threshold", compensation="mean"),
             "Neuron top-k · 75 % active · threshold · mean output of the others",
         ),
+        (
+            ConversionSpec(method="inputs", active=0.5, compensation="refit"),
+            "Input sparsity · 50 % active · down refitted",
+        ),
     ],
 )
 def test_a_recipe_in_a_line(spec, text):

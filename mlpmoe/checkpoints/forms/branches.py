@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...core.routed import NeuronMLP, RoutedMLP
+from ...core.routed import InputMLP, NeuronMLP, RoutedMLP
 from ...core.routed.routers import LinearRouter, RepresentativeRouter
 from ...core.static.branched import BranchedMLP
 from .form import Form, FormError, converted_mlps, other_tensors, skeleton_of
@@ -69,9 +69,17 @@ def describe_mlp(path: str, mlp: nn.Module) -> dict[str, Any]:
         "biases": [name for name in names if getattr(mlp, f"{name}_bias") is not None],
         "d_ff": mlp.d_ff,
         "idle_mean": mlp.idle_mean is not None,
-        "active": mlp.active,
-        "threshold": mlp.threshold,
     }
+    if isinstance(mlp, InputMLP):
+        thresholds = mlp.thresholds
+        return entry | {
+            "kind": "inputs",
+            "opens": mlp.opens,
+            "importance": mlp.importance is not None,
+            "active": mlp.active._asdict(),
+            "thresholds": None if thresholds is None else thresholds._asdict(),
+        }
+    entry |= {"active": mlp.active, "threshold": mlp.threshold}
     if isinstance(mlp, NeuronMLP):
         return entry | {"importance": mlp.importance is not None}
     return entry | {

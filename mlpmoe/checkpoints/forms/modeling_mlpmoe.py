@@ -1,5 +1,5 @@
-"""A language model of a stock family whose MLPs are cut into branches, or into experts that are
-chosen per token.
+"""A language model of a stock family whose MLPs are cut into branches, or of which each token
+chooses experts, neurons or inputs.
 
 Made by mlpmoe, and needed to open the checkpoint beside it:
 
@@ -10,7 +10,7 @@ Attention, norms, embeddings and generation are the stock family's; each entry o
 config.json says what stands in the place of one MLP:
 
     path             of the MLP in the model
-    kind             "branched", "routed" or "neurons": the classes below
+    kind             "branched", "routed", "neurons" or "inputs": the classes below
     d_model          width of input and output
     gated            whether there is a gate: down(act(gate x) * up x), else down(act(up x))
     biases           which of gate, up and down have one
@@ -79,7 +79,7 @@ class NeuronRows(nn.Module):
             self.register_parameter(f"{name}_bias", bias)
         self.register_buffer("idle_mean", torch.empty(d_ff) if mlp["idle_mean"] else None)
         self.gated, self.act_fn = mlp["gated"], act_fn
-        self.active, self.threshold = mlp["active"], mlp["threshold"]
+        self.active, self.threshold = mlp["active"], mlp.get("threshold")
 
     def project(self, name: str, x: Tensor, rows: slice) -> Tensor:
         """(tokens, rows): gate or up of some neurons."""
@@ -179,6 +179,17 @@ class RepresentativeRouter(nn.Module):
         return h.abs().softmax(-1)
 
 
+def highest(values: Tensor, importance: Tensor | None, active, threshold, among=None) -> Tensor:
+    """Bool like values: the largest of each token, times their importance, or all above the
+    threshold; with `among`, of those for which it holds."""
+    scores = values.abs() if importance is None else values.abs() * importance
+    scores = scores if among is None else torch.where(among, scores, -1.0)
+    if threshold is not None:
+        return scores > threshold
+    best = scores.topk(active, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+
+
 class NeuronMLP(NeuronRows):
     """The gate, computed in full, chooses single neurons by |act(gate x)|, times their importance
     where there is one. All run, and what is not chosen is masked.
@@ -193,17 +204,39 @@ class NeuronMLP(NeuronRows):
     def run(self, x: Tensor) -> Tensor:
         every = slice(None)
         first = self.first(x, every)
-        scores = first.abs() if self.importance is None else first.abs() * self.importance
-        if self.threshold is not None:
-            chosen = scores > self.threshold
-        else:
-            best = scores.topk(self.active, dim=-1, sorted=False).indices
-            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+        chosen = highest(first, self.importance, self.active, self.threshold)
         return (self.activations(first, x, every) * chosen) @ self.down
 
 
+class InputMLP(NeuronRows):
+    """Gate and up read some entries of x, or, if it opens, up all of x for some neurons by their
+    act(gate x); down reads some neurons. All run, and what is not chosen is masked.
+
+    Entry: opens; importance, whether there are factors on the sizes; active, the numbers chosen as
+    inputs, opened and read, or thresholds for each.
+    """
+
+    def __init__(self, mlp: dict, act_fn) -> None:
+        super().__init__(mlp, act_fn)
+        self.opens, self.thresholds = mlp["opens"], mlp["thresholds"] or {}
+        for name, size in (("input_importance", mlp["d_model"]), ("importance", mlp["d_ff"])):
+            self.register_buffer(name, torch.empty(size) if mlp["importance"] else None)
+
+    def run(self, x: Tensor) -> Tensor:
+        def choose(stage, values, importance, among=None):
+            limits = self.active[stage], self.thresholds.get(stage)
+            return highest(values, importance, *limits, among)
+
+        some, every = x * choose("inputs", x, self.input_importance), slice(None)
+        first = self.first(some, every)
+        h = first * self.project("up", x if self.opens else some, every) if self.gated else first
+        opened = choose("opened", first, self.importance) if self.opens else None
+        read = choose("read", h, self.importance, opened)
+        return ((h if self.idle_mean is None else h - self.idle_mean) * read) @ self.down
+
+
 ROUTERS = {"linear": LinearRouter, "representative": RepresentativeRouter}
-KINDS = {"branched": BranchedMLP, "routed": RoutedMLP, "neurons": NeuronMLP}
+KINDS = {"branched": BranchedMLP, "routed": RoutedMLP, "neurons": NeuronMLP, "inputs": InputMLP}
 
 
 class MLPMoEForCausalLM(BaseModel):
@@ -215,6 +248,7 @@ class MLPMoEForCausalLM(BaseModel):
         *(BaseModel._keep_in_fp32_modules_strict or ()),
         "router",
         "importance",
+        "input_importance",
     )
 
     def __init__(self, config: MLPMoEConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...core.routed import RoutedMLP
+from ...core.routed import InputMLP, RoutedMLP
 from ...core.routed.routers import LinearRouter
 from ...core.static.branched import BranchedMLP
 from .form import FormError, converted_mlps
@@ -94,6 +94,11 @@ def routing_of(model: PreTrainedModel) -> Routing:
 
 
 def _unroutable(mlp: nn.Module) -> str | None:
+    if isinstance(mlp, InputMLP):
+        return (
+            "this conversion chooses the inputs that each matrix reads; stock architectures choose "
+            "experts."
+        )
     if not isinstance(mlp, RoutedMLP):
         return "this conversion chooses single neurons; stock architectures choose experts."
     if mlp.experts == 0:

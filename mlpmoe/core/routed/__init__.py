@@ -1,13 +1,15 @@
-"""Routed methods: one file per method, and one module that runs what they make."""
+"""Routed methods: one file per method, and the modules that run what they make."""
 
 from .build import build_routed
 from .cmoe import METHOD as CMOE
 from .coactivation import METHOD as COACTIVATION
 from .expertweaver import METHOD as EXPERTWEAVER
+from .input_mlp import InputMLP
+from .inputs import METHOD as INPUTS
 from .method import RoutedMethod
 from .moefication import METHOD as MOEFICATION
 from .neurons import METHOD as NEURONS
-from .routed_mlp import ROUTED_TYPES, NeuronMLP, RoutedMLP
+from .routed_mlp import NeuronMLP, RoutedMLP
 from .splits import CONTIGUOUS, RANDOM
 
 ROUTED_METHODS: dict[str, RoutedMethod] = {
@@ -18,11 +20,14 @@ ROUTED_METHODS: dict[str, RoutedMethod] = {
     "contiguous": CONTIGUOUS,
     "random": RANDOM,
     "neurons": NEURONS,
+    "inputs": INPUTS,
 }
+ROUTED_TYPES = (RoutedMLP, NeuronMLP, InputMLP)
 
 __all__ = [
     "ROUTED_METHODS",
     "ROUTED_TYPES",
+    "InputMLP",
     "NeuronMLP",
     "RoutedMLP",
     "RoutedMethod",

@@ -10,10 +10,9 @@ from ..mlps import MLPWeights
 from ..static.compensation import Moments, mean_bias, refit
 from ..static.order import permute
 from ..stopping import may_stop
-from . import neurons
 from .method import Request, RoutedMethod
 from .partition import expert_count, split_counts
-from .routed_mlp import NeuronMLP, RoutedMLP, choose
+from .routed_mlp import RoutedMLP, choose
 from .routers import ROUTERS
 
 SCORED_TOGETHER = 2048  # tokens that a router sees at a time: the oracle runs the whole MLP
@@ -26,8 +25,8 @@ def build_routed(
 
     layer: what the MLP does on the calibration text, where the spec needs to know.
     """
-    if method.partition is None:
-        built = neurons.build(weights, spec, layer)
+    if method.build is not None:
+        built = method.build(weights, spec, layer)
     else:
         built = _with_experts(weights, spec, method, layer)
     if spec.compensation == "refit" and built.idle_parameters:
@@ -66,7 +65,7 @@ def _with_experts(
     return built
 
 
-def _refit(built: RoutedMLP | NeuronMLP, layer: LayerActivations) -> None:
+def _refit(built: nn.Module, layer: LayerActivations) -> None:
     """Fit down and its bias again: to the wanted output, of what runs for each token."""
     moments = Moments(*layer.regression(built.d_ff, lambda x: built.summed(x).float()))
     down = refit(built.down.T, moments)

@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
@@ -44,12 +45,20 @@ class Method(Choice):
 
 @dataclass(frozen=True)
 class RoutedMethod(Method):
-    """A method by its parts: how neurons become experts, and its authors' choices."""
+    """A method by its parts: how neurons become experts, or what else is chosen for each token;
+    and its authors' choices."""
 
     _: KW_ONLY
     source: str  # where it is described
-    partition: Callable[[Request], Partition] | None  # None: chooses single neurons
+    partition: Callable[[Request], Partition] | None  # None: makes no experts, see `build`
     defaults: dict[str, Any]  # of the spec fields that are None until the method is known
     routers: tuple[str, ...] = ("centroid", "similarity", "regression", "oracle")
     calibrated: bool = True  # whether making the experts needs a calibration text
     layer_adaptive: bool = False  # whether it has a rule for the shared share of each layer
+    # of one MLP, where there are no experts
+    build: Callable[[MLPWeights, ConversionSpec, LayerActivations | None], nn.Module] | None = None
+    # What an active share leaves of an MLP's multiply-adds, routers aside, and the active share
+    # that leaves so much. The number: of its matrices, 3 with a gate, 2 without.
+    compute_share: Callable[[float, int], float] = lambda active, matrices: active
+    active_share: Callable[[float, int], float] = lambda compute, matrices: compute
+    family: str = "routed"  # with whom it is compared: see `family_of` of the runs

@@ -13,18 +13,6 @@ from .routed_mlp import NeuronMLP, choose_neurons
 
 THRESHOLD_SCORES = 2**24  # scores that a threshold is taken from
 
-METHOD = RoutedMethod(
-    label="Neuron top-k",
-    about="The gate is computed in full and picks single neurons, so there are no experts: up and "
-    "down run for the picked ones only. A third of the MLP is always computed.",
-    source="AbsTopK-GLU (arXiv 2602.15521); CATS (arXiv 2404.08763) with a threshold",
-    partition=None,
-    defaults={"router": "gate"},
-    routers=("gate", "gate-norm"),
-    fields=("active", "router", "selection", "progressive"),
-    calibrated=False,
-)
-
 
 def compute_share(active: float, matrices: int) -> float:
     """What is left of an MLP's multiply-adds where this share of its neurons runs.
@@ -82,3 +70,20 @@ def _idle_mean(
         total += (h.flatten(0, 1) * idle).sum(0, dtype=torch.float64)
         count += idle.sum(0)
     return (total / count.clamp(min=1)).float().cpu()
+
+
+METHOD = RoutedMethod(
+    label="Neuron top-k",
+    about="The gate is computed in full and picks single neurons, so there are no experts: up and "
+    "down run for the picked ones only. A third of the MLP is always computed.",
+    source="AbsTopK-GLU (arXiv 2602.15521); CATS (arXiv 2404.08763) with a threshold",
+    partition=None,
+    defaults={"router": "gate"},
+    routers=("gate", "gate-norm"),
+    fields=("active", "router", "selection", "progressive"),
+    calibrated=False,
+    build=build,
+    compute_share=compute_share,
+    active_share=active_share,
+    family="neurons",
+)

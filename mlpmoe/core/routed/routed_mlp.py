@@ -39,7 +39,7 @@ class _NeuronRows(nn.Module):
 
     @property
     def d_ff(self) -> int:
-        return self.up.shape[0]
+        return self.down.shape[0]
 
     @property
     def matrices(self) -> int:
@@ -54,19 +54,6 @@ class _NeuronRows(nn.Module):
         y = y.view_as(x)
         return y if residual is None else y + residual
 
-    def _activations(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """(tokens, stop - start): h of these neurons for all tokens, less its mean when idle."""
-        rows = slice(start, stop)
-
-        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
-
-        h = project(self.up, self.up_bias)
-        h = self.act_fn(h if self.gate is None else project(self.gate, self.gate_bias)) * (
-            1 if self.gate is None else h
-        )
-        return h if self.idle_mean is None else h - self.idle_mean[rows]
-
     def _many(self, x: Tensor) -> Tensor:
         return self.summed(x) @ self.down
 
@@ -74,10 +61,6 @@ class _NeuronRows(nn.Module):
         """(tokens, d_ff): what down adds up: h of the neurons that run, less its mean when idle,
         and 0 for the others. x: (tokens, d_model)."""
         raise NotImplementedError
-
-    def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """What neurons start to stop, run for all tokens, add to the output."""
-        return self._activations(x, start, stop) @ self.down[start:stop]
 
     def _project_rows(self, x: Tensor, name: str, rows: Tensor) -> Tensor:
         """(n,): gate or up of one token (1, d_model) for some neurons."""
@@ -158,6 +141,23 @@ class RoutedMLP(_NeuronRows):
             routed = h[:, self.shared :].unflatten(1, (self.experts, self.size))
             h = torch.cat([h[:, : self.shared], (routed * chosen[..., None]).flatten(1)], dim=1)
         return h
+
+    def _activations(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """(tokens, stop - start): h of these neurons for all tokens, less its mean when idle."""
+        rows = slice(start, stop)
+
+        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
+
+        h = project(self.up, self.up_bias)
+        h = self.act_fn(h if self.gate is None else project(self.gate, self.gate_bias)) * (
+            1 if self.gate is None else h
+        )
+        return h if self.idle_mean is None else h - self.idle_mean[rows]
+
+    def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """What neurons start to stop, run for all tokens, add to the output."""
+        return self._activations(x, start, stop) @ self.down[start:stop]
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Tokens sorted by expert; each expert is one product with the tokens that chose it."""
@@ -269,9 +269,6 @@ class NeuronMLP(_NeuronRows):
         )
 
 
-ROUTED_TYPES = (RoutedMLP, NeuronMLP)
-
-
 def choose(scores: Tensor, active: int, threshold: float | None) -> Tensor:
     """(tokens, experts) bool: the `active` highest scores of each token, ties to the lower index,
     or all scores above `threshold`."""
@@ -285,7 +282,16 @@ def choose_neurons(
     gated: Tensor, importance: Tensor | None, active: int, threshold: float | None
 ) -> Tensor:
     """The same for neurons: scores are |φ(gate x)|, times a factor. Of equal scores any count."""
-    scores = gated.abs() if importance is None else gated.abs() * importance
+    return highest(sizes(gated, importance), active, threshold)
+
+
+def sizes(values: Tensor, importance: Tensor | None) -> Tensor:
+    """The scores of single values."""
+    return values.abs() if importance is None else values.abs() * importance
+
+
+def highest(scores: Tensor, active: int, threshold: float | None) -> Tensor:
+    """`choose` where of equal scores any may count, which is faster."""
     if threshold is not None:
         return scores > threshold
     best = scores.topk(active, dim=-1, sorted=False).indices

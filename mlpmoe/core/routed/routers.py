@@ -99,7 +99,7 @@ class RouterChoice(Choice):
     """A kind of router, and how it is made."""
 
     _: KW_ONLY
-    # None: it scores single neurons, see neurons.py
+    # None: it scores single neurons or inputs, see neurons.py and inputs.py
     make: Callable[[MLPWeights, Partition, LayerActivations | None], nn.Module] | None
 
 
@@ -178,6 +178,16 @@ ROUTERS: dict[str, RouterChoice] = {
     ),
     "gate-norm": RouterChoice(
         "neurons: |gate| × ‖down‖", "scores neurons by gate and length of down", make=None
+    ),
+    "inputs": RouterChoice("inputs: |x| (TEAL)", "scores inputs by their size", make=None),
+    "inputs-norm": RouterChoice(
+        "inputs: |x| × ‖columns‖ (WINA)", "scores inputs by size and length of their columns",
+        make=None,
+    ),
+    "inputs-gate": RouterChoice(
+        "inputs, and neurons that the gate opens",
+        "scores inputs by size and length of their columns, and computes up for open gates only",
+        make=None,
     ),
 }  # fmt: skip
 

@@ -66,6 +66,7 @@ LINES = {
     "best static": _Line("best static", GREY, "solid", "square"),
     "best routed": _Line("best routed", GREY, "dash", "diamond"),
     "single neurons": _Line("single neurons", GREY, "dashdot", "triangle-up"),
+    "input sparsity": _Line("input sparsity", GREY, "longdash", "triangle-down"),
     "oracle": _Line("oracle (bound)", GREY, "dot", "circle-open", 1.0),
 }
 

@@ -16,9 +16,10 @@ ROUTED = "#f0c394"  # what runs for some tokens; what always runs has the full c
 
 
 def shared_split(
-    shared: Sequence[float], routed: Sequence[float], idle: Sequence[float]
+    shared: Sequence[float], routed: Sequence[float], idle: Sequence[float], of: str = "neurons"
 ) -> go.Figure:
-    """Bars per layer: share of the neurons that always run, run by routing, or are idle."""
+    """Bars per layer: share of the neurons (or of what else) that always run, run by routing, or
+    are idle."""
     layers = list(range(len(shared)))
     figure = go.Figure()
     for name, values, colour in (
@@ -36,7 +37,7 @@ def shared_split(
         margin={"l": 76},
         bargap=0.25,
         xaxis={"title": "layer", **ticks(len(layers), 12), "showgrid": False},
-        yaxis={"title": "neurons", "ticksuffix": " %", "range": [0, 100]},
+        yaxis={"title": of, "ticksuffix": " %", "range": [0, 100]},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
     return figure

@@ -187,7 +187,7 @@ def _scored(
         for writing in writings
     )
     used = None
-    if spec_of(asked).routed and spec_of(asked).method != "neurons":
+    if spec_of(asked).experts is not None:
         ids = torch.tensor([*before, *writings[1].tokens])
         used = cells_used(routing(pair[1], ids))[len(before) :]
     return Answer(writings, changes, used)

@@ -174,7 +174,7 @@ def _routed_sliders() -> dict[str, object]:
         ),
         "active": LimitedSlider(
             LEAST_ACTIVE, 1, 0.75, step=ACTIVE_STEP, label="Active share", elem_id="active",
-            info="of the neurons, for each token",
+            info="of the neurons or inputs, for each token",
         ),
         "shared": LimitedSlider(
             0, 0.95, USUAL_SHARED, step=0.05, label="Shared share", elem_id="shared",
@@ -232,7 +232,7 @@ def _routed_stages() -> dict[str, object]:
     return {
         "router": OpenDropdown(
             router_choices(), value=OWN, label="Router", filterable=False, elem_id="router",
-            info="what scores the experts for a token",
+            info="what scores experts, neurons or inputs for a token",
         ),
         "selection": gr.Radio(
             choices(SELECTIONS), value="topk", label="Which experts run", elem_id="selection",

@@ -75,6 +75,8 @@ def _html(text: str) -> str:
 def _what(spec: ConversionSpec, shares: Shares | None) -> str:
     """What the conversion does, as the beginning of a sentence."""
     if spec.routed:
+        if family_of(spec) == "inputs":
+            return f"Each token reads {_percent(spec.active)} of the MLP weights"
         who = {"oracle": "An oracle (a bound)", "neurons": "The gate"}
         who = who.get(family_of(spec), "A router")
         return f"{who} picks {_percent(spec.active)} of the neurons for each token"

@@ -14,7 +14,6 @@ import gradio as gr
 from ...core.checks import layer_numbers
 from ...core.errors import UserError
 from ...core.routed import ROUTED_METHODS
-from ...core.routed.neurons import active_share, compute_share
 from ...core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from ...core.static.schedule import DEFAULT_EXPONENT, SCHEDULES
 from ..server.asked import Conversion
@@ -279,8 +278,7 @@ def _at_budget(loaded: LoadedModel, used: dict[str, Any], budget: float) -> floa
     share = (budget / 100 - spared) / (1 - spared) if spared < 1 else 1.0
     if used["method"] not in ROUTED_METHODS:
         return max(1, min(used["branches"], floor(used["branches"] * share + 0.5)))
-    if ROUTED_METHODS[used["method"]].partition is None:
-        share = active_share(share, len(loaded.projections))
+    share = ROUTED_METHODS[used["method"]].active_share(share, len(loaded.projections))
     return max(LEAST_ACTIVE, min(1.0, round(round(share / ACTIVE_STEP) * ACTIVE_STEP, 4)))
 
 
@@ -290,8 +288,8 @@ def _compute(loaded: LoadedModel, used: dict[str, Any]) -> float:
     share = _budgeted(used)
     if used["method"] not in ROUTED_METHODS:
         share /= used["branches"]
-    elif ROUTED_METHODS[used["method"]].partition is None:
-        share = compute_share(share, len(loaded.projections))
+    else:
+        share = ROUTED_METHODS[used["method"]].compute_share(share, len(loaded.projections))
     return spared + (1 - spared) * share
 
 

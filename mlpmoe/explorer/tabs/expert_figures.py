@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import torch
 
 from ...core.conversion import mlp_modules
-from ...core.routed import RoutedMLP
+from ...core.routed import InputMLP, RoutedMLP
 from ...core.static.branched import BranchedMLP
 from ...measure.quality.routing import LayerRouting
 from ..plots.expert_plots import shared_split, variation_histogram
@@ -20,20 +20,25 @@ SHOWN_TOKENS = 160  # of the evaluation stories, coloured
 
 
 def split_plot(model: Any, found: Sequence[LayerRouting]) -> go.Figure:
-    """What runs in each layer: always, by routing, not."""
+    """What runs in each layer: always, by routing, not; of the weights, where inputs are chosen."""
     mlps = mlp_modules(model)
-    shared, routed = [], []
+    shared, routed, of = [], [], "neurons"
     for mlp, layer in zip(mlps, found, strict=True):
         if isinstance(mlp, BranchedMLP):  # spared
             shared.append(1.0)
             routed.append(0.0)
+            continue
+        if isinstance(mlp, InputMLP):
+            shared.append(0.0)
+            routed.append(mlp.macs_per_token / (mlp.matrices * mlp.down.numel()))
+            of = "weights"
             continue
         always = mlp.shared if isinstance(mlp, RoutedMLP) else 0
         size = mlp.size if isinstance(mlp, RoutedMLP) else 1
         shared.append(always / mlp.d_ff)
         routed.append(float(layer.counts.float().mean()) * size / mlp.d_ff)
     idle = [max(0.0, 1 - s - r) for s, r in zip(shared, routed, strict=True)]
-    return shared_split(shared, routed, idle)
+    return shared_split(shared, routed, idle, of)
 
 
 def variation_plot(model: Any, tau: float | None) -> go.Figure | None:
@@ -50,14 +55,17 @@ def variation_plot(model: Any, tau: float | None) -> go.Figure | None:
 
 
 def tokens_by_expert(
-    loaded: LoadedModel, found: Sequence[LayerRouting], layer: int
+    loaded: LoadedModel, model: Any, found: Sequence[LayerRouting], layer: int
 ) -> tuple[str, str]:
     """The first words of the text, each with the experts that it runs in this layer (see
-    network.js), and how evenly they are chosen."""
-    chosen = found[min(layer, len(found) - 1)]
+    network.js), and how evenly they are chosen. model: the converted one."""
+    layer = min(layer, len(found) - 1)
+    chosen, mlp = found[layer], mlp_modules(model)[layer]
     experts = chosen.chosen.shape[1]
     if not experts:
         return "", f"<p>Layer {layer} is kept dense: all of its neurons run for every token.</p>"
+    if isinstance(mlp, InputMLP):
+        return "", _inputs_read(mlp)
     if int(chosen.favourite.max()) < 0:
         return "", (
             f"<p>Single neurons are chosen here, not experts: {chosen.counts.float().mean():.0f} "
@@ -78,4 +86,17 @@ def tokens_by_expert(
         f"the favourite of some token; the most popular one is expert "
         f"{chosen.shared + int(most.argmax())}, of {100 * float(most.max() / most.sum()):.0f} % of "
         f"{len(chosen.favourite)} tokens.</p>",
+    )
+
+
+def _inputs_read(mlp: InputMLP) -> str:
+    """What each matrix reads for a token, on average."""
+    d_ff, d_model = mlp.down.shape
+    active, first = mlp.active, " and ".join(mlp.by_columns)
+    verb = "reads" if len(mlp.by_columns) == 1 else "read"
+    up = f", up is computed for {active.opened:.0f} of {d_ff} neurons" if mlp.opens else ""
+    return (
+        f"<p>Inputs are chosen here, not experts: of each token {first} {verb} "
+        f"{active.inputs:.0f} of {d_model} numbers{up}, and down reads {active.read:.0f} of {d_ff} "
+        "neurons, different ones each time.</p>"
     )

@@ -42,7 +42,7 @@ class WeightsHandlers:
         return (
             views[0], gr.skip(), views[1], split_plot(converted, found),
             gr.update(value=varied, visible=varied is not None),
-            *tokens_by_expert(loaded, found, layer),
+            *tokens_by_expert(loaded, converted, found, layer),
         )  # fmt: skip
 
     def another_model(self, model: str) -> tuple:

@@ -31,9 +31,14 @@ EXPERTS = 64
 HALF = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.5)
 QUARTER = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.25)
 NEURONS = ConversionSpec(method="neurons", active=0.25)
+INPUTS = ConversionSpec(method="inputs", active=0.25)
 ROUTED = {  # branches kept by the static conversion of the same width -> what is timed beside it
     8: {f"half of {EXPERTS} experts": HALF},
-    4: {f"a quarter of {EXPERTS} experts": QUARTER, "a quarter of the neurons": NEURONS},
+    4: {
+        f"a quarter of {EXPERTS} experts": QUARTER,
+        "a quarter of the neurons by their gate": NEURONS,
+        "a quarter of all inputs": INPUTS,
+    },
 }
 PUBLISHED_LAYERS = 2  # that the published fade is timed on; all layers cost the same
 WRITTEN = 16  # tokens per timed generation
@@ -186,7 +191,7 @@ def _routed(
     for (name, spec), seconds in zip(specs.items(), others, strict=True):
         measured = ratio(seconds, baseline)
         if spec.experts is None:
-            yield BenchLine(dtype, f"{doing}: {name} by their gate, to dense", measured)
+            yield BenchLine(dtype, f"{doing}: {name}, to dense", measured)
             continue
         yield BenchLine(dtype, f"{doing}: {name}, routed, to dense", measured, target=1.0)
         saved = [a - b for a, b in zip(baseline, seconds, strict=True)]

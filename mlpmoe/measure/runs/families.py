@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import exp, isfinite, log
 
-from ...core.routed.neurons import compute_share
 from ...core.spec import ConversionSpec
 from ...core.static.schedule import DEFAULT_EXPONENT, branch_sparsities
 from .search import Budget
@@ -54,11 +53,12 @@ class Estimate:
 def family_of(spec: ConversionSpec) -> str:
     """ "published": MLPMoE as its paper has it, whatever B, K and fade; "static": any other static
     recipe; "routed": experts chosen by a router; "neurons": single neurons chosen by the gate;
-    "oracle": chosen by what only the dense model knows, a bound that cannot be deployed."""
+    "inputs": of each matrix, those that it reads; "oracle": chosen by what only the dense model
+    knows, a bound that cannot be deployed."""
     if spec.router == "oracle":
         return "oracle"
     if spec.routed:
-        return "neurons" if spec.method == "neurons" else "routed"
+        return spec.routed.family
     paper = ConversionSpec(
         branches=spec.branches, keep=spec.keep, fade=spec.fade, seed=spec.seed, spared=spec.spared
     )
@@ -74,10 +74,8 @@ def expected_shares(spec: ConversionSpec, gated: bool = True) -> Shares:
     """What the spec asks for, before anything is converted: biases, α and routers aside, and
     spared layers not reckoned with. gated: whether MLPs have a gate beside up and down."""
     matrices = ("gate", "up", "down") if gated else ("up", "down")
-    if spec.method == "neurons":
-        return Shares(1.0, compute_share(spec.active, len(matrices)))
     if spec.routed:
-        return Shares(1.0, spec.active)
+        return Shares(1.0, spec.routed.compute_share(spec.active, len(matrices)))
     kept = spec.kept / spec.branches
     left = kept * (1 - _sparsity(spec))
     if spec.fade_unit == "neuron":
@@ -118,6 +116,7 @@ def lines(runs: Iterable[Run], cost: str) -> dict[str, list[Run]]:
             "best static": static,
             "best routed": _unbeaten(of.get("routed", []), cost),
             "single neurons": _unbeaten(of.get("neurons", []), cost),
+            "input sparsity": _unbeaten(of.get("inputs", []), cost),
             "oracle": _unbeaten(of.get("oracle", []), cost),
         }
     else:
@@ -235,8 +234,8 @@ def estimate(runs: Iterable[Run], spec: ConversionSpec) -> Estimate | None:
 
 
 def removed_by(spec: ConversionSpec) -> float:
-    """The share of the budget that a spec removes, 0 to 1: of the neurons a token does not meet,
-    or, where fade works, of the weights or neurons in the matrices that fade."""
+    """The share of the budget that a spec removes, 0 to 1: of the neurons (or inputs) a token does
+    not meet, or, where fade works, of the weights or neurons in the matrices that fade."""
     if spec.routed:
         return 1 - spec.active
     return _sparsity(spec) if spec.fades else 1 - spec.kept / spec.branches
@@ -261,7 +260,7 @@ def recipe_of(spec: ConversionSpec) -> tuple:
 
 def _exponent(spec: ConversionSpec) -> float:
     """Of log(ratio), between dense and the first run."""
-    if spec.method == "neurons" or (spec.fades and spec.fade_unit != "neuron"):
+    if (spec.routed and spec.experts is None) or (spec.fades and spec.fade_unit != "neuron"):
         return ONE_BY_ONE
     return GROUPS
 

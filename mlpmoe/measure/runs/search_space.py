@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ...core.errors import SpecError
 from ...core.presets import PRESETS
 from ...core.routed import ROUTED_METHODS
-from ...core.routed.neurons import active_share
 from ...core.spec import MAX_FADE, ConversionSpec
 from ...core.static.schedule import branch_sparsities, strength_for
 from ...core.static.scores import SCORES
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 BRANCHES = (16, 32, 64)  # what the search cuts into
 EXPERTS = (16, 32, 64)
 LEAST_SHARE, MOST_SHARE = 0.2, 0.98  # of the dense cost; the search looks no further
+ROUTED = ("gate", "inputs", "experts")  # what tokens may choose: single neurons, inputs, experts
 AROUND = 0.15  # of the dense cost, below and above the budget
 LEAST_ACTIVE = 0.02  # share of single neurons below which nothing is left to choose
 
@@ -66,12 +66,12 @@ class Space:
         usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
         usual |= {"branches": max(self._branches()), "allocation": "uniform"}
         for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
-            if by in ("experts", "gate"):
+            if by in ROUTED:
                 continue
             recipe = {"order": order, "compensation": compensation, "score": score}
             yield usual | recipe | {"by": by, "share": share}
         for by, share in product(self._by(), shares):
-            if by in ("experts", "gate"):
+            if by in ROUTED:
                 yield self._routed_start(by) | {"by": by, "share": share}
 
     def spec(self, trial: Trial) -> ConversionSpec:
@@ -84,6 +84,8 @@ class Space:
         share = trial.suggest_float("share", low, high)
         if by == "gate":
             return self._by_gate(trial, share)
+        if by == "inputs":
+            return self._by_inputs(trial, share)
         if by == "experts":
             return self._by_experts(trial, share)
         fields: dict[str, object] = {"branches": min(BRANCHES[0], self.d_ff)}
@@ -128,7 +130,7 @@ class Space:
         everything = ["weights", "keep", "keep and weights", "neurons"]
         if self.budget.cost == "nonzero":  # who routes keeps all weights
             return everything
-        return ["keep", "neurons", "gate", *(["experts"] if self._experts() else [])]
+        return ["keep", "neurons", "gate", "inputs", *(["experts"] if self._experts() else [])]
 
     @property
     def matrices(self) -> int:
@@ -140,6 +142,8 @@ class Space:
         choice = {"selection": "threshold", "fill": "refit"} if self.calibrated else {}
         if by == "gate":
             return choice | {"gate": "gate-norm"}
+        if by == "inputs":
+            return choice | {"inputs": self._input_routers()[-1]}
         method = self._methods()[0]
         return choice | {"method": method, "experts": max(self._experts()), "fitted": True}
 
@@ -147,10 +151,27 @@ class Space:
         """Single neurons."""
         return ConversionSpec(
             method="neurons",
-            active=round(max(LEAST_ACTIVE, active_share(share, self.matrices)), 6),
+            active=round(max(LEAST_ACTIVE, self._active("neurons", share)), 6),
             router=trial.suggest_categorical("gate", ["gate", "gate-norm"]),
             **self._selection(trial),
         )
+
+    def _by_inputs(self, trial: Trial, share: float) -> ConversionSpec:
+        """Inputs of each matrix."""
+        return ConversionSpec(
+            method="inputs",
+            active=round(self._active("inputs", share), 6),
+            router=trial.suggest_categorical("inputs", self._input_routers()),
+            **self._selection(trial),
+        )
+
+    def _input_routers(self) -> list[str]:
+        """From the simplest on; without a gate nothing can be opened by it."""
+        return ["inputs", "inputs-norm", *(["inputs-gate"] if self.gated else [])]
+
+    def _active(self, method: str, share: float) -> float:
+        """The active share that leaves a share of the compute."""
+        return ROUTED_METHODS[method].active_share(share, self.matrices)
 
     def _by_experts(self, trial: Trial, share: float) -> ConversionSpec:
         """Experts, of whose compute the router takes its part."""

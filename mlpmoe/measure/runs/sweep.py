@@ -15,7 +15,7 @@ from ...core.checks import shown
 from ...core.conversion import convert_all
 from ...core.errors import SpecError, UserError
 from ...core.mlps import read_mlps
-from ...core.routed.neurons import active_share
+from ...core.routed import ROUTED_METHODS
 from ...core.spec import ConversionSpec
 from ...core.stopping import stoppable
 from ...core.visiting import Observed
@@ -235,11 +235,11 @@ STATIC, ROUTED, BOUND = "static", "routed", "bound"
 def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, ConversionSpec]]:
     """Name -> kind and spec of every method and baseline at one budget of MLP compute.
 
-    active: the share of the neurons that run for a token. Choosing single neurons computes the
-    gate in full; their share is lowered so that the multiply-adds are the same, and left out where
-    nothing would be left. Routers are not compensated for: see `Run.mlp_macs_share`. Kinds:
-    "static", "routed", and "bound" for what cannot be deployed. Static methods keep the nearest
-    number of 16 branches.
+    active: the share of the neurons that run for a token, or of what matrices read. Choosing single
+    neurons computes the gate in full; their share is lowered so that the multiply-adds are the
+    same, and left out where nothing would be left. Only an MLP with a gate opens neurons by it.
+    Routers are not compensated for: see `Run.mlp_macs_share`. Kinds: "static", "routed", and
+    "bound" for what cannot be deployed. Static methods keep the nearest number of 16 branches.
     """
 
     def static(**choices: Any) -> tuple[str, ConversionSpec]:
@@ -276,7 +276,7 @@ def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, Conver
             "coactivation", BOUND, router="oracle", compensation="mean"
         ),
     }
-    share = active_share(active, matrices=3 if gated else 2)
+    share = ROUTED_METHODS["neurons"].active_share(active, 3 if gated else 2)
     if share > 0.005:
         for name, choices in {
             "Neurons, top-k (AbsTopK-GLU)": {},
@@ -291,4 +291,11 @@ def comparison(active: float, gated: bool = True) -> dict[str, tuple[str, Conver
             specs[name] = (
                 ROUTED, ConversionSpec(method="neurons", active=round(share, 6), **choices)
             )  # fmt: skip
+    specs["Inputs, top-k (TEAL's rule)"] = routed("inputs", router="inputs")
+    specs["Inputs, by columns (WINA)"] = routed("inputs", router="inputs-norm")
+    if gated:
+        specs["Inputs by open gates, threshold"] = routed("inputs", selection="threshold")
+        specs["Inputs by open gates, threshold, down refitted"] = routed(
+            "inputs", selection="threshold", compensation="refit"
+        )
     return specs

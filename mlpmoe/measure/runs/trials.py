@@ -236,6 +236,8 @@ def _costly(spec: ConversionSpec) -> frozenset[str]:
         parts = {f"method {spec.method}"} if spec.routed.calibrated else set()
         if spec.compensation == "refit":
             parts.add("compensation refit")
+        if spec.selection == "threshold":
+            parts.add("selection threshold")
         return frozenset(parts | {f"router {spec.router}"})
     parts = {f"order {spec.order}"} if ORDERS[spec.order].calibrated else set()
     if spec.fades and SCORES[spec.fade_score].calibrated:
