@@ -242,7 +242,7 @@ def test_good_recipes_come_first_then_the_presets_and_none_twice(model, text, ob
     assert known[first:] == sorted(known[first:], reverse=True)
     ahead = [run.spec for run in runs[:first]]
     assert {spec.fade_score for spec in ahead if spec.fades} == {"wanda", "sparsegpt"}
-    assert {"fluctuation", "least-squares"} <= {spec.order for spec in ahead}
+    assert {"fluctuation", "loss"} <= {spec.order for spec in ahead}
     scores = [spec.fade_score for spec in ahead if spec.fades]
     assert scores.index("wanda") < scores.index("sparsegpt")  # what takes less time, first
 

@@ -242,7 +242,7 @@ def forecasting(clock, seen, monkeypatch):
         clock.now += 0.002 * layer.tokens
 
     monkeypatch.setattr(module, "convert_mlp", converting)
-    monkeypatch.setattr(module, "error_curve", shared_out)
+    monkeypatch.setattr(module, "cost_curve", shared_out)
     model = slow_model(clock, 100)
     trials = prepare(model, byte_tokenizer(), STORIES, seen, Deadline(200, clock))
     assert trials.seconds_per_token == pytest.approx(0.01, rel=0.05)
@@ -263,7 +263,7 @@ def test_a_forecast_is_the_sum_of_passes_and_layers(forecasting):
     expected = [
         2 * 500 * each,  # the dense model's as well
         500 * each + 2000 * each + LAYERS * 0.001 * tokens,  # the pass over the text that all use
-        500 * each + LAYERS * 0.003 * tokens,
+        500 * each + 3 * 2000 * each + LAYERS * 0.003 * tokens,  # a pass with gradients
         500 * each + 4 * 2000 * each + LAYERS * 0.001 * tokens,  # four of its own
     ]
     assert found == pytest.approx(expected, rel=1e-6)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+from ...core.choices import ALLOCATIONS
 from ...core.errors import SpecError
 from ...core.presets import PRESETS
 from ...core.routed import ROUTED_METHODS
 from ...core.spec import MAX_FADE, ConversionSpec
+from ...core.static.order import ORDERS
 from ...core.static.schedule import branch_sparsities, strength_for
 from ...core.static.scores import SCORES
 
@@ -60,16 +62,19 @@ class Space:
         """Good recipes at the budget itself; a trial takes of them what it asks for."""
         shares = [self.budget.share] if self.budget.share else [0.9, 0.75, 0.6]
         if self.calibrated:  # the best of those that take little time, and the best
-            recipes = [("fluctuation", "mean", "wanda"), ("least-squares", "refit", "sparsegpt")]
+            recipes = [
+                ("fluctuation", "mean", "wanda", "uniform"),
+                ("loss", "refit", "sparsegpt", "sensitivity"),
+            ]
         else:
-            recipes = [("norm", "none", "relative")]
+            recipes = [("norm", "none", "relative", "uniform")]
         usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
-        usual |= {"branches": max(self._branches()), "allocation": "uniform"}
-        for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
+        usual |= {"branches": max(self._branches())}
+        for by, share, recipe in product(self._by(), shares, recipes):
             if by in ROUTED:
                 continue
-            recipe = {"order": order, "compensation": compensation, "score": score}
-            yield usual | recipe | {"by": by, "share": share}
+            names = ("order", "compensation", "score", "allocation")
+            yield usual | dict(zip(names, recipe, strict=True)) | {"by": by, "share": share}
         for by, share in product(self._by(), shares):
             if by in ROUTED:
                 yield self._routed_start(by) | {"by": by, "share": share}
@@ -105,9 +110,7 @@ class Space:
             keep = fields.get("keep", fields["branches"])
             fields |= self._fade(trial, by, min(1.0, share / kept), fields["branches"], keep)
         if self.calibrated:
-            fields["allocation"] = trial.suggest_categorical(
-                "allocation", ["uniform", "sensitivity"]
-            )
+            fields["allocation"] = trial.suggest_categorical("allocation", list(ALLOCATIONS))
         return ConversionSpec(**fields).canonical()
 
     def _fade(
@@ -210,7 +213,7 @@ class Space:
         return [b for b in BRANCHES if b <= self.d_ff] or [self.d_ff]
 
     def _orders(self) -> list[str]:
-        more = ["activation", "fluctuation", "least-squares"] if self.calibrated else []
+        more = [name for name, order in ORDERS.items() if self.calibrated and order.calibrated]
         return ["contiguous", "norm", *more]
 
     def _fills(self) -> list[str]:

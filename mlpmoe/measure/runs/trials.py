@@ -13,6 +13,7 @@ from ...core.activations import LayerActivations
 from ...core.calibration import DOCUMENT_SEPARATOR, Calibration
 from ...core.conversion import convert_all, convert_mlp, observe
 from ...core.mlps import read_mlps
+from ...core.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from ...core.spec import ConversionSpec
 from ...core.static.allocation import cost_curve
 from ...core.static.order import ORDERS
@@ -34,6 +35,7 @@ LEAST_CALIBRATION = 1024
 CALIBRATION_SHARE = 1 / 4  # of the time
 MOMENT = 1e-6  # seconds; clocks may be coarse
 CORRECTED_PASSES = 4  # both streams, and every layer twice; see visiting.py
+GRADIENT_PASSES = 3  # what a forward and a backward pass take of a forward one, about
 
 Report = Callable[..., None]  # of a message, and a share of it that is done
 
@@ -115,12 +117,15 @@ class Trials:
         those before it: passes over the texts by the speed so far, stages by one layer, on so many
         calibration tokens. dense: whether the first waits for the dense model too. Takes the time
         of one layer for each spec."""
-        found, observed = [], False
+        found, observed, weighed = [], False, False
         for spec in specs:
             seconds = tokens * self.seconds_per_token * (2 if dense and not found else 1)
             if spec.needs_calibration:
                 passes = CORRECTED_PASSES if spec.progressive else int(not observed)
                 observed |= not spec.progressive
+                if spec.looks_at_loss and not weighed:
+                    weighed, tokens_weighed = True, min(calibration, SENSITIVITY_TOKENS)
+                    seconds += GRADIENT_PASSES * tokens_weighed * self.seconds_per_token
                 seconds += passes * calibration * self.seconds_per_token
             found.append(seconds + len(self.mlps) * self._layer_seconds(spec, calibration))
         return found
