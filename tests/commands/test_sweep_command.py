@@ -22,6 +22,7 @@ from mlpmoe.core.conversion import convert
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.cost.parameters import parameter_report
 from mlpmoe.measure.quality.perplexity import perplexity
+from mlpmoe.measure.runs.front import front
 from mlpmoe.measure.runs.recipes import recipes
 from mlpmoe.measure.runs.sweep import comparison
 from tests.commands.common import ROOT, STORIES, TEXT, refused, strictly
@@ -190,6 +191,14 @@ def test_a_sweep_of_every_method(sweep):
     assert all(math.isfinite(run["perplexity"]) for run in strictly(out)["runs"])
 
 
+def test_a_sweep_of_the_front(sweep, runs):
+    _, out, _ = sweep("--front", "--out", str(runs), "--dry-run", "--json")
+    assert strictly(out)["runs"] == len(front())
+    _, table, _ = sweep("--front", "--out", str(runs))
+    for name, spec in front().items():
+        assert f"  {name}: {spec.to_flags()}\n" in table
+
+
 def test_a_sweep_of_the_recipes(sweep, runs):
     status, out, err = sweep("--recipes", "--out", str(runs), "--json")
     assert (status, err) == (0, "")
@@ -205,7 +214,7 @@ def test_a_sweep_of_the_recipes(sweep, runs):
         expected = perplexity(converted, byte_tokenizer(), TEXT)
         assert by_name[name]["perplexity"] == pytest.approx(expected.value, rel=1e-6)
     _, table, _ = sweep("--recipes", "--out", str(runs))
-    assert "0 measured now, 33 before" in table
+    assert "0 measured now, 39 before" in table
     for name, spec in recipes().items():
         assert f"  {name}: {spec.to_flags()}\n" in table
 
@@ -498,6 +507,9 @@ def test_an_interrupted_sweep_on_ray_goes_on_here(sweep, folder, text, runs):
         (["--recipes", "--keep", "12"], "--recipes takes no spec flags and no --compare"),
         (["--recipes", "--method", "cmoe"], "--recipes takes no spec flags and no --compare"),
         (["--recipes", "--fade-unit", "2:4"], "--recipes takes no spec flags"),
+        (["--front", "--active", "0.5"], "--front takes no spec flags"),
+        (["--front", "--compare"], "--front takes no spec flags and no --compare"),
+        (["--recipes", "--front"], "give one of --compare, --recipes and --front"),
         (["--recipes", "--compare"], "--recipes takes no spec flags and no --compare"),
         (["--recipes", "--compare", "--active", "0.5"], "--recipes takes no spec flags"),
         (["--json", "--csv"], "--csv stands alone"),

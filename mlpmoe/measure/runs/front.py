@@ -47,6 +47,7 @@ def _zeros(fade: float) -> dict[str, ConversionSpec]:
     """Zeros spread evenly over all three matrices."""
     rows = {
         "small ones": ("magnitude", "uniform"),
+        "small ones beside those on their input": ("relative", "uniform"),
         "by Wanda's score": ("wanda", "uniform"),
         "by SparseGPT": ("sparsegpt", "uniform"),
         "… shared out among layers": ("sparsegpt", "sensitivity"),

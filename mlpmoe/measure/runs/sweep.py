@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...core.calibration import Calibration
 from ...core.checks import shown
-from ...core.conversion import convert_all
+from ...core.conversion import convert_all, observe
 from ...core.errors import SpecError, UserError
 from ...core.mlps import read_mlps
 from ...core.routed import ROUTED_METHODS
@@ -28,6 +28,7 @@ from .pace import Pace
 MAY_BE_INFINITE = ("perplexity", "ratio", "stderr", "bits_per_byte")  # of a broken model
 MOST_SCORES = 1000  # of one run; a suite of 57 subjects has some 60
 AT_ONCE = 4  # conversions held at a time; they share the passes over the calibration text
+MOST_OBSERVED = 2**32  # bytes that what was seen on that text may take; else it is read each time
 
 Report = Callable[[str], None]
 
@@ -134,6 +135,7 @@ class Baseline:
         """A run for each spec, or why there is none. AT_ONCE specs are converted together."""
         for start in range(0, len(specs), AT_ONCE):
             some = specs[start : start + AT_ONCE]
+            self._observe(some, report)
             try:
                 converted = convert_all(
                     self.model, some, self.calibration, lambda what, share: report(what)
@@ -150,6 +152,15 @@ class Baseline:
                 with stoppable(lambda: report("perplexity")):
                     measured = measure(other, self.text, self.window, self.stride)
                 yield run_of(spec, self.dense, measured, self.report, parameter_report(other))
+
+    def _observe(self, specs: Sequence[ConversionSpec], report: Report) -> None:
+        """Read the calibration text once for all specs, if what is seen there is not too large."""
+        if not isinstance(self.calibration, Calibration):
+            return
+        inputs = sum(mlp.weights.d_model for mlp in read_mlps(self.model))
+        size = self.calibration.samples.numel() * inputs * self.model.dtype.itemsize
+        if size <= MOST_OBSERVED and any(s.needs_calibration and not s.progressive for s in specs):
+            self.calibration = observe(self.model, self.calibration, lambda what, _: report(what))
 
 
 def sweep(
