@@ -177,9 +177,10 @@ def _values(arguments: argparse.Namespace) -> dict[str, list[str]]:
 def _compared(
     model: PreTrainedModel, budgets: Sequence[float], best: bool
 ) -> list[tuple[str, ConversionSpec]]:
-    gated = read_mlps(model)[0].weights.gate is not None
+    weights = min((mlp.weights for mlp in read_mlps(model)), key=lambda w: w.d_ff)
+    gated = weights.gate is not None
     if best:
-        return list(front(gated).items())
+        return list(front(weights.d_ff, gated).items())
     return [
         (name, spec) for active in budgets for name, (_, spec) in comparison(active, gated).items()
     ]

@@ -27,7 +27,7 @@ from mlpmoe.measure.runs.recipes import recipes
 from mlpmoe.measure.runs.sweep import comparison
 from tests.commands.common import ROOT, STORIES, TEXT, refused, strictly
 from tests.forked import Forked
-from tests.tiny import CONTEXT, byte_tokenizer, tiny_model
+from tests.tiny import CONTEXT, D_FF, byte_tokenizer, tiny_model
 
 
 @pytest.fixture
@@ -193,9 +193,9 @@ def test_a_sweep_of_every_method(sweep):
 
 def test_a_sweep_of_the_front(sweep, runs):
     _, out, _ = sweep("--front", "--out", str(runs), "--dry-run", "--json")
-    assert strictly(out)["runs"] == len(front())
+    assert strictly(out)["runs"] == len(front(D_FF))
     _, table, _ = sweep("--front", "--out", str(runs))
-    for name, spec in front().items():
+    for name, spec in front(D_FF).items():
         assert f"  {name}: {spec.to_flags()}\n" in table
 
 

@@ -33,7 +33,7 @@ def share_of_zeros(model):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_every_recipe_takes_what_its_name_says(gated):
     model = tiny_model(intermediate_size=D_FF) if gated else build("gpt2", n_inner=D_FF)
-    specs = front(gated)
+    specs = front(D_FF, gated)
     observed, dense = observe(model, text()), parameter_report(model).mlp_macs_per_token
     for name, spec in specs.items():
         (converted,) = convert_all(model, [spec], observed)

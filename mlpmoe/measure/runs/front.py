@@ -7,6 +7,7 @@ from .sweep import comparison
 
 KEPT = {"75 %": 0.75, "50 %": 0.5}  # of the multiply-adds of the MLPs
 ZEROS = {"28.1 %": 0.6, "50 %": 16 / 15}  # of their weights: strength of an even fade at B = 16
+BRANCHES = 64  # for whole neurons: fine enough to share them out among layers
 ROUTED = (  # names in `comparison`
     "Co-activation, down refitted",
     "Neurons, by output, threshold, down refitted",
@@ -15,11 +16,12 @@ ROUTED = (  # names in `comparison`
 )
 
 
-def front(gated: bool = True) -> dict[str, ConversionSpec]:
-    """Name -> spec, at each budget. gated: whether MLPs have a gate beside up and down."""
-    found = {}
+def front(d_ff: int, gated: bool = True) -> dict[str, ConversionSpec]:
+    """Name -> spec, at each budget, for MLPs of d_ff neurons. gated: whether they have a gate
+    beside up and down."""
+    found, branches = {}, min(BRANCHES, d_ff)
     for share, active in KEPT.items():
-        specs = _static(round(64 * active))
+        specs = _static(branches, max(1, round(branches * active)))
         specs |= {name: s for name, (_, s) in comparison(active, gated).items() if name in ROUTED}
         found |= {f"{share}: {name}": spec for name, spec in specs.items()}
     for share, fade in ZEROS.items():
@@ -27,7 +29,7 @@ def front(gated: bool = True) -> dict[str, ConversionSpec]:
     return found
 
 
-def _static(keep: int) -> dict[str, ConversionSpec]:
+def _static(branches: int, keep: int) -> dict[str, ConversionSpec]:
     """The same neurons for every token."""
     rows = {
         "FLAP, ranked over all layers": ("fluctuation", "mean", "global"),
@@ -37,7 +39,7 @@ def _static(keep: int) -> dict[str, ConversionSpec]:
     }
     return {
         name: ConversionSpec(
-            branches=64, keep=keep, order=order, compensation=fill, allocation=allocation
+            branches=branches, keep=keep, order=order, compensation=fill, allocation=allocation
         )
         for name, (order, fill, allocation) in rows.items()
     }
