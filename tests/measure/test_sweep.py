@@ -16,7 +16,6 @@ from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.cost.parameters import parameter_report
 from mlpmoe.measure.quality.encoding import encode_text
 from mlpmoe.measure.quality.perplexity import compare, perplexity
-from mlpmoe.measure.quality.tasks import TaskScore
 from mlpmoe.measure.runs.sweep import (
     AT_ONCE,
     BOUND,
@@ -157,44 +156,6 @@ def test_runs_survive_json(figures):
     run = replace(RUN, **figures)
     assert Run.from_dict(as_json(run)) == run
     assert Run.from_dict(asdict(run) | {"spec": run.spec.to_dict(), "model": "demo"}) == run
-
-
-SCORES = (
-    TaskScore("arc_easy", "acc", 0, 500, True, 0.584, 0.571, 0.022, 0.022, 0.004, True),
-    TaskScore("arc_easy", "acc_norm", 0, 500, True, 0.5, 0.5, 0.022, 0.022, 0.0, True),
-    TaskScore("endings", "perplexity", None, 500, False, 12.5, None, None, None, None, False),
-)
-
-
-def test_runs_with_tasks_survive_json():
-    run = replace(RUN, tasks=SCORES)
-    assert Run.from_dict(as_json(run)) == run
-    assert Run.from_dict(asdict(run) | {"spec": run.spec.to_dict()}) == run
-    assert hash(Run.from_dict(as_json(run))) == hash(run)
-
-
-def test_runs_without_tasks_are_written_as_before():
-    """So earlier versions read them, and theirs are read."""
-    assert "tasks" not in RUN.to_dict()
-    assert Run.from_dict(RUN.to_dict()).tasks == ()
-    assert Run.from_dict(RUN.to_dict() | {"tasks": []}) == RUN
-
-
-@pytest.mark.parametrize(
-    ("tasks", "words"),
-    [
-        (None, "no run: tasks is None"),
-        ("acc", "no run: tasks is 'acc'"),
-        ({}, "no run: tasks is {}"),
-        ([SCORES[0].to_dict()] * 2, "no run: tasks holds one score twice"),
-        ([SCORES[0].to_dict()] * 1001, "no run: tasks is "),
-        ([5], "no score of a task: 5"),
-        ([SCORES[0].to_dict() | {"dense": "much"}], "no score of a task: dense is 'much'"),
-    ],
-)  # fmt: skip
-def test_other_tasks_make_no_run(tasks, words):
-    with pytest.raises(UserError, match=words):
-        Run.from_dict(RUN.to_dict() | {"tasks": tasks})
 
 
 def test_whole_numbers_are_figures_too():

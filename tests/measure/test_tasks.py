@@ -1,30 +1,22 @@
 """Tasks of lm-eval on a tiny model, against log-likelihoods by a plain loop; what is refused."""
 
-import json
 import math
 import statistics
 import sys
 import types
-from dataclasses import fields, replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlpmoe.core.conversion import convert
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
-from mlpmoe.measure.notation import score_difference, scores
 from mlpmoe.measure.quality.judge import PACKAGE, load_tasks
-from mlpmoe.measure.quality.tasks import TaskScore, task_scores
+from mlpmoe.measure.quality.tasks import task_scores
 from tests.tiny import byte_tokenizer, tiny_model
 from tests.tiny_tasks import EXAMPLE, QUESTIONS, write_tasks
 
 SPECS = [ConversionSpec(keep=4), ConversionSpec(method="contiguous", active=0.25)]
-SCORE = TaskScore(
-    "arc_easy", "acc", 0, 2376, True, 0.584, 0.571, 0.0101, 0.0102, 0.0042, True
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -274,55 +266,3 @@ def test_the_tasks_that_come_with_lm_eval(lm_eval, monkeypatch):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lm_eval.tasks.TaskManager.func)
     with pytest.raises(UserError, match="the data of the task arc_easy cannot be had"):
         load_tasks(["arc_easy"])
-
-
-# Scores as values and as words -------------------------------------------------------------
-
-
-def test_scores_survive_json():
-    for score in (SCORE, replace(SCORE, shots=None, dense=None, difference_stderr=None)):
-        assert TaskScore.from_dict(json.loads(json.dumps(score.to_dict()))) == score
-
-
-@given(st.sampled_from([f.name for f in fields(TaskScore)]), st.none() | st.booleans()
-       | st.integers() | st.floats() | st.text() | st.lists(st.none()))  # fmt: skip
-def test_other_values_make_no_score(name, value):
-    """Whatever is read can be written again."""
-    values = SCORE.to_dict() | {name: value}
-    try:
-        score = TaskScore.from_dict(values)
-    except UserError as error:
-        assert str(error).startswith(f"this is no score of a task: {name} is ")
-    else:
-        assert json.loads(json.dumps(score.to_dict(), allow_nan=False)) == values
-
-
-@pytest.mark.parametrize("values", [None, 5, [], {}, {"task": "arc_easy"}], ids=repr)
-def test_what_is_no_score(values):
-    with pytest.raises(UserError, match="this is no score of a task"):
-        TaskScore.from_dict(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({}, ("58.4 ± 1.0 %", "57.1 ± 1.0 %", "−1.3 ± 0.4")),
-        ({"converted": 0.6}, ("58.4 ± 1.0 %", "60.0 ± 1.0 %", "+1.6 ± 0.4")),
-        ({"converted": 0.58399}, ("58.4 ± 1.0 %", "58.4 ± 1.0 %", "±0.0 ± 0.4")),
-        (
-            {"dense_stderr": None, "difference_stderr": None},
-            ("58.4 %", "57.1 ± 1.0 %", "−1.3"),
-        ),
-        ({"dense": None}, ("undefined", "57.1 ± 1.0 %", "undefined")),
-        (
-            {"share": False, "dense": 143.2, "converted": 93.3, "dense_stderr": 60.25,
-             "converted_stderr": 4.588, "difference_stderr": None},
-            ("143 ± 60", "93.3 ± 4.6", "−49.900"),
-        ),
-        ({"share": False, "converted": 2e9}, ("0.584 ± 0.010", "2.00 × 10⁹", "+2.00 × 10⁹")),
-    ],
-)  # fmt: skip
-def test_words(change, words):
-    score = replace(SCORE, **change)
-    shown = (*scores(score), score_difference(score))
-    assert tuple(text.replace("\N{NBSP}", " ") for text in shown) == words
