@@ -19,6 +19,7 @@ from .pipeline import build_static
 
 COMPARED_TOKENS = 4096  # on which outputs of a layer are compared
 KEEP_LEVELS = 16  # values of K tried, about, where there are more branches
+COUNTED_LEVELS = 64  # the same where none has to be tried, see `_counted`
 FADE_STEPS = 4  # strengths tried below and above the mean one, in equal steps
 
 
@@ -27,7 +28,7 @@ def candidates(spec: ConversionSpec) -> list[ConversionSpec]:
     Whether the model is converted progressively is no matter of a layer."""
     uniform = replace(spec, allocation="uniform", progressive=False)
     if spec.kept < spec.branches:
-        step = max(1, spec.branches // KEEP_LEVELS)
+        step = max(1, spec.branches // (COUNTED_LEVELS if _counted(spec) else KEEP_LEVELS))
         first = (spec.kept - 1) % step + 1
         return [replace(uniform, keep=keep) for keep in range(first, spec.branches + 1, step)]
     if spec.fade:
@@ -53,11 +54,9 @@ def cost_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
         score = (score - score.mean()) / score.std().clamp(min=1e-30)
         gone = F.pad(score.sort().values.cumsum(0), (1, 0))  # the lowest 0, 1, ...
         return _when_kept(spec, gone.flip(0))
-    dropping = spec.kept < spec.branches
-    fitted = spec.compensation == "refit" and ORDERS[spec.order].calibrated
-    if dropping and fitted and not spec.fades:
+    if _counted(spec):
         return _when_kept(spec, removal_by_loss(layer.weights, layer).lost)
-    if not dropping:
+    if spec.kept == spec.branches:
         score = "wanda" if spec.fade_score == "sparsegpt" else spec.fade_score
         spec = replace(spec, fade_score=score, compensation="none", progressive=False)
     samples = -(-COMPARED_TOKENS // layer.x.shape[1])
@@ -76,6 +75,14 @@ def cost_curve(spec: ConversionSpec, layer: LayerActivations) -> Tensor:
         error = (made(x).float() - wanted).flatten(0, -2)
         costs.append(((error @ sensitivity) * error).sum(1).mean() / 2)
     return torch.stack(costs).cpu().double()
+
+
+def _counted(spec: ConversionSpec) -> bool:
+    """Whether one figure per neuron tells what every K costs, without trying it."""
+    if spec.allocation == "global":
+        return True
+    fitted = spec.compensation == "refit" and ORDERS[spec.order].calibrated
+    return fitted and spec.kept < spec.branches and not spec.fades
 
 
 def _when_kept(spec: ConversionSpec, lost: Tensor) -> Tensor:
