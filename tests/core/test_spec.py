@@ -536,7 +536,7 @@ def test_queries_with_unreadable_numbers(query):
         ("fade_schedule=power&fade_exponent=0", "more than 0"),
         ("fade_exponent=2", "belongs to the schedule power"),
         ("fade_projections=router", "gate, up or down"),
-        ("fade_score=taste", "magnitude, wanda, sparsegpt"),
+        ("fade_score=taste", ", ".join(SCORES)),
         ("fade_unit=4:2", "n must be at least 1 and less than m"),
         ("fade_unit=2:4&fade=1", "leave fade at 0"),
         ("allocation=greedy", "uniform, global, sensitivity"),

@@ -16,12 +16,11 @@ from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.stopping import may_stop, stoppable, stoppable_twin
 from tests.tiny import D_FF, LAYERS, VOCABULARY, tiny_model
 
-EVENLY = {"fade": 0.5, "fade_schedule": "uniform"}
 # what takes long in a layer -> the spec, and points at which work may stop in each layer, at least
 LONG = {
     "least squares": (ConversionSpec(keep=12, order="least-squares", compensation="refit"), D_FF),
     "SparseGPT": (
-        ConversionSpec(**EVENLY, fade_score="sparsegpt", fade_projections="gate-up-down"),
+        ConversionSpec(fade=0.5, fade_score="sparsegpt", fade_projections="gate-up-down"),
         3 + 16,  # a block of each matrix, of down in each branch
     ),
     "fade": (ConversionSpec(fade=0.9), 2 * 16),
