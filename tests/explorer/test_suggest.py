@@ -266,7 +266,7 @@ def until(steps, words: str) -> list:
 
 def test_stop_ends_the_search_and_still_measures(tab, visitor, monkeypatch):
     trials_of(monkeypatch, None)
-    running = tab.suggest(visitor(), *order())
+    running = tab.suggest(visitor(), *order("compute"))
     seen = until(running, "4 tried")
     assert "topping" in tab.jobs.press_stop(visitor())
     rest = list(running)
@@ -280,7 +280,7 @@ def test_stop_ends_the_search_and_still_measures(tab, visitor, monkeypatch):
 
 def test_a_second_stop_ends_the_measuring_and_keeps_what_is_measured(tab, visitor, monkeypatch):
     trials_of(monkeypatch, None)
-    running = tab.suggest(visitor(), *order())
+    running = tab.suggest(visitor(), *order("compute"))
     until(running, "6 tried")
     tab.jobs.press_stop(visitor())
     until(running, "Measuring find 2")

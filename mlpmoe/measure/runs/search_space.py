@@ -62,19 +62,19 @@ class Space:
         """Good recipes at the budget itself; a trial takes of them what it asks for."""
         shares = [self.budget.share] if self.budget.share else [0.9, 0.75, 0.6]
         if self.calibrated:  # the best of those that take little time, and the best
-            recipes = [
-                ("fluctuation", "mean", "wanda", "uniform"),
-                ("loss", "refit", "sparsegpt", "sensitivity"),
-            ]
+            recipes = [("fluctuation", "mean", "wanda"), ("loss", "refit", "sparsegpt")]
         else:
-            recipes = [("norm", "none", "relative", "uniform")]
+            recipes = [("norm", "none", "relative")]
         usual = {"schedule": "uniform", "projections": "all", "part": 0.5}
         usual |= {"branches": max(self._branches())}
-        for by, share, recipe in product(self._by(), shares, recipes):
+        for by, share, (order, compensation, score) in product(self._by(), shares, recipes):
             if by in ROUTED:
                 continue
-            names = ("order", "compensation", "score", "allocation")
-            yield usual | dict(zip(names, recipe, strict=True)) | {"by": by, "share": share}
+            recipe = {"order": order, "compensation": compensation, "score": score}
+            # fade that is shared out meets a budget in steps only
+            shared = by == "keep" and order == "loss"
+            recipe["allocation"] = "sensitivity" if shared else "uniform"
+            yield usual | recipe | {"by": by, "share": share}
         for by, share in product(self._by(), shares):
             if by in ROUTED:
                 yield self._routed_start(by) | {"by": by, "share": share}
