@@ -14,6 +14,10 @@ PRESETS = {
     "Fade all three matrices evenly": ConversionSpec(
         branches=16, fade=0.6, fade_schedule="uniform", fade_projections="gate-up-down"
     ),
+    "Fade evenly, relative to each input": ConversionSpec(
+        branches=16, fade=0.6, fade_schedule="uniform", fade_projections="gate-up-down",
+        fade_score="relative",
+    ),
     "Fade by SparseGPT *": ConversionSpec(
         branches=16, fade=0.6, fade_schedule="uniform", fade_projections="gate-up-down",
         fade_score="sparsegpt", compensation="refit",
@@ -23,5 +27,8 @@ PRESETS = {
     ),
     "Keep 8 of 16, least squares *": ConversionSpec(
         branches=16, keep=8, order="least-squares", compensation="refit"
+    ),
+    "Keep 24 of 32, by the model's loss *": ConversionSpec(
+        branches=32, keep=24, order="loss", compensation="refit", allocation="sensitivity"
     ),
 }  # fmt: skip

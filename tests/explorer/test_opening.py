@@ -203,6 +203,7 @@ def test_choose_preset(opening, name):
         branches=spec.branches, fade=spec.fade, keep=spec.kept, compensation=spec.compensation,
         order=spec.order, fade_schedule=spec.fade_schedule, fade_score=spec.fade_score,
         fade_projections=list(spec.projections), progressive=spec.progressive,
+        allocation=spec.allocation,
     )  # fmt: skip
     assert shown[-1].startswith(f"{spec.kept} {spec.branches} {spec.branches} ")
 
