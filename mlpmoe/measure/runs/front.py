@@ -47,17 +47,15 @@ def _static(branches: int, keep: int) -> dict[str, ConversionSpec]:
 
 def _zeros(fade: float) -> dict[str, ConversionSpec]:
     """Zeros spread evenly over all three matrices."""
-    rows = {
-        "small ones": ("magnitude", "uniform"),
-        "small ones beside those on their input": ("relative", "uniform"),
-        "by Wanda's score": ("wanda", "uniform"),
-        "by SparseGPT": ("sparsegpt", "uniform"),
-        "… shared out among layers": ("sparsegpt", "sensitivity"),
+    scores = {
+        "small ones": "magnitude",
+        "small ones beside others on their input": "relative",
+        "by SparseGPT": "sparsegpt",
     }
     return {
         name: ConversionSpec(
             branches=16, fade=round(fade, 6), fade_schedule="uniform", fade_score=score,
-            fade_projections="gate-up-down", allocation=allocation,
+            fade_projections="gate-up-down",
         )
-        for name, (score, allocation) in rows.items()
+        for name, score in scores.items()
     }  # fmt: skip
