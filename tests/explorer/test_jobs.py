@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
+from threading import Event, Thread
+from time import sleep
 
+import gradio as gr
 import pytest
 
 from mlpmoe.explorer.server.jobs import Jobs
@@ -41,6 +44,23 @@ def test_the_button(visitor):
         assert job.stopped
         assert jobs.of(visitor()) is job  # until it has ended
     assert jobs.press_stop(visitor()) == ""
+
+
+def test_the_button_says_nothing_after_the_last_word(visitor):
+    """The work says itself that it has stopped, maybe before the button's answer is there."""
+    jobs, begun = Jobs(), Event()
+
+    def work():
+        with jobs.doing(visitor()) as job:
+            begun.set()
+            while not job.stopped:
+                sleep(0.01)
+
+    thread = Thread(target=work)
+    thread.start()
+    assert begun.wait(10)
+    assert jobs.press_stop(visitor()) == gr.skip()
+    thread.join()
 
 
 def test_before_its_turn(visitor):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 
 import gradio as gr
 
 from .events import status
+
+
+SOON = 0.5  # seconds in which most work has stopped
 
 
 @dataclass(eq=False)
@@ -20,6 +24,7 @@ class Job:
     begun: bool = False  # else it waits for its turn
     stopped: bool = False
     left: bool = False  # the page shows another model since
+    over: Event = field(default_factory=Event)
 
     def check(self) -> None:
         """Raises CancelledError once it is stopped; see `core.stopping`."""
@@ -56,10 +61,13 @@ class Jobs:
                 del self._of[request.session_hash]
         return job
 
-    def press_stop(self, request: gr.Request) -> str:
-        """The button: what to show where the work says how it goes."""
+    def press_stop(self, request: gr.Request) -> str | dict:
+        """The button: what to show where the work says how it goes. Nothing where the work ends
+        meanwhile: what it says last must not be overtaken."""
         job = self.stop(request)
-        return status("" if job is None else "stopping …" if job.begun else "Stopped.")
+        if job is None or not job.begun:
+            return status("Stopped." if job else "")
+        return gr.skip() if job.over.wait(SOON) else status("stopping …")
 
     @contextmanager
     def doing(self, request: gr.Request, about: str = "") -> Iterator[Job]:
@@ -71,5 +79,6 @@ class Jobs:
         try:
             yield job
         finally:
+            job.over.set()
             if self.of(request) is job:
                 del self._of[request.session_hash]
