@@ -38,6 +38,12 @@ def own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLPMOE_FIRST_MODEL", "demo")
 
 
+@pytest.fixture(autouse=True)
+def steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests take the steps of a job themselves: pressing Stop would wait for them in vain."""
+    monkeypatch.setattr("mlpmoe.explorer.server.jobs.SOON", 0)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")

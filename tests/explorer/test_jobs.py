@@ -46,8 +46,9 @@ def test_the_button(visitor):
     assert jobs.press_stop(visitor()) == ""
 
 
-def test_the_button_says_nothing_after_the_last_word(visitor):
+def test_the_button_says_nothing_after_the_last_word(visitor, monkeypatch):
     """The work says itself that it has stopped, maybe before the button's answer is there."""
+    monkeypatch.setattr("mlpmoe.explorer.server.jobs.SOON", 10)
     jobs, begun = Jobs(), Event()
 
     def work():

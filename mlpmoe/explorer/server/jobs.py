@@ -12,7 +12,6 @@ import gradio as gr
 
 from .events import status
 
-
 SOON = 0.5  # seconds in which most work has stopped
 
 
