@@ -82,7 +82,8 @@ def test_the_published_recipe_is_that_whatever_b_k_and_fade(branches, fade, data
 def test_lines_of_the_shipped_runs():
     found = lines(REAL, "compute")
     assert list(found) == [
-        "MLPMoE as published", "best static", "best routed", "single neurons", "oracle"
+        "MLPMoE as published", "best static", "best routed", "single neurons", "input sparsity",
+        "oracle",
     ]  # fmt: skip
     assert [round(run.ratio) for run in found["MLPMoE as published"]] == [4816, 32]
     assert all(run.spec.fade == 0 for run in found["MLPMoE as published"])
@@ -287,7 +288,7 @@ def test_leaving_out_shipped_runs_bears_out_what_the_estimate_says_of_itself():
     assert len(real) >= 20 and len(demo) >= 28
     for found, middle, most in (
         ([x for x in demo if x[4] == 2], 1.35, 1.85), ([x for x in demo if x[4] == 1], 1.35, 2.3),
-        (real, 1.45, 2.35),
+        (real, 1.45, 2.4),
     ):  # fmt: skip
         off = sorted(factor(run, ratio) for run, ratio, *_ in found)
         assert median(off) < middle and off[int(0.9 * len(off))] < most

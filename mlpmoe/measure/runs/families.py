@@ -193,10 +193,10 @@ def estimate(runs: Iterable[Run], spec: ConversionSpec) -> Estimate | None:
 
     Between two runs log(ratio) is a power of what is removed; from the last one towards dense one
     with a typical exponent. Leaving out one shipped run after the other, log(ratio) came out
-    within a factor of (median, 90th percentile): 1.3 and 1.8 between two runs (17 of the demo
-    model); towards dense 1.3 and 2.2 (14 of the demo model, by half of what is removed) and 1.4
-    and 2.3 (23 of SmolLM2-135M). low and high span that and twice the errors of the runs; all but
-    one of these 54 lay between them.
+    within a factor of (median, 90th percentile): 1.3 and 1.8 between two runs (18 of the demo
+    model); towards dense 1.3 and 2.2 (15 of the demo model, by half of what is removed) and 1.3
+    and 2.4 (36 of SmolLM2-135M). low and high span that and twice the errors of the runs; all but
+    three of these 69 lay between them.
     """
     recipe, removed = recipe_of(spec), removed_by(spec)
     if removed == 0:
