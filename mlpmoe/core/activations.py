@@ -220,6 +220,16 @@ class LayerActivations:
             total += torch.einsum("tn,tnm->nm", mask[where].float(), grouped)
         return (total / mask.sum(0).clamp(min=1)[:, None]).float().cpu()
 
+    def idle_mean(self, chosen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """(d_ff,): mean of h over the tokens for which a neuron is not chosen; 0 without any.
+        chosen: of x (tokens, d_model) and φ(gate x) (tokens, d_ff), bool (tokens, d_ff)."""
+        total, count = self.x.new_zeros((2, self.weights.d_ff), dtype=torch.float64)
+        for where, gated, h in self.pieces():
+            idle = ~chosen(self.x[where].flatten(0, 1), gated.flatten(0, 1))
+            total += (h.flatten(0, 1) * idle).sum(0, dtype=torch.float64)
+            count += idle.sum(0)
+        return (total / count.clamp(min=1)).float().cpu()
+
     def _flat_pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Which tokens, and their h (tokens, d_ff)."""
         length = self.x.shape[1]

@@ -7,7 +7,6 @@ from itertools import pairwise
 from math import gcd
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..activations import LayerActivations
@@ -39,7 +38,8 @@ def build(weights: MLPWeights, spec, layer: LayerActivations | None) -> InputMLP
         read = _thresholds(dense, layer, _shares(dense, spec, layer))
     module = InputMLP(weights, *rule, *read)
     if spec.compensation != "none" and module.idle_parameters:
-        module = InputMLP(weights, *rule, *read, _idle_mean(layer, module))
+        idle_mean = layer.idle_mean(lambda x, gated: module.select(x))
+        module = InputMLP(weights, *rule, *read, idle_mean)
     return module
 
 
@@ -162,16 +162,6 @@ def _thresholds(dense: InputMLP, layer: LayerActivations, shares: Stages) -> tup
 
     dense.run(x, choose)
     return Stages(**active), Stages(**thresholds)
-
-
-def _idle_mean(layer: LayerActivations, module: InputMLP) -> Tensor:
-    """(d_ff,): mean of h of the dense MLP over the tokens for which down does not read it."""
-    total, count = layer.x.new_zeros((2, module.d_ff), dtype=torch.float64)
-    for where, _, h in layer.pieces():
-        idle = ~module.select(layer.x[where].flatten(0, 1))
-        total += (h.flatten(0, 1) * idle).sum(0, dtype=torch.float64)
-        count += idle.sum(0)
-    return (total / count.clamp(min=1)).float().cpu()
 
 
 METHOD = RoutedMethod(

@@ -37,7 +37,9 @@ def build(weights: MLPWeights, spec, layer: LayerActivations | None) -> NeuronML
         if spec.selection == "threshold":
             threshold, active = _threshold(layer, importance, active)
         if spec.compensation != "none":
-            idle_mean = _idle_mean(layer, importance, active, threshold)
+            idle_mean = layer.idle_mean(
+                lambda x, gated: choose_neurons(gated, importance, int(active), threshold)
+            )
     return NeuronMLP(weights, importance, active, threshold, idle_mean)
 
 
@@ -57,19 +59,6 @@ def _threshold(
     idle = int(len(scores) * (d_ff - active))
     value = float(scores.flatten().kthvalue(max(1, idle)).values)
     return value, float((scores > value).sum() / len(scores))
-
-
-def _idle_mean(
-    layer: LayerActivations, importance: Tensor | None, active: float, threshold: float | None
-) -> Tensor:
-    """(d_ff,): mean of h over the tokens for which the neuron was not chosen."""
-    total = layer.x.new_zeros(layer.weights.d_ff, dtype=torch.float64)
-    count = layer.x.new_zeros(layer.weights.d_ff, dtype=torch.float64)
-    for _, gated, h in layer.pieces():
-        idle = ~choose_neurons(gated.flatten(0, 1), importance, int(active), threshold)
-        total += (h.flatten(0, 1) * idle).sum(0, dtype=torch.float64)
-        count += idle.sum(0)
-    return (total / count.clamp(min=1)).float().cpu()
 
 
 METHOD = RoutedMethod(

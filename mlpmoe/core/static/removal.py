@@ -1,8 +1,8 @@
 """Removal: drop neurons a few at a time, always those whose loss the others make up for best.
 
 Optimal brain surgeon on the rows of down. Neurons that go together are chosen by their loss alone
-and removed exactly, as a block: with GROUPS groups of a wide MLP the loss is within 0.1 % of that
-of single steps (SmolLM2-135M), at a tenth of the time.
+and removed exactly, as a block: GROUPS groups and twice as many agree within 0.1 % in what half of
+the neurons lose (SmolLM2-135M, layer 5).
 """
 
 from __future__ import annotations
