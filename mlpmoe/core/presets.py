@@ -14,7 +14,7 @@ PRESETS = {
     "Fade all three matrices evenly": ConversionSpec(
         branches=16, fade=0.6, fade_schedule="uniform", fade_projections="gate-up-down"
     ),
-    "Fade evenly, relative to each input": ConversionSpec(
+    "Fade evenly, by relative size": ConversionSpec(
         branches=16, fade=0.6, fade_schedule="uniform", fade_projections="gate-up-down",
         fade_score="relative",
     ),
