@@ -146,7 +146,7 @@ def test_runs_are_kept_and_compared(open_page, new_window, take_picture):
     page.click("#undo-runs")
     wait_for_rows(page, 5)
     assert page.is_disabled("#undo-runs")
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_runs_outlive_the_server(open_page, new_window, app):
@@ -232,7 +232,7 @@ def test_the_address_follows(open_page):
     wait_for_spec(page, branches=16, fade=0, keep=11)
     assert cards(page) == shown
     assert chosen_tab(page) == "Runs"
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_a_link_is_shared(open_page, new_window, server: str):
@@ -446,7 +446,7 @@ def test_own_text(open_page, take_picture):
     said = notice(page)
     assert said.startswith("WikiText-2")
     assert "needs a network once" in said
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
     choose(page, "text", "Evaluation stories")
     wait_for_exactly(page, "#card-perplexity .converted", on_stories)
 
@@ -487,7 +487,7 @@ def test_where_the_text_breaks(open_page, take_picture):
 
     choose(page, "preset", "All 16 branches")
     wait_for_text(page, "#worst-sentences", "No sentence became harder")
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def press_until(page, key: str, wanted: str, most: int = 120) -> None:

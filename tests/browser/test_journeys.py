@@ -160,7 +160,7 @@ def test_the_first_screen(new_window, server: str, take_picture):
         page, stays=kept, zeroed=kept - 1, thresholds=kept - 1, dropped=branches - kept
     )
     wait_until_measured(page)
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
     assert len(asked) > 10
     assert for_other_tabs(page.evaluate("gradio_config"), asked, "Weights") == []
 
@@ -202,7 +202,7 @@ def test_the_budget(open_page, take_picture):
     page.wait_for_function(
         "document.querySelector('#curve .xtitle')?.textContent.includes('non-zero')"
     )
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_a_layer_is_spared(open_page, take_picture):
@@ -242,7 +242,7 @@ def test_a_layer_is_spared(open_page, take_picture):
     wait_for_address(page, "keep=8", without="spared")
     wait_for_exactly(page, "#card-compute .converted", costly)
     wait_for_value(page, "budget", 50)
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_another_method(open_page, take_picture):
@@ -290,7 +290,7 @@ def test_another_method(open_page, take_picture):
     wait_for_exactly(page, "#card-perplexity .converted", static["perplexity"])
     assert {card: figure(page, card) for card in static} == static
     wait_for_outlines(page, stays=12, dropped=4)
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_two_models_write(open_page, take_picture):
@@ -335,7 +335,7 @@ def test_two_models_write(open_page, take_picture):
     page.click("#write")  # nothing is in the way any more
     wait_for_other_text(page, "#dense-text", stopped)
     page.wait_for_selector("#writing-report .loss-scale")  # and it comes to its end
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_two_tabs_and_a_link(open_page, new_window, server, take_picture):
@@ -414,7 +414,7 @@ def test_another_model(open_page, take_picture, tmp_path: Path):
     wait_for_exactly(page, "#status", status)
     wait_for_text(page, "#histograms .xtitle", "layer 0")
     page.locator("#branches input[type=range][max='64']").wait_for()
-    assert page.locator("[data-testid=toast-text]").count() == 0
+    assert page.locator("[data-testid=toast-text]").all_inner_texts() == []
 
 
 def test_a_better_recipe_is_found_and_taken(open_page, take_picture):

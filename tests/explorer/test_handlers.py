@@ -39,6 +39,7 @@ from tests.explorer.controls import (
     settings,
     shown_values,
 )
+from tests.tiny import D_FF
 
 SKIPPED = gr.skip()
 OUTPUTS = len(Measured._fields)
@@ -82,7 +83,9 @@ def test_preview_leaves_keep_alone_while_it_is_moved(handlers, visitor):
 def test_what_is_out_of_range_is_shown_as_it_is_used(handlers, visitor, notices):
     """And the structure and the measurement are of what is shown."""
     change = {"branches": 2.5, "fade": 5, "keep": 0}
-    shown = previewed(handlers, visitor(), **change, share="2 2 3 0 -")
+    somebody = visitor()
+    previewed(handlers, somebody)
+    shown = previewed(handlers, somebody, **change, share="2 2 3 0 -")
     assert (shown.branches, shown.fade, shown.keep["value"]) == (3, 2.0, 1)
     # the first branch of a ramp loses nothing, however strong it is
     assert "branches=3&keep=1" in shown.query
@@ -90,6 +93,13 @@ def test_what_is_out_of_range_is_shown_as_it_is_used(handlers, visitor, notices)
     *_, last = live(handlers, visitor(), **change)
     assert json.loads(last.new)[0]["run"]["spec"] == "branches=3&keep=1"
     assert (last.nonzero, last.compute) == (shown.nonzero, shown.compute)
+
+
+def test_what_another_model_left_behind_is_shown_as_it_is_used_without_a_word(
+    handlers, visitor, notices
+):
+    assert previewed(handlers, visitor(), branches=400, keep=400).branches == D_FF
+    assert not notices
 
 
 def test_preview_shows_what_was_measured_before(handlers, visitor):

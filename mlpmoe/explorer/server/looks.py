@@ -43,6 +43,11 @@ class Looks:
         look = self.of(request)
         return look is not None and look.at == at
 
+    def is_of(self, request: gr.Request, model: str) -> bool:
+        """Whether the visitor looked at this model already."""
+        look = self.of(request)
+        return look is not None and look.at[0] == model
+
     def move(self, request: gr.Request, at: tuple, whole: bool = False) -> Look:
         """Overtakes what is being measured for this visitor. What was to be measured to the end
         still is."""

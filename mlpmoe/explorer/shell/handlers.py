@@ -75,8 +75,9 @@ class Handlers:
             again = str(time_ns()) if set_just_now(share) else gr.skip()
             return *(gr.skip(),) * (PREVIEW - FRONT - 1), again, *(gr.skip(),) * FRONT
         settings, used, said = settle(loaded, settings, share, budget)
-        for notice in said:
-            gr.Info(notice)
+        if self.looks.is_of(request, loaded.key):  # what another model left behind is nobody's slip
+            for notice in said:
+                gr.Info(notice)
         asked = read_asked(loaded, settings)
         spec = spec_of(asked)
         shown = axis_for(axis, loaded, asked)
