@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -316,6 +317,9 @@ def _with_modules_replaced(model: _Module, replacements: Mapping[nn.Module, nn.M
     deepcopy takes what its memo holds instead of copying it.
     """
     memo: dict[int, object] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    for module in model.modules():  # has a dozen of these for hooks, and deepcopy is slow with them
+        empty = (x for x in vars(module).values() if type(x) is OrderedDict and not x)
+        memo.update((id(each), OrderedDict()) for each in empty)
     memo.update((id(old), new) for old, new in replacements.items())
     return copy.deepcopy(model, memo)
 
