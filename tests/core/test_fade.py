@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from math import floor
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlpmoe.core.mlps import MLPWeights
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.core.static import fade
 from mlpmoe.core.static.branched import branch_sizes
 from mlpmoe.core.static.fade import (
     QUANTILE_LIMIT,
@@ -181,6 +183,31 @@ def test_memory_layout_does_not_matter(dtype, layout):
         assert_faded(part, source, paper_mask(source.contiguous(), share))
 
 
+@pytest.mark.parametrize("ordered", [np.int16, np.int32])
+@each_dtype
+@given(data=st.data())
+def test_down_loses_what_its_branches_lose_as_rows(dtype, ordered, data):
+    """Neurons as columns, in odd widths, and 16 bits ordered as any machine would order them."""
+    d_ff, d_model = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 7))
+    pool = data.draw(weights(dtype))
+    rows = pool[torch.arange(d_ff * d_model) * 37 % len(pool)].view(d_ff, d_model)
+    sizes = branch_sizes(d_ff, data.draw(st.integers(1, d_ff)))
+    shares = data.draw(st.lists(sparsities, min_size=len(sizes), max_size=len(sizes)))
+    down = rows.T.contiguous()
+    with patch.object(fade, "_ORDERED", ordered):
+        (faded, thresholds), of_rows = (
+            fade_projection(weight, sizes, shares, axis) for weight, axis in ((down, 1), (rows, 0))
+        )
+    assert faded.is_contiguous()
+    assert torch.equal(bits(faded.T), bits(of_rows[0]))
+    assert thresholds == of_rows[1]
+    pieces = zip(faded.split(sizes, 1), down.split(sizes, 1), shares, thresholds, strict=True)
+    for part, source, share, threshold in pieces:
+        magnitudes = source.abs().float().flatten()
+        assert threshold == (torch.quantile(magnitudes, share).item() if share else 0)
+        assert_faded(part, source, paper_mask(source, share) if share else source == source)
+
+
 # Beyond torch.quantile ---------------------------------------------------------------------
 
 
@@ -235,7 +262,7 @@ def faded_mlps(draw):
     """An MLP, into how many branches it is cut, and how many of them are kept."""
     dtype = draw(st.sampled_from(DTYPES))
     d_ff, d_model = draw(st.integers(1, 20)), draw(st.integers(1, 6))
-    branches = draw(st.integers(1, min(9, d_ff)))
+    branches = draw(st.integers(1, d_ff))
     matrix = weights(dtype, max_size=40).map(
         lambda pool: pool[torch.arange(d_ff * d_model) * 37 % len(pool)].view(d_ff, d_model)
     )

@@ -88,10 +88,7 @@ def zero_weights(
             f"but a matrix here has {weight.shape[1]}."
         )
     if cut.pattern is None and score == "magnitude":
-        if cut.axis == 0:
-            return fade_projection(weight, tuple(cut.sizes), list(cut.sparsities))
-        faded, thresholds = fade_projection(weight.T, tuple(cut.sizes), list(cut.sparsities))
-        return faded.T.contiguous(), thresholds
+        return fade_projection(weight, cut.sizes, cut.sparsities, cut.axis)
     cut = cut.joined()
     if score == "sparsegpt":
         return _sparsegpt(weight, cut, moment), ()
