@@ -248,11 +248,9 @@ def fresh_process() -> Iterator[FreshProcess]:
     ):
         # its own module cache: code of a checkpoint leaves nothing behind
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
-        # This process computes beside it: threads that wait leave the core to those that work.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | settings
         process = Popen(
-            [sys.executable, "-P", reload.__file__], cwd=room, env=environment, stdin=PIPE,
-            stdout=errors, stderr=errors,
+            [sys.executable, "-P", reload.__file__], cwd=room, env=os.environ | settings,
+            stdin=PIPE, stdout=errors, stderr=errors,
         )  # fmt: skip
         try:
             yield FreshProcess(process, Path(room), errors)
