@@ -12,8 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 # Before gradio is imported: no call home, no fallback to pickled weights in the background.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-# Threads that wait for work leave the core to whoever needs it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 STARTING = b"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mlpmoe</title>
 <meta name="color-scheme" content="light dark"><meta name="viewport" content="width=device-width">

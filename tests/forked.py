@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any
@@ -41,13 +42,18 @@ class Forked:
 
     def __init__(
         self, command: Sequence[object], *, cwd: str | os.PathLike[str], env: Mapping[str, str],
-        stdout: IO[Any], stderr: IO[Any],
+        stdout: IO[Any], stderr: IO[Any], stdin: int | None = None,
     ) -> None:  # fmt: skip
-        assert command[0] == sys.executable
+        assert command[0] == sys.executable and stdin in (None, subprocess.PIPE)
         self.args = [str(word) for word in command[1:] if word not in ("-P", "-m")]
         where = str(cwd), dict(env), stdout.name, stderr.name
-        self._process = _context.Process(target=_run, args=(self.args, *where))
-        self._process.start()
+        read, write = _context.Pipe(duplex=False)
+        with read, write:
+            self._process = _context.Process(target=_run, args=(self.args, *where, read))
+            self._process.start()
+            self.stdin = os.fdopen(os.dup(write.fileno()), "wb")
+        if stdin is None:
+            self.stdin.close()
 
     @property
     def pid(self) -> int:
@@ -94,8 +100,13 @@ def reloading() -> Iterator[None]:
         yield
 
 
-def _run(words: Sequence[str], cwd: str, env: Mapping[str, str], stdout: str, stderr: str) -> None:
+def _run(
+    words: Sequence[str], cwd: str, env: Mapping[str, str], stdout: str, stderr: str,
+    stdin: Connection,
+) -> None:  # fmt: skip
     """In the new process, which has imported what this module imports, and what the server has."""
+    os.dup2(stdin.fileno(), 0)
+    sys.stdin = open(0, encoding="utf-8")
     for descriptor, file in ((1, stdout), (2, stderr)):
         opened = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)

@@ -15,10 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlpmoe import ConversionSpec, ExportError, SpecError, UserError, convert, export, load, verify
+from mlpmoe.checkpoints.check import verification
 from mlpmoe.checkpoints.check.record import RECORD, read_spec_file
+from mlpmoe.checkpoints.check.reload import LOGIT_TOKENS
+from mlpmoe.checkpoints.check.verification import fresh_process, verify_and_score
 from mlpmoe.checkpoints.forms.form import EXACT, FormError
 from mlpmoe.checkpoints.write import export as exporting
 from mlpmoe.checkpoints.write import target
+from mlpmoe.measure.quality.encoding import encode_text, windows
 from mlpmoe.measure.quality.perplexity import perplexity
 from tests.tiny import byte_tokenizer, save_tiny_model, tiny_model
 
@@ -55,6 +59,52 @@ def test_a_fresh_process_repeats_the_model(made, converted):
     assert found.perplexity == pytest.approx(measured.value, rel=1e-6)
     assert found.reloaded_perplexity == pytest.approx(measured.value, rel=1e-5)
     assert found.scored_tokens == measured.tokens
+
+
+def test_the_fresh_process_ends_unasked():
+    with fresh_process() as other:
+        assert other.process.poll() is None
+    assert other.process.poll() is not None and not other.room.exists()
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_compared(made, converted, tmp_path, monkeypatch):
+    """Which would take long for a large model."""
+    shutil.copytree(made.folder, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"half")
+    said = []
+    with fresh_process() as other:
+
+        def failed_by_now(model):
+            assert other.process.wait(60)
+            return model
+
+        monkeypatch.setattr(verification, "twin_of", failed_by_now)
+        with pytest.raises(ExportError, match="cannot be opened"):
+            verify_and_score(
+                other, converted, tmp_path / "cut", None,
+                on_progress=lambda message, share: said.append(message),
+            )  # fmt: skip
+    assert said == ["opening the checkpoint in a fresh process"]
+
+
+def test_what_was_measured_before_is_not_measured_again(converted, tmp_path):
+    """Of a text that is longer than the tokens whose logits are compared."""
+    tokenizer, said = byte_tokenizer(), []
+    text = "A cat sat on the wall and looked down. " * 30
+    known = tuple(perplexity(model, tokenizer, text) for model in (tiny_model(), converted))
+    made = export(
+        converted, tmp_path / "out", tokenizer=tokenizer, text=text, dense=tiny_model(),
+        known=known, on_progress=lambda message, share: said.append(message),
+    )  # fmt: skip
+    found, measured = made.verification, made.record.measured
+    assert found.passed and found.compared_tokens == LOGIT_TOKENS
+    assert (measured.dense, measured.converted) == known
+    assert found.perplexity == known[1].value and found.scored_tokens == known[1].tokens
+    assert found.reloaded_perplexity == pytest.approx(known[1].value, rel=1e-5)
+    assert "measuring the dense model" not in said
+    assert len([message for message in said if message.startswith("comparing")]) < len(
+        windows(converted, encode_text(tokenizer, text))
+    )
 
 
 def test_stock_software_opens_it(made, converted):

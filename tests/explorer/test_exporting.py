@@ -252,6 +252,28 @@ def test_a_checkpoint_is_made_of_what_the_controls_say(exporter, demo, monkeypat
     assert shown[2] == folder_name(wanted(demo, **spec.to_dict()))
 
 
+def test_what_the_page_has_measured_is_not_measured_again(exporter, demo, monkeypatch):
+    given = []
+
+    def export(model, folder, *, known, **_: object) -> SimpleNamespace:
+        given.append(known)
+        folder.mkdir()
+        return SimpleNamespace(folder=folder, bytes=0, record=SimpleNamespace(opening=str))
+
+    monkeypatch.setattr(exporting, "export", export)
+    monkeypatch.setattr(exporting, "result", lambda made: made.name)
+    own = exporter.workbench.texts.add("The ferry left.\n<|endoftext|>\nNobody told the gulls.")
+    steps = demo.evaluate(ConversionSpec(branches=4, keep=3), own)
+    next(steps)  # a part of the text counts for nothing
+    make(exporter, *asked_for(text=own))
+    *_, whole = steps
+    make(exporter, *asked_for(text=own))
+    make(exporter, *asked_for(text=own, keep=2))
+    assert given == [
+        (None, None), (whole.dense, whole.converted), (whole.dense, None),
+    ]  # fmt: skip
+
+
 @pytest.mark.usefixtures("instant")
 def test_one_zip_per_visitor_that_goes_when_it_is_replaced_or_they_leave(exporter, served):
     files = [Path(make(exporter, *asked_for())[3]["value"])]

@@ -47,13 +47,16 @@ class Measured:
         text: EncodedText,
         converted: Perplexity,
         report: Progress,
+        before: Perplexity | None = None,
     ) -> Measured:
-        """Measure the dense model too. converted: the perplexity of `model` on `text`."""
-        losses, parts = [], windows(dense, text)
-        for part in parts:
-            report("measuring the dense model", len(losses) / len(parts))
-            losses.append(token_losses(dense, part.ids, part.first))
-        before = summarise(torch.cat(losses), parts)
+        """Measure the dense model too, unless `before` is its perplexity on `text`. converted: that
+        of `model`."""
+        if before is None:
+            losses, parts = [], windows(dense, text)
+            for part in parts:
+                report("measuring the dense model", len(losses) / len(parts))
+                losses.append(token_losses(dense, part.ids, part.first))
+            before = summarise(torch.cat(losses), parts)
         return cls(before, converted, (parameter_report(dense), parameter_report(model)))
 
 

@@ -1,16 +1,18 @@
 """Opens a checkpoint in a process of its own, with transformers alone, and says what it computes.
 
-    python reload.py FOLDER WINDOWS ANSWERS DTYPE DEVICE CODE
+    python reload.py < REQUEST
 
-WINDOWS: a safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and
+REQUEST, read once everything is imported: a JSON list FOLDER, WINDOWS, ANSWERS, DTYPE, DEVICE,
+CODE. WINDOWS: a safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and
 "firsts", the index of the first token to score in each. ANSWERS gets the losses of the scored
 tokens, the logits of the first LOGIT_TOKENS tokens, and as metadata the dtypes on disk. DEVICE:
-"disk" reads each part of the model when it is needed. CODE: "yes" lets the checkpoint run its own
+"disk" reads each part of the model when it is needed. CODE: whether the checkpoint may run its own
 code. Nothing of mlpmoe is imported: this is what another person's software sees.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +22,15 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 LOGIT_TOKENS = 256
 ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
 
-def opened(folder: str, dtype: str, device: str, code: bool) -> transformers.PreTrainedModel:
+def opened(folder: str, dtype: str, device: str, code: bool) -> PreTrainedModel:
     """The model of the checkpoint; the process ends if a tensor is missing or too many."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         device_map={"": device},
@@ -45,7 +48,7 @@ def opened(folder: str, dtype: str, device: str, code: bool) -> transformers.Pre
 
 @torch.inference_mode()
 def answers(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     pieces: Sequence[tuple[torch.Tensor, int]],
     device: str | torch.device,
     on_share: Callable[[float], None] | None = None,
@@ -82,9 +85,12 @@ def saved_dtypes(folder: str) -> str:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    folder, windows, target, dtype, device, code = sys.argv[1:]
+    request = sys.stdin.read()
+    if not request:
+        sys.exit()  # whoever wanted to ask is gone
+    folder, windows, target, dtype, device, code = json.loads(request)
     asked = load_file(windows)
     pieces = [(asked[f"ids.{i}"], first) for i, first in enumerate(asked["firsts"].tolist())]
-    model = opened(folder, dtype, device, code == "yes")
+    model = opened(folder, dtype, device, code)
     found = answers(model, pieces, "cpu" if device == "disk" else device)
     save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})

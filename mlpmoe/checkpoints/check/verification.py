@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from subprocess import Popen, TimeoutExpired
-from typing import Any
+from subprocess import PIPE, Popen, TimeoutExpired
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -93,36 +94,54 @@ def verify(
     may run its own code. Raises ExportError if it cannot be opened.
     """
     encoded = encode_text(tokenizer, text) if isinstance(text, str) and tokenizer else text
-    return verify_and_score(
-        model, folder, encoded if isinstance(encoded, EncodedText) else None, exact=exact,
-        trust_remote_code=trust_remote_code, on_progress=on_progress,
-    )[0]  # fmt: skip
+    with fresh_process() as other:
+        return verify_and_score(
+            other, model, folder, encoded if isinstance(encoded, EncodedText) else None,
+            exact=exact, trust_remote_code=trust_remote_code, on_progress=on_progress,
+        )[0]  # fmt: skip
 
 
 def verify_and_score(
+    other: FreshProcess,
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
     text: EncodedText | None,
     *,
+    known: Perplexity | None = None,
     exact: bool = True,
     trust_remote_code: bool = False,
     on_progress: Progress | None = None,
 ) -> tuple[Verification, Perplexity | None]:
-    """`verify`, and the perplexity of the model in memory that it takes on the way."""
+    """`verify` in a process that waits for it, and the perplexity of the model in memory. known:
+    that perplexity, where it was measured before on this text: then only the logits are taken."""
+    report = on_progress or (lambda message, share: None)
     parts = None if text is None else windows(model, text)
     pieces = pieces_of(parts, model)
-    theirs, dtypes = answers_of(
-        folder, pieces, model.dtype, str(model.device), trust_remote_code, on_progress
-    )
-    report = on_progress or (lambda message, share: None)
+    report("opening the checkpoint in a fresh process", None)
+    other.ask(folder, pieces, model.dtype, str(model.device), trust_remote_code)
+
+    def on_share(share: float) -> None:
+        other.check()
+        report("comparing with the model in memory", share)
+
     mine = reload.answers(
-        twin_of(model).eval(),
-        pieces,
-        model.device,
-        partial(report, "comparing with the model in memory"),
+        twin_of(model).eval(), _with_logits(pieces) if known else pieces, model.device, on_share
     )
+    if known:
+        mine["losses"] = known.losses
+    theirs, dtypes = other.answers(report)
     found = compared(mine, theirs, dtypes, model.dtype, exact, parts)
-    return found, None if parts is None else summarise(mine["losses"], parts)
+    return found, known or (None if parts is None else summarise(mine["losses"], parts))
+
+
+def _with_logits(pieces: Sequence[tuple[Tensor, int]]) -> Sequence[tuple[Tensor, int]]:
+    """The first of them, of which `reload.answers` gives logits."""
+    tokens = 0
+    for count, (ids, _) in enumerate(pieces, 1):
+        tokens += len(ids)
+        if tokens >= reload.LOGIT_TOKENS:
+            return pieces[:count]
+    return pieces
 
 
 def pieces_of(parts: Sequence[Window] | None, model: PreTrainedModel) -> list[tuple[Tensor, int]]:
@@ -167,49 +186,79 @@ def compared(
     )
 
 
-def answers_of(
-    folder: str | os.PathLike[str],
-    pieces: Sequence[tuple[Tensor, int]],
-    dtype: torch.dtype,
-    device: str,
-    code: bool,
-    on_progress: Progress | None = None,
-) -> tuple[dict[str, Tensor], str]:
-    """Losses and logits of a checkpoint opened in a fresh process, and its dtypes on disk. An
-    exception from `on_progress` ends the process. Raises ExportError if it fails."""
-    with tempfile.TemporaryDirectory(prefix="mlpmoe-verify-") as room:
-        asked, answered = Path(room, "windows.safetensors"), Path(room, "answers.safetensors")
+@dataclass(frozen=True)
+class FreshProcess:
+    """A Python of its own, with transformers alone, that opens one checkpoint and runs it while
+    this process does something else."""
+
+    process: Popen
+    room: Path  # its folder
+    errors: IO[bytes]  # what it says
+
+    def ask(
+        self, folder: str | os.PathLike[str], pieces: Sequence[tuple[Tensor, int]],
+        dtype: torch.dtype, device: str, code: bool,
+    ) -> None:  # fmt: skip
+        """Let it open the checkpoint, which is whole by now, and score these windows."""
+        asked = self.room / "windows.safetensors"
         tensors = {f"ids.{index}": ids.clone() for index, (ids, _) in enumerate(pieces)}
         save_file(tensors | {"firsts": torch.tensor([first for _, first in pieces])}, asked)
-        command = [
-            sys.executable, "-P", reload.__file__, os.path.abspath(folder), str(asked),
-            str(answered), str(dtype).removeprefix("torch."), device, "yes" if code else "no",
+        request = [
+            os.path.abspath(folder), str(asked), str(self._answered),
+            str(dtype).removeprefix("torch."), device, code,
         ]  # fmt: skip
-        # its own module cache: code of a checkpoint leaves nothing behind
-        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
-        with open(Path(room, "errors"), "w+b") as errors:
-            process = Popen(
-                command, cwd=room, env=os.environ | settings, stdout=errors, stderr=errors
-            )
+        with suppress(BrokenPipeError):  # it ended: `check` says why
+            self.process.stdin.write(json.dumps(request).encode())
+            self.process.stdin.close()
+
+    def check(self) -> None:
+        """Raise ExportError if it failed."""
+        if self.process.poll():
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").split("\n")
+            reason = next((line for line in reversed(said) if line.strip()), "no reason given")
+            raise ExportError(f"the checkpoint cannot be opened again: {reason.strip():.300}")
+
+    def answers(self, report: Progress) -> tuple[dict[str, Tensor], str]:
+        """Losses and logits, and the dtypes on disk, once it is done. Raises ExportError if it
+        fails."""
+        while self.process.poll() is None:
+            report("waiting for the fresh process", None)
             try:
-                while process.poll() is None:
-                    if on_progress:
-                        on_progress("opening the checkpoint in a fresh process", None)
-                    try:
-                        process.wait(POLL)
-                    except TimeoutExpired:
-                        continue
-            finally:
-                process.kill()
-                process.wait()
-            if process.returncode:
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").split("\n")
-                reason = next((line for line in reversed(said) if line.strip()), "no reason given")
-                raise ExportError(f"the checkpoint cannot be opened again: {reason.strip():.300}")
-        with safe_open(answered, framework="pt") as found:
+                self.process.wait(POLL)
+            except TimeoutExpired:
+                continue
+        self.check()
+        with safe_open(self._answered, framework="pt") as found:
             dtypes = found.metadata()["dtypes"]
             return {name: found.get_tensor(name) for name in ("losses", "logits")}, dtypes
+
+    @property
+    def _answered(self) -> Path:
+        return self.room / "answers.safetensors"
+
+
+@contextmanager
+def fresh_process() -> Iterator[FreshProcess]:
+    """A process that imports what it needs, which takes seconds, and waits to be asked; it ends
+    with the block, whatever it is doing."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mlpmoe-verify-") as room,
+        open(Path(room, "errors"), "w+b") as errors,
+    ):
+        # its own module cache: code of a checkpoint leaves nothing behind
+        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
+        process = Popen(
+            [sys.executable, "-P", reload.__file__], cwd=room, env=os.environ | settings,
+            stdin=PIPE, stdout=errors, stderr=errors,
+        )  # fmt: skip
+        try:
+            yield FreshProcess(process, Path(room), errors)
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 def _rounding(dtypes: str, dtype: torch.dtype) -> float:

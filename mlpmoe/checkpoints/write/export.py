@@ -15,11 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...core.conversion import spec_of
 from ...core.errors import UserError
 from ...measure.quality.encoding import EncodedText, encode_text, windows
+from ...measure.quality.perplexity import Perplexity
 from ...models import origin_of
 from ...models.host import parse_dtype
 from ...version import VERSION
 from ..check.record import Measured, Record
-from ..check.verification import ExportError, Progress, Verification, verify_and_score
+from ..check.verification import (
+    ExportError,
+    Progress,
+    Verification,
+    fresh_process,
+    verify_and_score,
+)
 from ..forms.choose import AUTO, make_form
 from ..forms.form import Form, FormError, converted_mlps
 from .target import check_target, target_folder
@@ -51,6 +58,7 @@ def export(
     text: str | EncodedText | None = None,
     text_name: str | None = None,
     dense: PreTrainedModel | None = None,
+    known: tuple[Perplexity | None, Perplexity | None] = (None, None),
     calibration_name: str | None = None,
     form: str = AUTO,
     dtype: str | torch.dtype | None = None,
@@ -60,10 +68,12 @@ def export(
 
     model: from `convert`; unchanged. tokenizer: saved beside the weights, and needed for `text`,
     on which the perplexities of both are taken (without: random tokens are compared). dense: the
-    model it was made from, to put the cost into the card. text_name, calibration_name: what the
-    card calls the texts. form: see FORMS; "auto" is a stock architecture wherever one computes
-    the same. dtype: of the files; None is that of `model`, which repeats it exactly, and "saved"
-    that of the base model's own files. on_progress(message, share) may raise to cancel.
+    model it was made from, to put the cost into the card. known: the perplexities of `dense` and
+    of `model` on this text, where they were measured before, and so are not again. text_name,
+    calibration_name: what the card calls the texts. form: see FORMS; "auto" is a stock
+    architecture wherever one computes the same. dtype: of the files; None is that of `model`, which
+    repeats it exactly, and "saved" that of the base model's own files. on_progress(message, share)
+    may raise to cancel.
 
     Raises ExportError if the folder is not free or does not fit, and if the checkpoint does not
     repeat the model: then it is deleted. FormError if the form cannot hold the conversion.
@@ -77,7 +87,10 @@ def export(
         text = encode_text(tokenizer, text)
     saved = saved_dtype(model, dtype)
     report("taking the weights apart", None)
-    with tempfile.TemporaryDirectory(prefix="mlpmoe-form-") as workspace:
+    with (
+        tempfile.TemporaryDirectory(prefix="mlpmoe-form-") as workspace,
+        fresh_process() as other,  # which imports transformers while the checkpoint is made
+    ):
         ids = None
         if text is not None:
             ids = torch.cat([part.ids for part in windows(model, text)])[:SCALING_TOKENS]
@@ -91,13 +104,13 @@ def export(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             found, perplexity = verify_and_score(
-                model, partial, text, exact=made.exact,
+                other, model, partial, text, known=known[1], exact=made.exact,
                 trust_remote_code=made.remote_code, on_progress=report,
             )  # fmt: skip
             refuse_unless_same(found, made.name)
             measured = None
             if dense is not None and perplexity is not None:
-                measured = Measured.of(dense, model, text, perplexity, report)
+                measured = Measured.of(dense, model, text, perplexity, report, known[0])
             record = Record(
                 version=VERSION, spec=spec_of(model), origin=origin_of(model),
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,

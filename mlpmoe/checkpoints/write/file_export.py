@@ -21,10 +21,11 @@ from ...version import VERSION
 from ..check.record import Measured, Record
 from ..check.reload import answers
 from ..check.verification import (
+    FreshProcess,
     Progress,
     Verification,
-    answers_of,
     compared,
+    fresh_process,
     pieces_of,
     verify_and_score,
 )
@@ -78,7 +79,10 @@ def export_files(
     with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
         copy_small_files(files, checked.small_files, partial)
-        found, measured = _verified(conversion, checked, partial, tokenizer, encode, report)
+        with fresh_process() as other:
+            found, measured = _verified(
+                other, conversion, checked, partial, tokenizer, encode, report
+            )
         record = Record(
             version=VERSION, spec=spec, origin=checked.origin, form=NAME,
             architecture=type(conversion.plan.skeleton).__name__, remote_code=False,
@@ -91,6 +95,7 @@ def export_files(
 
 
 def _verified(
+    other: FreshProcess,
     conversion: FileConversion,
     checked: Preflight,
     folder: Path,
@@ -106,7 +111,7 @@ def _verified(
         dense, _ = load_checked(checked)
         model = convert(dense, conversion.spec)
         encoded = None if encode is None else encode(tokenizer, dense)
-        found, perplexity = verify_and_score(model, folder, encoded, on_progress=report)
+        found, perplexity = verify_and_score(other, model, folder, encoded, on_progress=report)
         refuse_unless_same(found, NAME)
         if perplexity is None:
             return found, None
@@ -119,9 +124,10 @@ def _verified(
         parts = windows(model, text.beginnings([longest], FORWARD_TOKENS))[:1]
     pieces = pieces_of(parts, model)
     dtype = conversion.source.dtype
-    theirs, dtypes = answers_of(folder, pieces, dtype, "disk", False, report)
+    other.ask(folder, pieces, dtype, "disk", code=False)
     report("running the conversion from the base model's files", None)
     mine = answers(conversion.source.running(conversion.as_saved), pieces, "cpu")
+    theirs, dtypes = other.answers(report)
     found = compared(mine, theirs, dtypes, dtype, parts=parts)
     refuse_unless_same(found, NAME)
     if parts is None:

@@ -217,6 +217,14 @@ class LoadedModel:
         known = self.known_evaluation(None, text)
         return known and known.dense
 
+    def known_whole(
+        self, asked: Conversion, text: str
+    ) -> tuple[Perplexity | None, Perplexity | None]:
+        """Of the dense and of the converted model, where all of the text was measured."""
+        found = (self.known_evaluation(each, text) for each in (None, asked))
+        dense, converted = (each.converted if each and each.complete else None for each in found)
+        return dense, converted
+
     def run(self, asked: Conversion, text: str) -> Run:
         """What was measured and counted of a conversion; it must have been measured."""
         measured, report = self.known_evaluation(asked, text), self.structure.report(asked)

@@ -176,7 +176,8 @@ def _exported(
         report("converting", None)
         return export(
             loaded.converted(wanted.asked), folder, tokenizer=loaded.tokenizer, text=encoded,
-            text_name=text_name(text), dense=loaded.model, calibration_name=calibration,
+            text_name=text_name(text), dense=loaded.model,
+            known=loaded.known_whole(wanted.asked, text), calibration_name=calibration,
             form=wanted.form, dtype=SAVED if wanted.dtype == SAVED else None, on_progress=report,
         )  # fmt: skip
 
