@@ -8,9 +8,10 @@ print(perplexity(converted, tokenizer, text))
 
 import os
 
-# Before torch is imported: threads that wait for work leave the core to whoever needs it. On two
-# busy cores spinning took 3 to 4 times the processor time of the work itself.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: threads that wait for work sleep soon. Those of OpenMP would look for it
+# for milliseconds, and where another program wants their core everything takes many times as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from .checkpoints.check.verification import ExportError, verify
 from .checkpoints.write.export import export

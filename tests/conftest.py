@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Tiny tensors gain nothing from more threads, and threads that wait for a busy core cost a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the library sets it; torch may come first here
 # Pages open with the demo model; the journey on the real one says so itself.
 os.environ["MLPMOE_FIRST_MODEL"] = "demo"
 

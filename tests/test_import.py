@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mlpmoe").rglob("*.py"))
 PAGE_ONLY = {"gradio", "gradio_client", "plotly"}
-OPTIONAL = PAGE_ONLY | {"optuna", "datasets", "ray", "lm_eval"}
+COMPILED = "mlpmoe.core.kernels.compiled"  # is imported where numba is used, and imports it
+OPTIONAL = PAGE_ONLY | {"optuna", "datasets", "ray", "lm_eval", "numba"}
 # Each floor may import the floors named here, and itself.
 BELOW = {
     "core": set(),
@@ -82,8 +83,12 @@ def test_only_the_page_needs_gradio_and_plotly():
 
 def test_optional_packages_are_imported_where_they_are_used_only():
     for file in FILES:
-        found = {module.split(".")[0] for module in imported_modules(file, run_on_import)}
+        modules = set(imported_modules(file, run_on_import))
+        found = {module.split(".")[0] for module in modules}
+        if file.stem == COMPILED.split(".")[-1]:
+            found -= {"numba"}
         assert not found & (OPTIONAL - PAGE_ONLY), name_of(file)
+        assert not any(module.startswith(COMPILED) for module in modules), name_of(file)
 
 
 def test_nothing_below_imports_the_command_line():

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import one_token
+from ..kernels.one_token import OneToken
+from ..kernels.rows import sum_rows
 from ..mlps import MLPWeights
 from .routed_mlp import _NeuronRows, highest, sizes
-from .rows import sum_rows
 
 NEVER, ALL = -1.0, -1.0  # score of what is not computed; the threshold that all computed ones pass
 
@@ -107,6 +109,13 @@ class InputMLP(_NeuronRows):
     def summed(self, x: Tensor) -> Tensor:
         h, chosen = self.run(x, self.choose)
         return (h if self.idle_mean is None else h - self.idle_mean) * chosen
+
+    def one_token(self) -> OneToken | None:
+        none = Stages(None, None, None)
+        return one_token.inputs(
+            self, self.by_columns, self.input_importance, self.importance,
+            list(zip(self.active, self.thresholds or none, strict=True)),
+        )  # fmt: skip
 
     def _one(self, x: Tensor) -> Tensor:
         inputs = _indices(self.choose("inputs", self.input_scores(x)))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import one_token
+from ..kernels.choice import run_one
+from ..kernels.one_token import OneToken
+from ..kernels.rows import dot_rows, sum_rows
 from ..mlps import MLPWeights
-from .rows import dot_rows, sum_rows
 
-GROUPED_FROM = 16  # tokens per expert; where sorting began to pay on two CPU cores, d_ff 4864
+# Multiply-adds of a matrix of one expert with its tokens, by bytes per number, from which experts
+# one by one paid on two CPU cores (d_ff 1536 and 4864, 16 to 64 experts, 64 and 512 tokens).
+# A rule, and not tried out as one token is, so that the same text has the same perplexity.
+GROUPED_FROM = {8: 2e6, 4: 2e6, 2: 3e7}
 
 
 class _NeuronRows(nn.Module):
@@ -49,10 +56,28 @@ class _NeuronRows(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., d_model) -> (..., d_model)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = self._one(flat) if len(flat) == 1 else self._many(flat)
-        y = y if self.down_bias is None else y + self.down_bias
+        y = run_one(self, flat, self.one) if len(flat) == 1 else self.many(flat)
         y = y.view_as(x)
         return y if residual is None else y + residual
+
+    def one(self, x: Tensor) -> Tensor:
+        """(1, d_model) -> (1, d_model): only the rows that are chosen are read, by torch."""
+        return self._with_bias(self._one(x))
+
+    def many(self, x: Tensor) -> Tensor:
+        """(tokens, d_model) -> (tokens, d_model), as matrix products. What one token costs less,
+        and what is compiled, agree with this."""
+        return self._with_bias(self._many(x))
+
+    def one_token(self) -> OneToken | None:
+        """The compiled form, of one token."""
+        raise NotImplementedError
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        return y if self.down_bias is None else y + self.down_bias
+
+    def _one(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _many(self, x: Tensor) -> Tensor:
         return self.summed(x) @ self.down
@@ -79,9 +104,9 @@ class RoutedMLP(_NeuronRows):
         y = E_shared(x) + Σ_{e chosen} E_e(x)            (ExpertWeaver, section 3.4)
 
     No gate weights: a chosen expert counts exactly 1, so with all experts chosen the sum is the
-    dense MLP. One token reads only the rows of its experts. Many tokens are sorted by expert, so
-    that each expert is one product with the tokens that chose it; with fewer than GROUPED_FROM
-    tokens per expert such products are too small to pay, and all experts run, masked.
+    dense MLP. One token reads only the rows of its experts. Of many tokens, each expert is one
+    product with those that chose it; where such products are too small to pay (GROUPED_FROM), all
+    experts run, masked.
 
     weights: neurons in the order shared, expert 0, expert 1, ... shared: how many are shared.
     experts: routed ones, of equal size. router: (tokens, d_model) -> scores (tokens, experts).
@@ -107,15 +132,36 @@ class RoutedMLP(_NeuronRows):
 
     def select(self, x: Tensor) -> Tensor:
         """(tokens, experts) bool: which experts each token runs. x: (tokens, d_model)."""
-        if self.active == self.experts and self.threshold is None:
+        if not self.chooses:
             return x.new_ones(len(x), self.experts, dtype=torch.bool)
         return choose(self.router(x), int(self.active), self.threshold)
 
+    def one_token(self) -> OneToken | None:
+        parts = getattr(self.router, "linear", None)
+        choice = self.active, self.threshold
+        if self.chooses and parts is not None:
+            return one_token.experts(self, self.shared, self.size, parts, choice)
+        every, shared = np.arange(self.d_ff), np.arange(self.shared)
+
+        def chosen(x: np.ndarray) -> np.ndarray:
+            rows = self._rows_of(self.select(torch.from_numpy(x)[None].to(self.up.dtype)))
+            return np.concatenate([shared, rows.numpy()])
+
+        return one_token.given(self, chosen if self.chooses else lambda x: every)
+
+    @property
+    def chooses(self) -> bool:
+        return self.active != self.experts or self.threshold is not None
+
+    def _rows_of(self, chosen: Tensor) -> Tensor:
+        """(n,) int64: the neurons of the experts that one token chose."""
+        experts = chosen[0].nonzero()  # (k, 1)
+        inside = torch.arange(self.size, device=chosen.device)
+        return (self.shared + experts * self.size + inside).flatten()
+
     def _one(self, x: Tensor) -> Tensor:
-        chosen = self.select(x)[0].nonzero()  # (k, 1)
         y = self._slice(x, 0, self.shared)
-        rows = self.shared + (chosen * self.size + torch.arange(self.size, device=x.device))
-        rows = rows.flatten()
+        rows = self._rows_of(self.select(x))
         if not len(rows):
             return y
         h = self._project_rows(x, "up", rows)
@@ -127,7 +173,8 @@ class RoutedMLP(_NeuronRows):
 
     def _many(self, x: Tensor) -> Tensor:
         chosen = self.select(x)
-        if len(x) < GROUPED_FROM * self.experts:
+        work = self.size * x.shape[1] * len(x) * self.active / max(1, self.experts)
+        if work < GROUPED_FROM[x.element_size()]:
             return self._masked(x, chosen) @ self.down
         return self._grouped(x, chosen)
 
@@ -137,9 +184,13 @@ class RoutedMLP(_NeuronRows):
     def _masked(self, x: Tensor, chosen: Tensor) -> Tensor:
         """(tokens, d_ff): all neurons run, and what was not chosen is masked."""
         h = self._activations(x, 0, self.d_ff)
-        if self.experts:
-            routed = h[:, self.shared :].unflatten(1, (self.experts, self.size))
-            h = torch.cat([h[:, : self.shared], (routed * chosen[..., None]).flatten(1)], dim=1)
+        if not self.experts:
+            return h
+        shared, routed = h[:, : self.shared], h[:, self.shared :]
+        routed = routed.unflatten(1, (self.experts, self.size))
+        if torch.is_grad_enabled():
+            return torch.cat([shared, (routed * chosen[..., None]).flatten(1)], dim=1)
+        routed.mul_(chosen[..., None])
         return h
 
     def _activations(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -160,19 +211,16 @@ class RoutedMLP(_NeuronRows):
         return self._activations(x, start, stop) @ self.down[start:stop]
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Tokens sorted by expert; each expert is one product with the tokens that chose it."""
-        expert, token = chosen.T.nonzero(as_tuple=True)
+        """Expert by expert, with the tokens that chose it."""
         y = self._slice(x, 0, self.shared)
-        if not len(token):
-            return y
-        starts = [self.shared + e * self.size for e in range(self.experts)]
+        expert, token = chosen.T.nonzero(as_tuple=True)
         counts = torch.bincount(expert, minlength=self.experts).tolist()
-        pieces = [
-            self._slice(piece, start, start + self.size)
-            for start, piece in zip(starts, x[token].split(counts), strict=True)
-            if len(piece)
-        ]
-        return y.index_add(0, token, torch.cat(pieces))
+        for number, tokens in enumerate(token.split(counts)):
+            if len(tokens):
+                start = self.shared + number * self.size
+                said = self._slice(x.index_select(0, tokens), start, start + self.size)
+                y = y.index_add_(0, tokens, said)
+        return y
 
     @property
     def neurons_per_token(self) -> float:
@@ -220,6 +268,9 @@ class NeuronMLP(_NeuronRows):
         super().__init__(weights, idle_mean)
         self.active, self.threshold = active, threshold
         self.register_buffer("importance", importance)
+
+    def one_token(self) -> OneToken | None:
+        return one_token.neurons(self, self.importance, (self.active, self.threshold))
 
     def gated(self, x: Tensor) -> Tensor:
         """(tokens, d_ff): φ(gate x), by which neurons are chosen."""
@@ -274,7 +325,10 @@ def choose(scores: Tensor, active: int, threshold: float | None) -> Tensor:
     or all scores above `threshold`."""
     if threshold is not None:
         return scores > threshold
-    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :active]
+    highest, best = scores.topk(min(active + 1, scores.shape[-1]), dim=-1)
+    if 0 < active < scores.shape[-1] and (highest[:, active - 1] == highest[:, active]).any():
+        best = scores.argsort(dim=-1, descending=True, stable=True)  # slower
+    best = best[:, :active]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 

@@ -38,6 +38,11 @@ class LinearRouter(nn.Module):
         return F.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
 
     @property
+    def linear(self) -> tuple[Tensor, Tensor | None, bool]:
+        """Weight, bias and `normalise`: all there is to it."""
+        return self.weight, self.bias, self.normalise
+
+    @property
     def macs(self) -> int:
         return self.weight.numel()
 
@@ -61,10 +66,14 @@ class RepresentativeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        up = F.linear(x, self.up.float(), self.up_bias)
+
+        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, matrix.float(), None if bias is None else bias.float())
+
+        up = project(self.up, self.up_bias)
         if self.gate is None:
             return self.act_fn(up).abs().softmax(-1)
-        return (self.act_fn(F.linear(x, self.gate.float(), self.gate_bias)) * up).abs().softmax(-1)
+        return (self.act_fn(project(self.gate, self.gate_bias)) * up).abs().softmax(-1)
 
     @property
     def macs(self) -> int:

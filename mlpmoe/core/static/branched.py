@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels import one_token
+from ..kernels.choice import run_one
+from ..kernels.one_token import OneToken
 from ..mlps import MLPWeights
 
 
@@ -79,12 +82,40 @@ class BranchedMLP(nn.Module):
         self.register_buffer("branch_of_neuron", index, persistent=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            y = run_one(self, x.reshape(1, -1), self.many).view_as(x)
+        else:
+            y = self.many(x)
+        return y if residual is None else y + residual
+
+    def many(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., d_model), as matrix products."""
         h = self.up_proj(x)  # (..., d_ff)
         h = self.act_fn(h) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * h
         alpha = self.alpha.index_select(0, self.branch_of_neuron)  # (d_ff,)
         h = h * alpha if torch.is_grad_enabled() else h.mul_(alpha)
-        y = self.down_proj(h)  # (..., d_model)
-        return y if residual is None else y + residual
+        return self.down_proj(h)  # (..., d_model)
+
+    def one_token(self) -> OneToken | None:
+        """The compiled form, of one token."""
+        alpha = self.alpha.detach()
+        scale = None if (alpha == 1).all() else alpha.index_select(0, self.branch_of_neuron)
+        return one_token.dense(self.weights, scale)
+
+    @property
+    def weights(self) -> MLPWeights:
+        """Of the neurons that are kept, without α."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return MLPWeights(
+            gate=None if gate is None else gate.weight,
+            up=up.weight,
+            down=down.weight,
+            gate_bias=None if gate is None else gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+            activation=self.act_fn,
+            adds_residual=self.adds_residual,
+        )
 
     @property
     def projections(self) -> dict[str, nn.Linear]:
