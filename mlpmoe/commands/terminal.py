@@ -80,6 +80,8 @@ def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
         number(speed.converted),
         speedup(speed.speedup),
     ]
+    if speed.plain is not None:
+        yield ["  by torch alone", number(speed.plain), "", ""]
 
 
 def task_rows(found: Sequence[TaskScore]) -> Iterator[list[str]]:
@@ -95,7 +97,7 @@ def bench_line(line: BenchLine) -> str:
     def shown(value: float) -> str:
         if line.unit == "%":
             return f"{100 * value:{'.2g' if abs(value) < 1 else '.0f'}} %"
-        return f"{number(value)} {line.unit}" if line.unit == "s" else f"× {number(value)}"
+        return f"× {number(value)}" if line.unit == "×" else f"{number(value)} {line.unit}"
 
     measured = line.measured
     spread = ""

@@ -24,11 +24,11 @@ from mlpmoe.explorer.server.workbench import Workbench
 from mlpmoe.explorer.tabs import paper as page
 from mlpmoe.explorer.tabs.paper import PaperHandlers
 from mlpmoe.explorer.tabs.paper_table import published_tables
-from mlpmoe.measure.cost import speed
 from mlpmoe.measure.notation import NBSP
 from mlpmoe.measure.quality.encoding import encode_text, windows
 from mlpmoe.measure.runs import paper
 from mlpmoe.measure.runs.paper import DENSE, FADED, TABLES, VARIANTS
+from mlpmoe.measure.text.decoding import Reader
 from mlpmoe.models.texts import TEXTS
 from tests.commands.common import strictly
 from tests.explorer.conftest import load
@@ -103,12 +103,12 @@ def within(monkeypatch):
     def arrange(module, name: str, number: int, do, counts=lambda *given: True) -> list:
         run, calls = getattr(module, name), []
 
-        def watched(*given):
+        def watched(*given, **named):
             calls.append(given) if counts(*given) else None
             if len(calls) >= number:
                 do()
                 wait_to_be_stopped()
-            return run(*given)
+            return run(*given, **named)
 
         monkeypatch.setattr(module, name, watched)
         return calls
@@ -257,7 +257,7 @@ def test_a_stopped_run_goes_on(tab, demo, visitor):
 
 
 def test_stop_acts_between_two_tokens_of_a_generation(tab, visitor, monkeypatch):
-    read, original = [], speed.read_on
+    read, original = [], Reader.read
 
     def read_on(*given):
         read.append(given)
@@ -267,7 +267,7 @@ def test_stop_acts_between_two_tokens_of_a_generation(tab, visitor, monkeypatch)
                 wait_to_be_stopped()
         return original(*given)
 
-    monkeypatch.setattr(speed, "read_on", read_on)
+    monkeypatch.setattr(Reader, "read", read_on)
     *_, (status, html) = tab.reproduce(visitor(), "demo")
     assert "Stopped" in status
     assert len(read) == 5
@@ -310,9 +310,9 @@ def test_whatever_runs_a_model_waits_for_its_turn(tab, demo, visitor, monkeypatc
     def watch(module, name: str) -> None:
         run = getattr(module, name)
 
-        def watched(*given):
+        def watched(*given, **named):
             ran.append((name, len(inside)))
-            return run(*given)
+            return run(*given, **named)
 
         monkeypatch.setattr(module, name, watched)
 

@@ -91,7 +91,7 @@ def clock(monkeypatch):
         now = 0.0
         looped = 0
 
-    def decode(model, tokens):
+    def decode(model, tokens, compiled):
         assert tokens == WRITTEN
         mlp = mlp_modules(model)[0]
         loops = isinstance(mlp, LoopedMLP) and len(mlp.downs) == 16

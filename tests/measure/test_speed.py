@@ -69,11 +69,17 @@ def test_a_difference_is_measurable_where_one_lies_outside_the_quartiles(low, hi
 
 
 def test_writing_speed(clock, monkeypatch):
-    def fake_decode(model, tokens):
-        clock.now += {"dense": 2.0, "converted": 1.6}[model] * tokens
+    dense, converted = tiny_model(), tiny_model()
+
+    def fake_decode(model, tokens, compiled=True):
+        seconds = {dense: 2.0, converted: 1.6}[model] if compiled else 4.0
+        clock.now += seconds * tokens
 
     monkeypatch.setattr(speed, "decode", fake_decode)
-    report = decode_speed("dense", "converted", tokens=8, rounds=5)
+    monkeypatch.setattr(speed, "decodes", lambda model: True)
+    monkeypatch.setattr(speed, "allowed", lambda: True)
+    report = decode_speed(dense, converted, tokens=8, rounds=5)
+    assert report.plain == pytest.approx(0.25)
     assert report.dense == pytest.approx(0.5)
     assert report.converted == pytest.approx(0.625)
     assert report.speedup.median == pytest.approx(1.25)

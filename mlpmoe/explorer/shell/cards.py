@@ -127,12 +127,15 @@ def pending_structure_cards(loaded: LoadedModel, message: str) -> tuple[Card, Ca
 
 def speed_card(speed: SpeedReport, loaded: LoadedModel) -> Card:
     dtype = str(loaded.checked.dtype).removeprefix("torch.")
+    note = f"writing one text, {dtype} on {loaded.checked.device.type}; range: middle half of runs"
+    if speed.plain is not None:
+        note = f"one text, {dtype}, both compiled; torch alone, dense: {number(speed.plain)}"
     return Card(
         "Tokens per second",
         number(speed.dense),
         number(speed.converted),
         speedup(speed.speedup),
-        f"writing one text, {dtype} on {loaded.checked.device.type}; range: middle half of runs",
+        note,
     )
 
 

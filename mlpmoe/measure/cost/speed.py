@@ -11,8 +11,12 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
+from ...core.conversion import convert
+from ...core.kernels.arrays import allowed
+from ...core.kernels.decoder import decodes
+from ...core.spec import ConversionSpec
 from ...core.stopping import may_stop
-from ..text.decoding import read_on
+from ..text.decoding import Reader
 
 ROUNDS = 7
 LEAST_ROUNDS = 3  # before a ratio and its quartiles say anything
@@ -75,24 +79,26 @@ def forward(model: PreTrainedModel, tokens: int) -> None:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, tokens: int, prompt: int = 16) -> None:
+def decode(model: PreTrainedModel, tokens: int, prompt: int = 16, compiled: bool = True) -> None:
     """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache. It may
-    stop before each of them."""
-    current, cache = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size, None
+    stop before each of them. compiled: False for torch alone."""
+    current = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size
+    reader = Reader(model, prompt + tokens, compiled)
     for _ in range(tokens):
         may_stop()
-        logits, cache = read_on(model, current, cache)
-        current = logits.argmax(-1, keepdim=True)
+        current = reader.read(current).argmax(-1, keepdim=True)
     _wait(model)
 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Writing speed of two models, batch 1, measured in turn."""
+    """Writing speed of two models, batch 1, measured in turn, and of the dense one without the
+    compiled kernels that both of them have."""
 
     dense: float  # tokens per second, median
     converted: float  # tokens per second: the dense median times the ratio
     speedup: Ratio  # converted / dense, as speeds: above 1 is faster
+    plain: float | None = None  # dense tokens per second in torch alone, if `dense` is not that
 
 
 def decode_speed(
@@ -108,17 +114,28 @@ def decode_rounds(
 ) -> Iterator[SpeedReport | None]:
     """`decode_speed` round by round: what is known after each, None before LEAST_ROUNDS. Whoever
     takes the rounds may do something else between them."""
-    actions = [lambda: decode(dense, tokens), lambda: decode(converted, tokens)]
-    seconds: list[list[float]] = [[], []]
+    alike = with_kernels(dense)
+    actions = [lambda: decode(alike, tokens), lambda: decode(converted, tokens)]
+    if allowed() and dense.device.type == "cpu":
+        actions.append(lambda: decode(dense, tokens, compiled=False))
+    seconds: list[list[float]] = [[] for _ in actions]
     for spent in rounds_in_turn(actions, rounds):
         for times, new in zip(seconds, spent, strict=True):
             times.append(new)
         if len(seconds[0]) < LEAST_ROUNDS:
             yield None
             continue
-        speedup = ratio(*seconds)
-        base = tokens / median(seconds[0])
-        yield SpeedReport(base, base * speedup.median, speedup)
+        speedup = ratio(*seconds[:2])
+        base, *plain = (tokens / median(times) for times in (seconds[0], *seconds[2:]))
+        yield SpeedReport(base, base * speedup.median, speedup, *plain)
+
+
+def with_kernels(dense: PreTrainedModel) -> PreTrainedModel:
+    """The dense model with the kernels that a converted one has: itself where it is decoded as a
+    whole, else split into a single branch, which changes nothing."""
+    if not allowed() or dense.device.type != "cpu" or decodes(dense):
+        return dense
+    return convert(dense, ConversionSpec(branches=1))
 
 
 def _wait(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""One step of decoding with a key-value cache, on every transformers release that we allow."""
+"""Decoding with a key-value cache, on every transformers release that we allow."""
 
 from __future__ import annotations
 
@@ -8,12 +8,38 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...core.kernels.decoder import CompiledDecoder, decodes
+
 # transformers 5.24 renamed the argument and the output, and warns of the old name
 CACHE = next(
     name
     for name in ("cache", "past_key_values")
     if name in {field.name for field in fields(CausalLMOutputWithPast)}
 )
+
+
+class Reader:
+    """A model that reads on: a prompt, then token by token, in compiled kernels where they compute
+    what the model does.
+
+    capacity: tokens that it may read, prompt included. compiled: False for torch alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int, compiled: bool = True) -> None:
+        self.model, self._cache = model, None
+        self._decoder = None
+        if compiled and decodes(model):
+            self._decoder = CompiledDecoder(model, capacity)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """(1, tokens) -> logits after the last of them, (1, vocabulary)."""
+        decoder = self._decoder
+        if decoder is not None and decoder.position and ids.shape[1] == 1:
+            return decoder.step(int(ids))
+        logits, self._cache = read_on(self.model, ids, self._cache)
+        if decoder is not None:
+            decoder.take([(layer.keys, layer.values) for layer in self._cache.layers])
+        return logits
 
 
 def read_on(

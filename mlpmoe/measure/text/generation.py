@@ -18,7 +18,7 @@ from transformers import (
 
 from ...core.errors import UserError
 from ..quality.encoding import context_length
-from .decoding import read_on
+from .decoding import Reader
 
 TOP_P = 0.95  # share of probability that sampling chooses from
 
@@ -72,10 +72,11 @@ def write_side_by_side(
             f"the prompt is {ids.shape[1]} tokens long; this model reads at most {limit - 1}."
         )
     writings = tuple(Writing() for _ in models)
-    steps = [_decode(model, ids, _Sampler(temperature, seed)) for model in models]
+    most = ids.shape[1] + min(max_new_tokens, limit - ids.shape[1])
+    steps = [_decode(model, ids, most, _Sampler(temperature, seed)) for model in models]
     stops = [_stop_tokens(model, tokenizer) for model in models]
     skip = len(tokenizer.decode(ids[0], skip_special_tokens=True))
-    for _ in range(min(max_new_tokens, limit - ids.shape[1])):
+    for _ in range(most - ids.shape[1]):
         for writing, step, stop in zip(writings, steps, stops, strict=True):
             if writing.finished:
                 continue
@@ -121,11 +122,12 @@ class _Sampler:
         return int((probabilities / noise).argmax())
 
 
-def _decode(model: PreTrainedModel, ids: Tensor, sampler: _Sampler) -> Iterator[int]:
-    cache, current = None, ids.to(model.device)
+def _decode(model: PreTrainedModel, ids: Tensor, most: int, sampler: _Sampler) -> Iterator[int]:
+    """Tokens one by one, of at most so many with the prompt."""
+    reader, current = Reader(model, most), ids.to(model.device)
     while True:
         with torch.inference_mode():
-            logits, cache = read_on(model, current, cache)
+            logits = reader.read(current)
             token = sampler.pick(current, logits)
         yield token
         current = torch.tensor([[token]], device=model.device)
