@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   python -m mlpmoe sweep demo --compare --active 0.75,0.5 --out runs.jsonl
   python -m mlpmoe frontier demo --budget 0.7
   python -m mlpmoe convert demo demo-12 --keep 12
-  python -m mlpmoe bench --layers 4 --rounds 3
+  python -m mlpmoe bench --quick
 """
 EXIT_STATUS = (
     "exit status: 0 done, 1 failed, 2 wrong usage or a value out of range, 130 interrupted"

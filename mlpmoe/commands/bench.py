@@ -7,44 +7,59 @@ from dataclasses import asdict
 
 import torch
 
-from ..measure.cost.bench import LAYERS, bench, machine
+from ..measure.cost.bench import SHAPES, WRITTEN, bench, machine
 from .arguments import at_least
 from .terminal import bench_line, print_json, progress
 
 NAME, HELP = "bench", "speed and memory of the conversion, as ratios in one run"
 
 
+QUICK = {"dtype": "bfloat16", "shape": "smollm2", "rounds": 3, "tokens": 32}  # about a minute
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = ("float32", "bfloat16", "both")
-    parser.add_argument("--dtype", choices=dtypes, default="both", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=dtypes, help="default: both")
     parser.add_argument(
-        "--rounds", type=at_least(3), default=7, metavar="N", help="default: %(default)s"
+        "--shape", choices=[*SHAPES, "all"], help="whose shape the model has (default: all)"
     )
+    parser.add_argument("--rounds", type=at_least(3), metavar="N", help="default: 7")
     parser.add_argument(
-        "--layers", type=at_least(1), default=LAYERS, metavar="N", help="default: %(default)s"
+        "--tokens", type=at_least(2), metavar="N",
+        help=f"written in each timed generation (default: {WRITTEN})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape in one dtype, in about a minute"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    dtypes = ["float32", "bfloat16"] if arguments.dtype == "both" else [arguments.dtype]
-    setting = machine() | {"rounds": arguments.rounds, "layers": arguments.layers}
+    usual = {"dtype": "both", "shape": "all", "rounds": 7, "tokens": WRITTEN}
+    usual |= QUICK if arguments.quick else {}
+    given = {name: getattr(arguments, name) for name in usual}
+    wish = {name: usual[name] if value is None else value for name, value in given.items()}
+    dtypes = ["float32", "bfloat16"] if wish["dtype"] == "both" else [wish["dtype"]]
+    shapes = list(SHAPES) if wish["shape"] == "all" else [wish["shape"]]
+    setting = machine() | {"rounds": wish["rounds"], "tokens": wish["tokens"]}
     if not arguments.json:
         features = ", ".join(setting["cpu_features"]) or "no known features"
+        kernels = "compiled kernels" if setting["kernels"] else "no compiled kernels"
         print(
-            f"Qwen2.5-0.5B shape, {arguments.layers} layers, random weights · "
-            f"torch {setting['torch']} · {setting['cores']} cores, {setting['threads']} threads "
-            f"({features}) · median and quartiles of {arguments.rounds} rounds"
+            f"random weights · torch {setting['torch']}, {kernels} · {setting['cores']} cores, "
+            f"{setting['threads']} threads ({features}) · median and quartiles of "
+            f"{setting['rounds']} rounds"
         )
     lines = []
-    for dtype in dtypes:
-        if not arguments.json:
-            print(f"\n{dtype}", flush=True)
-        options = {"layers": arguments.layers, "rounds": arguments.rounds}
-        for line in bench(getattr(torch, dtype), **options, report=progress):
-            lines.append(line)
+    for shape in shapes:
+        for dtype in dtypes:
             if not arguments.json:
-                progress("")
-                print(bench_line(line), flush=True)
+                print(f"\n{shape}, {dtype}", flush=True)
+            options = {"rounds": wish["rounds"], "written": wish["tokens"], "report": progress}
+            for line in bench(getattr(torch, dtype), SHAPES[shape], **options):
+                lines.append({"shape": shape} | asdict(line) | {"met": line.met})
+                if not arguments.json:
+                    progress("")
+                    print(bench_line(line), flush=True)
     progress("")
     if arguments.json:
-        print_json(setting | {"lines": [asdict(line) | {"met": line.met} for line in lines]})
+        print_json(setting | {"lines": lines})

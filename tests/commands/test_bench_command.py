@@ -5,7 +5,7 @@ import torch
 
 from mlpmoe.__main__ import main
 from mlpmoe.commands import bench as bench_command
-from mlpmoe.measure.cost.bench import BenchLine
+from mlpmoe.measure.cost.bench import SHAPES, BenchLine
 from mlpmoe.measure.cost.speed import Ratio
 from tests.commands.common import strictly
 
@@ -15,8 +15,8 @@ def fake_bench(monkeypatch):
     """Three lines instead of minutes of work; remembers what was asked for."""
     asked = []
 
-    def bench(dtype, layers, rounds, report):
-        asked.append((dtype, layers, rounds))
+    def bench(dtype, shape, rounds, written, report):
+        asked.append((dtype, shape, rounds, written))
         name = str(dtype).removeprefix("torch.")
         yield BenchLine(name, "fused, to dense", Ratio(1.0123, 0.99, 1.04), target=1.05)
         yield BenchLine(name, "fade", Ratio(48.5, 47, 49), target=50, at_least=True, note="short")
@@ -29,13 +29,15 @@ def fake_bench(monkeypatch):
 
 def test_bench_table(fake_bench, capsys):
     assert main(["bench"]) == 0
-    assert fake_bench == [(torch.float32, 24, 7), (torch.bfloat16, 24, 7)]
-    header, float32, bfloat16 = capsys.readouterr().out.split("\n\n")
+    dtypes = (torch.float32, torch.bfloat16)
+    assert fake_bench == [(dtype, shape, 7, 64) for shape in SHAPES.values() for dtype in dtypes]
+    header, float32, bfloat16, *others = capsys.readouterr().out.split("\n\n")
+    assert len(others) == 2 * len(SHAPES) - 2
     assert f"torch {torch.__version__}" in header
     assert "7 rounds" in header
     title, fused, fade, memory, seconds = float32.splitlines()
-    assert title == "float32"
-    assert bfloat16.startswith("bfloat16\n")
+    assert title == "demo, float32"
+    assert bfloat16.startswith("demo, bfloat16\n")
     assert "× 1.01 (0.990 to 1.04)" in fused
     assert fused.endswith("target ≤ × 1.05: met")
     assert "target ≥ × 50.0: not met" in fade
@@ -47,10 +49,18 @@ def test_bench_table(fake_bench, capsys):
 
 
 def test_bench_as_json(fake_bench, capsys):
-    arguments = ["bench", "--dtype", "bfloat16", "--layers", "2", "--rounds", "3", "--json"]
+    arguments = ["bench", "--dtype", "bfloat16", "--shape", "0.5b", "--rounds", "3", "--json"]
     assert main(arguments) == 0
-    assert fake_bench == [(torch.bfloat16, 2, 3)]
+    assert fake_bench == [(torch.bfloat16, SHAPES["0.5b"], 3, 64)]
     found = strictly(capsys.readouterr().out)
-    assert (found["rounds"], found["layers"]) == (3, 2)
+    assert (found["rounds"], found["tokens"], found["lines"][0]["shape"]) == (3, 64, "0.5b")
     assert [line["met"] for line in found["lines"]] == [True, False, True, None]
     assert found["lines"][0]["measured"] == {"median": 1.0123, "low": 0.99, "high": 1.04}
+
+
+def test_a_quick_look(fake_bench, capsys):
+    """One shape, few rounds; what is said beside it counts."""
+    assert main(["bench", "--quick", "--dtype", "float32"]) == 0
+    ((dtype, shape, rounds, _),) = fake_bench
+    assert (dtype, shape, rounds) == (torch.float32, SHAPES["smollm2"], 3)
+    assert "3 rounds" in capsys.readouterr().out
