@@ -34,6 +34,7 @@ from mlpmoe.core.kernels import arrays, choice
 from mlpmoe.core.kernels.decoder import CompiledDecoder, decodes
 from mlpmoe.core.kernels.one_token import dense as bind_dense
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.measure.text.decoding import Reader
 from tests.core.layers import KINDS, layer_of, random_mlp
 
 if os.environ.get("CI"):
@@ -267,6 +268,17 @@ def test_converted_models_are_decoded(made):
     found = decoded(converted, 9)
     error = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.median() < 1e-5
+
+
+@torch.inference_mode()
+def test_a_reader_goes_on_by_one_token_or_several(monkeypatch):
+    monkeypatch.setattr("mlpmoe.core.kernels.decoder.is_faster", lambda quick, plain: True)
+    model = build(*DECODED["llama"])
+    expected = model(TEXT).logits[0]
+    reader = Reader(model, TEXT.shape[1])
+    for start, stop in ((0, 9), (9, 10), (10, 15), (15, 24)):
+        found = reader.read(TEXT[:, start:stop])[0]
+        assert torch.allclose(found, expected[stop - 1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_decoded(monkeypatch):

@@ -22,9 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 NONE = np.zeros(0, np.float32)  # a vector that is not there
 _alone = RLock()  # a kernel takes all cores, and numba's own thread pool bears no second caller
 GRID = torch.linspace(-6, 6, 241)
-ACTIVATIONS: tuple[
-    Callable[[Tensor], Tensor], ...
-] = (  # in the order of their numbers in `compiled`
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: tuple[Activation, ...] = (  # in the order of their numbers in `compiled`
     F.silu,
     F.gelu,
     lambda x: F.gelu(x, approximate="tanh"),
@@ -94,7 +93,7 @@ def vector(tensor: Tensor | None) -> np.ndarray:
     return NONE if tensor is None else tensor.detach().float().contiguous().numpy()
 
 
-def kind_of(activation: Callable[[Tensor], Tensor]) -> int | None:
+def kind_of(activation: Activation) -> int | None:
     """The number in `compiled` of the activation that computes the same; None if there is none."""
     known = isinstance(activation, nn.Module)
     if known and activation in _kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Protocol
@@ -36,17 +37,14 @@ def run_one(module: nn.Module, x: Tensor, plain: Callable[[Tensor], Tensor]) -> 
     if run is None:
         return plain(x)
 
-    def quick(x: Tensor) -> Tensor:
-        return run_array(run, x)
-
-    shape = _shape(module, x)
+    quick, slow, shape = partial(_run, run, x), partial(plain, x), _shape(module, x)
     if shape not in _faster:
         with running(1):  # nothing else meanwhile
-            _faster[shape] = is_faster(lambda: quick(x), lambda: plain(x))
-    return quick(x) if _faster[shape] else plain(x)
+            _faster[shape] = is_faster(quick, slow)
+    return quick() if _faster[shape] else slow()
 
 
-def run_array(run: OneToken, x: Tensor) -> Tensor:
+def _run(run: OneToken, x: Tensor) -> Tensor:
     """(1, d_model) -> (1, d_model), in the dtype of x."""
     given, out = x[0].float().contiguous().numpy(), np.zeros(x.shape[1], np.float32)
     run(given, out)

@@ -43,6 +43,12 @@ def dot(row, x):
 
 
 @njit(**FAST)
+def project(weight, bias, row, x):
+    """weight[row] · x + bias[row]."""
+    return dot(weight[row], x) + (bias[row] if bias.size else np.float32(0))
+
+
+@njit(**FAST)
 def activate(kind, value):
     one, half = np.float32(1), np.float32(0.5)
     if kind == SILU:
@@ -57,17 +63,10 @@ def activate(kind, value):
 
 
 @njit(parallel=True, **FAST)
-def product(weight, x, bias, out):
-    """out = weight @ x + bias. weight: (n, m)."""
-    for i in prange(weight.shape[0]):
-        out[i] = dot(weight[i], x) + (bias[i] if bias.size else np.float32(0))
-
-
-@njit(parallel=True, **FAST)
 def activated(weight, x, bias, kind, out):
     """out = φ(weight @ x + bias)."""
     for i in prange(weight.shape[0]):
-        out[i] = activate(kind, dot(weight[i], x) + (bias[i] if bias.size else np.float32(0)))
+        out[i] = activate(kind, project(weight, bias, i, x))
 
 
 @njit(parallel=True, **FAST)
@@ -80,7 +79,7 @@ def activate_all(kind, values):
 def add_product(weight, x, bias, out):
     """out += weight @ x + bias."""
     for i in prange(weight.shape[0]):
-        out[i] += dot(weight[i], x) + (bias[i] if bias.size else np.float32(0))
+        out[i] += project(weight, bias, i, x)
 
 
 @njit(parallel=True, **FAST)
@@ -88,10 +87,9 @@ def hidden(x, gate, up, gate_bias, up_bias, kind, rows, h):
     """h[i] of the i-th of some rows of gate and up, or of all."""
     for i in prange(h.shape[0]):
         row = rows[i] if rows.size else np.int64(i)  # prange counts unsigned
-        value = dot(up[row], x) + (up_bias[row] if up_bias.size else np.float32(0))
+        value = project(up, up_bias, row, x)
         if gate.size:
-            gated = dot(gate[row], x) + (gate_bias[row] if gate_bias.size else np.float32(0))
-            h[i] = activate(kind, gated) * value
+            h[i] = activate(kind, project(gate, gate_bias, row, x)) * value
         else:
             h[i] = activate(kind, value)
 
@@ -331,8 +329,7 @@ def start(bias, width):
 def times_rows(x, weight, bias, rows, h):
     """h[i] *= weight[rows[i]] · x + bias[rows[i]]."""
     for i in prange(rows.shape[0]):
-        row = rows[i]
-        h[i] *= dot(weight[row], x) + (bias[row] if bias.size else np.float32(0))
+        h[i] *= project(weight, bias, rows[i], x)
 
 
 @njit(parallel=True, **FAST)
@@ -348,13 +345,13 @@ def attend(
     made = np.empty(queries + 2 * others, np.float32)
     for i in prange(queries + 2 * others):
         if i < queries:
-            made[i] = dot(q[i], normed) + (q_bias[i] if q_bias.size else np.float32(0))
+            made[i] = project(q, q_bias, i, normed)
         elif i < queries + others:
             n = i - queries
-            made[i] = dot(k[n], normed) + (k_bias[n] if k_bias.size else np.float32(0))
+            made[i] = project(k, k_bias, n, normed)
         else:
             n = i - queries - others
-            made[i] = dot(v[n], normed) + (v_bias[n] if v_bias.size else np.float32(0))
+            made[i] = project(v, v_bias, n, normed)
     heads, groups = queries // width, queries // others
     for head in range(heads + others // width):
         part = made[head * width : (head + 1) * width]
@@ -373,8 +370,7 @@ def attend(
             made[head * width : (head + 1) * width], keys[head // groups], values[head // groups],
             position + 1, scale, mixed[head * width : (head + 1) * width],
         )  # fmt: skip
-    for i in prange(o.shape[0]):
-        x[i] += dot(o[i], mixed) + (o_bias[i] if o_bias.size else np.float32(0))
+    add_product(o, mixed, o_bias, x)
 
 
 @njit(**FAST)

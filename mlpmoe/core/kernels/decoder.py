@@ -70,7 +70,7 @@ class CompiledDecoder:
 
     def step(self, token: int) -> Tensor:
         """Read a token; the logits after it, (1, vocabulary) float32."""
-        from .compiled import attend, normalise, product
+        from .compiled import add_product, attend, normalise
 
         at, normed = self.position, self._normed
         x = self._embedding[token].float().numpy().copy()
@@ -80,10 +80,10 @@ class CompiledDecoder:
                 attend(x, *attention, cos, sin, self._keys[layer], self._values[layer], at, scaling)
                 normalise(x, *norm, normed)
                 mlp(normed, x)
-        logits = np.empty(len(self._head), np.float32)
+        logits = np.zeros(len(self._head), np.float32)
         with running(self._all_threads):
             normalise(x, *self._norm, normed)
-            product(self._head, normed, NONE, logits)
+            add_product(self._head, normed, NONE, logits)
         self.position += 1
         return torch.from_numpy(logits)[None]
 

@@ -34,11 +34,15 @@ class Reader:
     def read(self, ids: Tensor) -> Tensor:
         """(1, tokens) -> logits after the last of them, (1, vocabulary)."""
         decoder = self._decoder
-        if decoder is not None and decoder.position and ids.shape[1] == 1:
-            return decoder.step(int(ids))
-        logits, self._cache = read_on(self.model, ids, self._cache)
-        if decoder is not None:
-            decoder.take([(layer.keys, layer.values) for layer in self._cache.layers])
+        if decoder is not None and decoder.position:
+            for token in ids[0].tolist():
+                logits = decoder.step(token)
+            return logits
+        logits, cache = read_on(self.model, ids, self._cache)
+        if decoder is None:
+            self._cache = cache
+        else:
+            decoder.take([(layer.keys, layer.values) for layer in cache.layers])
         return logits
 
 
