@@ -17,7 +17,8 @@ from numba.extending import overload
 # sums in any order and fused multiply-adds, without which nothing is vectorised; NaN stays NaN
 FAST = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "cache": True}
 ALL = np.zeros(0, np.int64)  # in place of rows: all of them
-ROWS_AT_ONCE = 8  # that are added up in one pass over the sum
+AT_ONCE = 4  # rows that are multiplied side by side
+ADDED_AT_ONCE = 8  # that are added up in one pass over the sum
 LEADING, REST = 1 << 11, np.uint32(21)  # bits of a score that are counted by, and the others
 NEVER = np.float32(-1)  # score of what is not computed
 SILU, GELU, GELU_TANH, RELU, RELU_SQUARED = range(5)
@@ -43,9 +44,46 @@ def dot(row, x):
 
 
 @njit(**FAST)
+def four_dots(a, b, c, d, x):
+    """Four rows side by side, which keeps more reads of memory under way than one."""
+    sum_a = sum_b = sum_c = sum_d = np.float32(0)
+    for j in range(x.shape[0]):
+        sum_a += load(a[j]) * x[j]
+        sum_b += load(b[j]) * x[j]
+        sum_c += load(c[j]) * x[j]
+        sum_d += load(d[j]) * x[j]
+    return sum_a, sum_b, sum_c, sum_d
+
+
+@njit(**FAST)
 def project(weight, bias, row, x):
     """weight[row] · x + bias[row]."""
     return dot(weight[row], x) + (bias[row] if bias.size else np.float32(0))
+
+
+@njit(**FAST)
+def project_four(weight, bias, rows, x):
+    """The same of four rows."""
+    a, b, c, d = rows
+    said = four_dots(weight[a], weight[b], weight[c], weight[d], x)
+    if bias.size:
+        said = said[0] + bias[a], said[1] + bias[b], said[2] + bias[c], said[3] + bias[d]
+    return said
+
+
+@njit(**FAST)
+def four_of(i, step):
+    """Four places that are far apart: each is the next of a long piece of memory."""
+    i = np.int64(i)  # prange counts unsigned
+    return i, i + step, i + 2 * step, i + 3 * step
+
+
+@njit(**FAST)
+def four_rows(rows, places):
+    """The rows at four places of `rows`, where there are any."""
+    if not rows.size:
+        return places
+    return rows[places[0]], rows[places[1]], rows[places[2]], rows[places[3]]
 
 
 @njit(**FAST)
@@ -65,7 +103,14 @@ def activate(kind, value):
 @njit(parallel=True, **FAST)
 def activated(weight, x, bias, kind, out):
     """out = φ(weight @ x + bias)."""
-    for i in prange(weight.shape[0]):
+    count = weight.shape[0]
+    step = count // AT_ONCE
+    for i in prange(step):
+        places = four_of(i, step)
+        said = project_four(weight, bias, places, x)
+        for n in range(AT_ONCE):
+            out[places[n]] = activate(kind, said[n])
+    for i in range(AT_ONCE * step, count):
         out[i] = activate(kind, project(weight, bias, i, x))
 
 
@@ -78,15 +123,35 @@ def activate_all(kind, values):
 @njit(parallel=True, **FAST)
 def add_product(weight, x, bias, out):
     """out += weight @ x + bias."""
-    for i in prange(weight.shape[0]):
+    count = weight.shape[0]
+    step = count // AT_ONCE
+    for i in prange(step):
+        places = four_of(i, step)
+        said = project_four(weight, bias, places, x)
+        for n in range(AT_ONCE):
+            out[places[n]] += said[n]
+    for i in range(AT_ONCE * step, count):
         out[i] += project(weight, bias, i, x)
 
 
 @njit(parallel=True, **FAST)
 def hidden(x, gate, up, gate_bias, up_bias, kind, rows, h):
     """h[i] of the i-th of some rows of gate and up, or of all."""
-    for i in prange(h.shape[0]):
-        row = rows[i] if rows.size else np.int64(i)  # prange counts unsigned
+    count = h.shape[0]
+    step = count // AT_ONCE
+    for i in prange(step):
+        places = four_of(i, step)
+        chosen = four_rows(rows, places)
+        values = project_four(up, up_bias, chosen, x)
+        if gate.size:
+            gated = project_four(gate, gate_bias, chosen, x)
+            for n in range(AT_ONCE):
+                h[places[n]] = activate(kind, gated[n]) * values[n]
+        else:
+            for n in range(AT_ONCE):
+                h[places[n]] = activate(kind, values[n])
+    for i in range(AT_ONCE * step, count):
+        row = rows[i] if rows.size else i
         value = project(up, up_bias, row, x)
         if gate.size:
             h[i] = activate(kind, project(gate, gate_bias, row, x)) * value
@@ -96,19 +161,24 @@ def hidden(x, gate, up, gate_bias, up_bias, kind, rows, h):
 
 @njit(parallel=True, **FAST)
 def add_rows(h, weight, rows, parts, out):
-    """out += Σ h[i] · weight[rows[i]]. weight: (n, m). parts: to share the rows out in."""
+    """out += Σ h[i] · weight[rows[i]]. weight: (n, m). parts: to share the rows out in.
+
+    Eight rows are read side by side, each from an eighth of its own: where rows follow each other,
+    as those of an expert do, memory is read in eight long pieces, which the CPU foresees.
+    """
     count, width = rows.shape[0], weight.shape[1]
     sums = np.zeros((parts, width), np.float32)
     for part in prange(parts):
         total = sums[part]
         i, stop = part * count // parts, (part + 1) * count // parts
-        while i + ROWS_AT_ONCE <= stop:
-            a, b, c, d = h[i], h[i + 1], h[i + 2], h[i + 3]
-            e, f, g, k = h[i + 4], h[i + 5], h[i + 6], h[i + 7]
-            row_a, row_b = weight[rows[i]], weight[rows[i + 1]]
-            row_c, row_d = weight[rows[i + 2]], weight[rows[i + 3]]
-            row_e, row_f = weight[rows[i + 4]], weight[rows[i + 5]]
-            row_g, row_k = weight[rows[i + 6]], weight[rows[i + 7]]
+        step = (stop - i) // ADDED_AT_ONCE
+        for _ in range(step):
+            a, b, c, d = h[i], h[i + step], h[i + 2 * step], h[i + 3 * step]
+            e, f, g, k = h[i + 4 * step], h[i + 5 * step], h[i + 6 * step], h[i + 7 * step]
+            row_a, row_b = weight[rows[i]], weight[rows[i + step]]
+            row_c, row_d = weight[rows[i + 2 * step]], weight[rows[i + 3 * step]]
+            row_e, row_f = weight[rows[i + 4 * step]], weight[rows[i + 5 * step]]
+            row_g, row_k = weight[rows[i + 6 * step]], weight[rows[i + 7 * step]]
             for j in range(width):
                 total[j] += (
                     a * load(row_a[j]) + b * load(row_b[j])
@@ -116,12 +186,11 @@ def add_rows(h, weight, rows, parts, out):
                     + e * load(row_e[j]) + f * load(row_f[j])
                     + g * load(row_g[j]) + k * load(row_k[j])
                 )  # fmt: skip
-            i += ROWS_AT_ONCE
-        while i < stop:
-            a, row_a = h[i], weight[rows[i]]
+            i += 1
+        for last in range(i + (ADDED_AT_ONCE - 1) * step, stop):
+            a, row_a = h[last], weight[rows[last]]
             for j in range(width):
                 total[j] += a * load(row_a[j])
-            i += 1
     for part in range(parts):
         for j in range(width):
             out[j] += sums[part, j]
@@ -328,7 +397,14 @@ def start(bias, width):
 @njit(parallel=True, **FAST)
 def times_rows(x, weight, bias, rows, h):
     """h[i] *= weight[rows[i]] · x + bias[rows[i]]."""
-    for i in prange(rows.shape[0]):
+    count = rows.shape[0]
+    step = count // AT_ONCE
+    for i in prange(step):
+        places = four_of(i, step)
+        said = project_four(weight, bias, four_rows(rows, places), x)
+        for n in range(AT_ONCE):
+            h[places[n]] *= said[n]
+    for i in range(AT_ONCE * step, count):
         h[i] *= project(weight, bias, rows[i], x)
 
 
