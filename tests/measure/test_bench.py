@@ -77,7 +77,7 @@ def test_all_lines_on_a_tiny_model(short):
     lines = list(bench_model(tiny_model(), rounds=3, written=2, report=doing.append))
     assert doing
     whats = [line.what for line in lines]
-    assert len(set(whats)) == len(whats) == 22
+    assert len(set(whats)) == len(whats) == 25
     for words in (
         "new memory",
         "fade 0.9",
@@ -142,17 +142,22 @@ def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkey
     lines = {line.what: line for group in groups for line in group}
     assert timed == [
         [("decode", "dense"), ("decode", "first 8"), ("decode", "half")],
-        [("forward", name) for name in ("dense", "half", "of fewer", "of few")],
+        [("read", name) for name in ("dense", "half", "of fewer", "of few")],
+        [("run_mlps", name) for name in ("dense", "half", "of fewer", "of few")],
         [("decode", name) for name in ("dense", "first 4", "quarter", "neurons", "inputs")],
     ]
     medians = {what: (line.measured.median, line.unit) for what, line in lines.items()}
-    writing, reading = "generation, 2 tokens: ", "forward, 8 tokens: "
+    writing, reading = "generation, 2 tokens: ", "prompt, 8 tokens: "
+    mlps = "8 tokens, MLPs: "
     assert medians == {
         f"{writing}half of 64 experts, routed, to dense": (0.8, "×"),
         f"{writing}half of 64 experts, of the ideal gain": (0.75, "%"),
         f"{reading}half of 64 experts, routed, to dense": (0.8, "×"),
         f"{reading}half of 32 experts, routed, to dense": (0.7, "×"),
         f"{reading}half of 16 experts, routed, to dense": (0.6, "×"),
+        f"{mlps}half of 64 experts, routed, to dense": (0.8, "×"),
+        f"{mlps}half of 32 experts, routed, to dense": (0.7, "×"),
+        f"{mlps}half of 16 experts, routed, to dense": (0.6, "×"),
         f"{writing}a quarter of 64 experts, routed, to dense": (0.6, "×"),
         f"{writing}a quarter of 64 experts, of the ideal gain": (0.8, "%"),
         f"{writing}a quarter of the neurons by their gate, to dense": (0.7, "×"),
@@ -161,7 +166,7 @@ def test_routed_lines_compare_with_dense_and_the_static_conversion(short, monkey
     share = lines[f"{writing}half of 64 experts, of the ideal gain"].measured
     assert (share.low, share.high) == (0.5, 1.0)  # quartiles of three values
     assert [line.target for line in lines.values()] == [
-        0.8, None, None, 0.7, None, 0.66, None, 0.85, None,
+        0.8, None, None, 0.7, None, None, 0.7, None, 0.66, None, 0.85, None,
     ]  # fmt: skip
 
 

@@ -18,6 +18,10 @@ from ..mlps import MLPWeights
 # A rule, and not tried out as one token is, so that the same text has the same perplexity.
 GROUPED_FROM = {8: 2e6, 4: 2e6, 2: 3e7}
 
+# Tokens of an expert are filled up to a multiple of this: torch prepares a product anew for every
+# number of rows that it has not met, and with each text all of them are others.
+PADDED_TO = 16
+
 
 class _NeuronRows(nn.Module):
     """The neurons of an MLP as rows of three matrices, so that some of them can be run alone.
@@ -218,8 +222,9 @@ class RoutedMLP(_NeuronRows):
         for number, tokens in enumerate(token.split(counts)):
             if len(tokens):
                 start = self.shared + number * self.size
-                said = self._slice(x.index_select(0, tokens), start, start + self.size)
-                y = y.index_add_(0, tokens, said)
+                filled = F.pad(tokens, (0, -len(tokens) % PADDED_TO))
+                said = self._slice(x.index_select(0, filled), start, start + self.size)
+                y = y.index_add_(0, tokens, said[: len(tokens)])
         return y
 
     @property

@@ -24,7 +24,7 @@ from ...core.kernels.arrays import allowed
 from ...core.mlps import MLPWeights, read_mlps
 from ...core.spec import ConversionSpec
 from ...core.static.schedule import branch_sparsities
-from .speed import Ratio, decode, forward, ratio, time_in_turn, with_kernels
+from .speed import Ratio, decode, forward, ratio, read, run_mlps, time_in_turn, with_kernels
 
 BRANCHES = 16
 FADE = 0.9
@@ -236,7 +236,7 @@ def _routed(
     written: int,
 ) -> Iterator[BenchLine]:
     """Routed generation, and how much of the time that the static conversion of the same width
-    saves in the same rounds. A forward pass of many tokens, where half of the neurons run."""
+    saves in the same rounds. Where half of the neurons run, reading too."""
     static = convert(dense, ConversionSpec(branches=BRANCHES, keep=keep))
     routed = [convert(dense, spec) for spec in specs.values()]
     doing = f"generation, {written} tokens"
@@ -262,13 +262,19 @@ def _routed(
             note=f"ideal: first {keep} of {BRANCHES} branches",
         )
     if keep == KEEP:
-        doing = f"forward, {READ} tokens"
         fewer = {f"half of {n} experts": replace(HALF, experts=n) for n in FEWER}
         routed += [convert(dense, spec) for spec in fewer.values()]
-        baseline, *others = time_in_turn(
-            [partial(forward, model, READ) for model in (dense, *routed)], rounds
-        )
-        for name, seconds in zip((*specs, *fewer), others, strict=True):
+        yield from _reading(dense, dict(zip((*specs, *fewer), routed, strict=True)), dtype, rounds)
+
+
+def _reading(
+    dense: PreTrainedModel, routed: Mapping[str, PreTrainedModel], dtype: str, rounds: int
+) -> Iterator[BenchLine]:
+    """A prompt, of which the head reads the last token only, and its MLPs alone."""
+    for doing, action in ((f"prompt, {READ} tokens", read), (f"{READ} tokens, MLPs", run_mlps)):
+        models = dense, *routed.values()
+        baseline, *others = time_in_turn([partial(action, model, READ) for model in models], rounds)
+        for name, seconds in zip(routed, others, strict=True):
             what = f"{doing}: {name}, routed, to dense"
             target = READING.get(dtype) if name == f"half of {FEWER[0]} experts" else None
             yield BenchLine(dtype, what, ratio(seconds, baseline), target=target)

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
-from ...core.conversion import convert
+from ...core.conversion import convert, mlp_modules
 from ...core.kernels.arrays import allowed
 from ...core.kernels.decoder import decodes
 from ...core.spec import ConversionSpec
@@ -76,6 +76,26 @@ def forward(model: PreTrainedModel, tokens: int) -> None:
     ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
     model(ids, use_cache=False)
     _wait(model)
+
+
+@torch.inference_mode()
+def read(model: PreTrainedModel, tokens: int) -> None:
+    """A prompt of `tokens` tokens, another one each time: experts get other numbers of them."""
+    Reader(model, tokens, compiled=False).read(_some_tokens(model, tokens))
+    _wait(model)
+
+
+@torch.inference_mode()
+def run_mlps(model: PreTrainedModel, tokens: int) -> None:
+    """The MLPs alone, each on `tokens` random vectors, others each time."""
+    for mlp in mlp_modules(model):
+        weight = next(mlp.parameters())
+        mlp(torch.randn(1, tokens, model.config.hidden_size, device=weight.device).to(weight.dtype))
+    _wait(model)
+
+
+def _some_tokens(model: PreTrainedModel, tokens: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import lru_cache
+from inspect import signature
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -51,5 +53,12 @@ def read_on(
 ) -> tuple[Tensor, Cache | None]:
     """Read `ids` (1, tokens) after what `cache` holds (None: nothing). Returns the logits after the
     last of them (1, vocabulary) and the cache for the next step."""
-    out = model(ids, use_cache=True, **{CACHE: cache})
+    last = {"logits_to_keep": 1} if _keeps_logits(type(model)) else {}
+    out = model(ids, use_cache=True, **{CACHE: cache}, **last)
     return out["logits"][:, -1], out.get(CACHE)
+
+
+@lru_cache
+def _keeps_logits(kind: type[PreTrainedModel]) -> bool:
+    """Whether the head can be asked for the last token only."""
+    return "logits_to_keep" in signature(kind.forward).parameters
