@@ -212,6 +212,7 @@ def by_onnxruntime(layers: list[Layer]) -> Iterator[tuple[str, Action]]:
         model.ir_version = 9
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

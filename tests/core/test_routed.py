@@ -15,8 +15,8 @@ from mlpmoe.core.conversion import convert, convert_all, convert_mlp, mlp_module
 from mlpmoe.core.errors import SpecError
 from mlpmoe.core.mlps import read_mlps
 from mlpmoe.core.routed import ROUTED_METHODS, NeuronMLP, RoutedMLP
+from mlpmoe.core.routed.choosing import choose
 from mlpmoe.core.routed.partition import expert_count, split_counts
-from mlpmoe.core.routed.routed_mlp import choose
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.text.decoding import read_on
 from tests.core.layers import D_FF, KINDS, gated_and_h, layer_of, output, random_mlp, ridge

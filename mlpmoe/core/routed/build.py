@@ -10,9 +10,10 @@ from ..mlps import MLPWeights
 from ..static.compensation import Moments, mean_bias, refit
 from ..static.order import permute
 from ..stopping import may_stop
+from .choosing import choose
 from .method import Request, RoutedMethod
 from .partition import expert_count, split_counts
-from .routed_mlp import RoutedMLP, choose
+from .routed_mlp import RoutedMLP
 from .routers import ROUTERS
 
 SCORED_TOGETHER = 2048  # tokens that a router sees at a time: the oracle runs the whole MLP

@@ -13,7 +13,8 @@ from ..kernels import one_token
 from ..kernels.one_token import OneToken
 from ..kernels.rows import sum_rows
 from ..mlps import MLPWeights
-from .routed_mlp import _NeuronRows, highest, sizes
+from .choosing import choose, sizes
+from .routed_mlp import _NeuronRows
 
 NEVER, ALL = -1.0, -1.0  # score of what is not computed; the threshold that all computed ones pass
 
@@ -92,10 +93,9 @@ class InputMLP(_NeuronRows):
         return choose("read", scores if opened is None else torch.where(opened, scores, NEVER))
 
     def choose(self, stage: str, scores: Tensor) -> Tensor:
-        """Bool like scores: the highest of each token, or all above the threshold of a stage. Of
-        equal scores any count."""
+        """Bool like scores: the highest of each token, or all above the threshold of a stage."""
         threshold = None if self.thresholds is None else getattr(self.thresholds, stage)
-        return highest(scores, int(getattr(self.active, stage)), threshold)
+        return choose(scores, int(getattr(self.active, stage)), threshold)
 
     def run(self, x: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
         """h (tokens, d_ff), and which of it down reads."""

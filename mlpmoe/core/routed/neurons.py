@@ -8,8 +8,9 @@ from torch import Tensor
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from ..stopping import may_stop
+from .choosing import choose_neurons
 from .method import RoutedMethod
-from .routed_mlp import NeuronMLP, choose_neurons
+from .routed_mlp import NeuronMLP
 
 THRESHOLD_SCORES = 2**24  # scores that a threshold is taken from
 

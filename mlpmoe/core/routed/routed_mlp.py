@@ -12,6 +12,7 @@ from ..kernels.choice import run_one
 from ..kernels.one_token import OneToken
 from ..kernels.rows import dot_rows, sum_rows
 from ..mlps import MLPWeights
+from .choosing import choose, choose_neurons
 
 # Multiply-adds of a matrix of one expert with its tokens, by bytes per number, from which experts
 # one by one paid on two CPU cores (d_ff 1536 and 4864, 16 to 64 experts, 64 and 512 tokens).
@@ -190,11 +191,10 @@ class RoutedMLP(_NeuronRows):
         h = self._activations(x, 0, self.d_ff)
         if not self.experts:
             return h
-        shared, routed = h[:, : self.shared], h[:, self.shared :]
-        routed = routed.unflatten(1, (self.experts, self.size))
+        runs = chosen.to(h.dtype).repeat_interleave(self.size, 1)
         if torch.is_grad_enabled():
-            return torch.cat([shared, (routed * chosen[..., None]).flatten(1)], dim=1)
-        routed.mul_(chosen[..., None])
+            return torch.cat([h[:, : self.shared], h[:, self.shared :] * runs], dim=1)
+        h[:, self.shared :].mul_(runs)
         return h
 
     def _activations(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -323,38 +323,6 @@ class NeuronMLP(_NeuronRows):
         return f"d_ff={self.d_ff}, active={self.active:.4g}" + (
             "" if self.threshold is None else f", threshold={self.threshold:.4g}"
         )
-
-
-def choose(scores: Tensor, active: int, threshold: float | None) -> Tensor:
-    """(tokens, experts) bool: the `active` highest scores of each token, ties to the lower index,
-    or all scores above `threshold`."""
-    if threshold is not None:
-        return scores > threshold
-    highest, best = scores.topk(min(active + 1, scores.shape[-1]), dim=-1)
-    if 0 < active < scores.shape[-1] and (highest[:, active - 1] == highest[:, active]).any():
-        best = scores.argsort(dim=-1, descending=True, stable=True)  # slower
-    best = best[:, :active]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-
-
-def choose_neurons(
-    gated: Tensor, importance: Tensor | None, active: int, threshold: float | None
-) -> Tensor:
-    """The same for neurons: scores are |φ(gate x)|, times a factor. Of equal scores any count."""
-    return highest(sizes(gated, importance), active, threshold)
-
-
-def sizes(values: Tensor, importance: Tensor | None) -> Tensor:
-    """The scores of single values."""
-    return values.abs() if importance is None else values.abs() * importance
-
-
-def highest(scores: Tensor, active: int, threshold: float | None) -> Tensor:
-    """`choose` where of equal scores any may count, which is faster."""
-    if threshold is not None:
-        return scores > threshold
-    best = scores.topk(active, dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
 def _rows(tensor: Tensor | None) -> nn.Parameter | None:
