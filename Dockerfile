@@ -24,8 +24,10 @@ ENV HOME=/home/user \
     GRADIO_SERVER_NAME=0.0.0.0 \
     GRADIO_SERVER_PORT=7860
 
-# Converted once, now, so that no visitor waits for it.
-RUN python -m mlpmoe models --prepare smollm2-135m
+# Made once, now, so that no visitor waits for it: the real model's files, and the kernels, which
+# a CPU of another kind compiles anew.
+RUN python -m mlpmoe models --prepare smollm2-135m \
+ && python -m mlpmoe bench --shape demo --rounds 3 --tokens 2 > /dev/null
 
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=90s --retries=3 \

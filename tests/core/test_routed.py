@@ -3,11 +3,13 @@
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as any_array
 
 from mlpmoe.core.activations import LayerActivations
 from mlpmoe.core.calibration import Calibration
@@ -377,6 +379,19 @@ def test_equal_scores_go_to_the_experts_of_lower_index():
     module = convert_mlp(layer.weights, spec_of("contiguous"), layer)
     module.router.weight.zero_()
     assert module.select(new_input(layer)).all(0).tolist() == [True] * 4 + [False] * 4
+
+
+@given(
+    any_array(np.float32, (3, 13), elements=st.sampled_from([-2.0, -0.5, 0.0, 0.5, 1.0, 3.0])),
+    st.integers(0, 13),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_the_highest_scores_are_chosen(scores, active, dtype):
+    """Against a sort that keeps the order of equals."""
+    chosen = choose(torch.from_numpy(scores).to(dtype), active, None)
+    for row, found in zip(scores.tolist(), chosen.tolist(), strict=True):
+        best = sorted(range(13), key=lambda i: (-row[i], i))[:active]
+        assert found == [i in best for i in range(13)]
 
 
 @pytest.mark.parametrize("active", [0.25, 0.5, 0.8])
