@@ -3,7 +3,7 @@
 Everything runs on a random model of a known shape, such as that of the paper's small one,
 Qwen2.5-0.5B, and is given as a ratio within one run: two machines, or two runs on a busy one, agree
 about ratios only. The dense model writes with the compiled kernels that the others have; how much
-slower torch alone is stands beside it.
+slower torch alone is stands beside it. On a GPU other sizes count, and other targets.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from itertools import chain
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from ...core.conversion import convert, loop_over_branches
+from ...core.conversion import convert, convert_mlp, loop_over_branches
+from ...core.kernels import gpu
 from ...core.kernels.arrays import allowed
 from ...core.mlps import MLPWeights, read_mlps
 from ...core.spec import ConversionSpec
 from ...core.static.schedule import branch_sparsities
-from .speed import Ratio, decode, forward, ratio, time_in_turn, with_kernels
+from .speed import Ratio, decode, decoding, forward, ratio, time_in_turn, wait, with_kernels
 
 BRANCHES = 16
 FADE = 0.9
@@ -52,6 +54,12 @@ READING = {"float32": 0.7, "bfloat16": 0.85}  # target of a prompt, half of 32 e
 PUBLISHED_LAYERS = 2  # that the published fade is timed on; all layers cost the same
 WRITTEN = 64  # tokens per timed generation
 READ = 512  # tokens per timed forward pass
+HALF_OF_FEWER = f"half of {FEWER[0]} experts"
+# the same on a GPU
+ROUTED_ON_GPU = ROUTED | {8: {HALF_OF_FEWER: replace(HALF, experts=FEWER[0])}}
+READ_ON_GPU = 2048
+PATTERN = "2:4"  # zeros that a GPU may leave out
+PRODUCTS = 20  # of one matrix, timed together
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,24 @@ SHAPES = {
     "smollm2": Shape(30, 576, 1536, 49152, 9, 3),  # SmolLM2-135M
     "0.5b": Shape(24, 896, 4864, 151936, 14, 2),  # Qwen2.5-0.5B
 }
+LARGE = {"8b": Shape(32, 4096, 14336, 128256, 32, 8)}  # Llama-3-8B; for a GPU
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What is hoped for: times, to dense."""
+
+    split_writing: float
+    split_reading: float
+    kept_writing: float
+    routed_writing: Mapping[str, float]
+    routed_reading: float | None  # half of 32 experts
+
+
+def goals(device: str, dtype: str) -> Goals:
+    if device == "cuda":
+        return Goals(1.01, 1.01, 0.70, {HALF_OF_FEWER: 0.8}, 0.75)
+    return Goals(1.02, 1.05, 0.68, TARGETS, READING.get(dtype))
 
 
 @dataclass(frozen=True)
@@ -95,7 +121,7 @@ class BenchLine:
         return self.measured.median <= self.target
 
 
-def machine() -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     """What timings depend on beside the code."""
     features = getattr(torch.cpu, "get_capabilities", dict)()
     known = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
@@ -103,9 +129,9 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "kernels": allowed(),
+        "kernels": allowed() if device == "cpu" else gpu.allowed(),
         "cpu_features": [name for name in known if features.get(name)],
-    }
+    } | ({} if device == "cpu" else {"gpu": torch.cuda.get_device_name()})
 
 
 def bench(
@@ -114,14 +140,17 @@ def bench(
     rounds: int = 7,
     written: int = WRITTEN,
     report: Callable[[str], None] = lambda message: None,
+    device: str = "cpu",
 ) -> Iterator[BenchLine]:
     """Measure, and yield the lines as they are known; `report` is told what is being timed.
 
     dtype: of the model. rounds: at least 3, of which median and quartiles are taken. written:
-    tokens per timed generation.
+    tokens per timed generation. device: "cpu" or "cuda".
     """
     report("building a random model")
-    yield from bench_model(random_model(dtype, shape), rounds, written, report)
+    with torch.device(device):
+        model = random_model(dtype, shape)
+    yield from bench_model(model, rounds, written, report)
 
 
 def random_model(dtype: torch.dtype, shape: Shape) -> PreTrainedModel:
@@ -137,7 +166,7 @@ def random_model(dtype: torch.dtype, shape: Shape) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def bench_model(
@@ -147,7 +176,8 @@ def bench_model(
     report: Callable[[str], None] = lambda message: None,
 ) -> Iterator[BenchLine]:
     """The lines for one model."""
-    dtype = str(dense.dtype).removeprefix("torch.")
+    dtype, device = str(dense.dtype).removeprefix("torch."), dense.device.type
+    hoped, read = goals(device, dtype), READ if device == "cpu" else READ_ON_GPU
     fused_spec = ConversionSpec(branches=BRANCHES)
     report("converting")
     yield from _conversion(dense, fused_spec, dtype, rounds)
@@ -156,28 +186,33 @@ def bench_model(
     fused = convert(dense, fused_spec)
     kept = convert(dense, ConversionSpec(branches=BRANCHES, keep=KEEP))
     contestants = [  # with the targets of generation and forward pass
-        (f"{BRANCHES} branches fused", fused, (1.02, 1.05)),
+        (f"{BRANCHES} branches fused", fused, (hoped.split_writing, hoped.split_reading)),
         (f"{BRANCHES} branches in a loop", loop_over_branches(fused), (None, None)),
-        (f"first {KEEP} of {BRANCHES} branches", kept, (0.68, None)),
+        (f"first {KEEP} of {BRANCHES} branches", kept, (hoped.kept_writing, None)),
     ]
     alike = with_kernels(dense)
     report(f"generation, {rounds} rounds")
     doing = f"generation, {written} tokens"
     yield from _torch_alone(dense, alike, doing, dtype, rounds, written)
     actions = [
-        (doing, alike, lambda model: decode(model, written)),
-        (f"forward, {READ} tokens", dense, lambda model: forward(model, READ)),
+        (doing, alike, lambda model: decoding(model, written)),
+        (f"forward, {read} tokens", dense, lambda model: partial(forward, model, read)),
     ]
     for index, (doing, baseline_model, action) in enumerate(actions):
         report(f"{doing}, {rounds} rounds")
         models = [baseline_model, *(model for _, model, _ in contestants)]
-        baseline, *others = time_in_turn([partial(action, model) for model in models], rounds)
+        baseline, *others = time_in_turn([action(model) for model in models], rounds)
         for (name, _, targets), seconds in zip(contestants, others, strict=True):
             measured = ratio(seconds, baseline)
             yield BenchLine(dtype, f"{doing}: {name}, to dense", measured, target=targets[index])
-    for keep, specs in ROUTED.items():  # in groups: each routed model holds its own MLP weights
+    del contestants, fused, kept
+    # in groups: each routed model holds its own MLP weights
+    for keep, specs in (ROUTED if device == "cpu" else ROUTED_ON_GPU).items():
         report(f"routed, {rounds} rounds")
         yield from _routed(dense, keep, specs, dtype, rounds, written)
+    if device == "cuda":
+        report(f"{PATTERN} zeros, {rounds} rounds")
+        yield from _semi_structured(dense, dtype, rounds)
 
 
 def _torch_alone(
@@ -190,7 +225,7 @@ def _torch_alone(
 ) -> Iterator[BenchLine]:
     """How fast the dense model reads its weights while it writes, and torch without the kernels."""
     plain = partial(decode, dense, written, compiled=False)
-    seconds, slower = time_in_turn([partial(decode, alike, written), plain], rounds)
+    seconds, slower = time_in_turn([decoding(alike, written), plain], rounds)
     yield BenchLine(dtype, f"{doing}: dense by torch alone, to dense", ratio(slower, seconds))
     gigabytes = written * sum(parameter.nbytes for parameter in dense.parameters()) / 1e9
     for name, times in (("dense", seconds), ("dense by torch alone", slower)):
@@ -203,6 +238,7 @@ def _conversion(
 ) -> Iterator[BenchLine]:
     start = perf_counter()
     converted = convert(dense, spec)
+    wait(dense)
     first = perf_counter() - start
     mlp_bytes = sum(
         parameter.nbytes for mlp in read_mlps(dense) for parameter in mlp.module.parameters()
@@ -217,7 +253,7 @@ def _conversion(
     yield BenchLine(
         dtype, f"convert, {BRANCHES} branches, no fade: first time", _once(first), unit="s"
     )
-    (again,) = time_in_turn([lambda: convert(dense, spec)], rounds)
+    (again,) = time_in_turn([lambda: (convert(dense, spec), wait(dense))], rounds)
     yield BenchLine(
         dtype,
         f"convert, {BRANCHES} branches, no fade: again",
@@ -241,18 +277,19 @@ def _routed(
     routed = [convert(dense, spec) for spec in specs.values()]
     doing = f"generation, {written} tokens"
     baseline, ideal, *others = time_in_turn(
-        [partial(decode, model, written) for model in (with_kernels(dense), static, *routed)],
-        rounds,
+        [decoding(model, written) for model in (with_kernels(dense), static, *routed)], rounds
     )
+    device = dense.device.type
+    hoped, read = goals(device, dtype), READ if device == "cpu" else READ_ON_GPU
     could_save = [a - b for a, b in zip(baseline, ideal, strict=True)]
     for (name, spec), seconds in zip(specs.items(), others, strict=True):
         measured = ratio(seconds, baseline)
         if spec.experts is None:
-            target = TARGETS.get(name)
+            target = hoped.routed_writing.get(name)
             yield BenchLine(dtype, f"{doing}: {name}, to dense", measured, target=target)
             continue
         what = f"{doing}: {name}, routed, to dense"
-        yield BenchLine(dtype, what, measured, target=TARGETS[name])
+        yield BenchLine(dtype, what, measured, target=hoped.routed_writing.get(name))
         saved = [a - b for a, b in zip(baseline, seconds, strict=True)]
         yield BenchLine(
             dtype,
@@ -262,15 +299,16 @@ def _routed(
             note=f"ideal: first {keep} of {BRANCHES} branches",
         )
     if keep == KEEP:
-        doing = f"forward, {READ} tokens"
+        doing = f"forward, {read} tokens"
         fewer = {f"half of {n} experts": replace(HALF, experts=n) for n in FEWER}
+        fewer = {name: spec for name, spec in fewer.items() if name not in specs}
         routed += [convert(dense, spec) for spec in fewer.values()]
         baseline, *others = time_in_turn(
-            [partial(forward, model, READ) for model in (dense, *routed)], rounds
+            [partial(forward, model, read) for model in (dense, *routed)], rounds
         )
         for name, seconds in zip((*specs, *fewer), others, strict=True):
             what = f"{doing}: {name}, routed, to dense"
-            target = READING.get(dtype) if name == f"half of {FEWER[0]} experts" else None
+            target = hoped.routed_reading if name == HALF_OF_FEWER else None
             yield BenchLine(dtype, what, ratio(seconds, baseline), target=target)
 
 
@@ -278,8 +316,9 @@ def _fade(dense: PreTrainedModel, dtype: str, rounds: int) -> BenchLine:
     mlps = [mlp.weights for mlp in read_mlps(dense)]
     timed = mlps[:PUBLISHED_LAYERS]
     spec = ConversionSpec(branches=BRANCHES, fade=FADE)
+    loop, conversion = partial(published_fade, timed, BRANCHES, FADE), partial(convert, dense, spec)
     published, ours = time_in_turn(
-        [lambda: published_fade(timed, BRANCHES, FADE), lambda: convert(dense, spec)], rounds
+        [lambda: (loop(), wait(dense)), lambda: (conversion(), wait(dense))], rounds
     )
     scale = len(mlps) / len(timed)
     return BenchLine(
@@ -289,6 +328,31 @@ def _fade(dense: PreTrainedModel, dtype: str, rounds: int) -> BenchLine:
         target=50,
         at_least=True,
         note=f"loop timed on {len(timed)} of {len(mlps)} layers",
+    )
+
+
+@torch.no_grad()
+def _semi_structured(dense: PreTrainedModel, dtype: str, rounds: int) -> Iterator[BenchLine]:
+    """One matrix with zeros of which a GPU may leave out half, where it can: 16-bit, and compute
+    capability 8.0."""
+    if dtype == "float32" or torch.cuda.get_device_capability(dense.device) < (8, 0):
+        return
+    weights = read_mlps(dense)[0].weights
+    up = convert_mlp(weights, ConversionSpec(branches=1, fade_unit=PATTERN)).up_proj.weight.detach()
+    x = torch.randn(READ_ON_GPU, up.shape[1], dtype=up.dtype, device=up.device)
+    sparse = torch.sparse.to_sparse_semi_structured(up)
+
+    def multiply(weight: Tensor) -> None:
+        for _ in range(PRODUCTS):
+            F.linear(x, weight)
+        wait(dense)
+
+    seconds, baseline = time_in_turn([partial(multiply, sparse), partial(multiply, up)], rounds)
+    yield BenchLine(
+        dtype,
+        f"one matrix, {READ_ON_GPU} tokens: {PATTERN} zeros left out, to dense",
+        ratio(seconds, baseline),
+        note="torch's semi-structured tensors; up of the first layer",
     )
 
 
