@@ -26,6 +26,7 @@ CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of t
 PAUSE = 10_000_000  # clock cycles, some milliseconds: enough to queue the launches of one token
 logger = logging.getLogger(__name__)
 _pays: dict[tuple, bool] = {}
+_said: set[str] = set()
 _alone = RLock()
 
 
@@ -147,14 +148,15 @@ def _pay(quick: Callable[[], Tensor], plain: Callable[[], Tensor], x: Tensor) ->
             return False
         return is_faster(quick, plain, _busy if len(x) == 1 else _waited)
     except Exception as error:  # a driver, a compiler, a chip with less memory than it takes, ...
-        warn(f"a kernel does not work on this GPU, so torch does it: {error}")
+        warn("a kernel does not work on this GPU, so torch does it: ", error)
         return False
 
 
-@cache
-def warn(message: str) -> None:
-    """Once."""
-    logger.warning(message)
+def warn(message: str, error: Exception | str = "") -> None:
+    """Once per message."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning("%s%s", message, error)
 
 
 def _waited(action: Callable[[], object]) -> float:

@@ -59,7 +59,7 @@ class GraphDecoder:
             try:
                 self._record(logits)
             except Exception as error:  # it waits for the GPU, or needs memory, or ...
-                self._refuse(f"a token could not be recorded as a CUDA graph: {error}")
+                self._refuse("torch does without CUDA graphs, one was not recorded: ", error)
         return logits
 
     def _read(self) -> Tensor:
@@ -74,7 +74,7 @@ class GraphDecoder:
         if (again - logits).abs().max() <= CLOSE * logits.abs().max():
             self._replay = replay
             return
-        self._refuse("a CUDA graph disagrees with what it is of")
+        self._refuse("torch does without CUDA graphs, one disagrees with what it is of")
         self._back()
         self._read()
 
@@ -83,9 +83,9 @@ class GraphDecoder:
         for layer in self._cache.layers:
             layer.cumulative_length.sub_(1)
 
-    def _refuse(self, message: str) -> None:
+    def _refuse(self, message: str, error: Exception | str = "") -> None:
         _refused.add(self.model)
-        warn(f"{message}. Torch does without.")
+        warn(message, error)
 
 
 def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
