@@ -8,7 +8,8 @@ from dataclasses import asdict
 import torch
 
 from ..core.errors import UserError
-from ..measure.cost.bench import LARGE, SHAPES, WRITTEN, bench, machine
+from ..measure.cost.bench import WRITTEN, bench, machine
+from ..measure.cost.bench_plan import LARGE, SHAPES
 from .arguments import at_least
 from .terminal import bench_line, print_json, progress
 

@@ -5,7 +5,8 @@ import torch
 
 from mlpmoe.__main__ import main
 from mlpmoe.commands import bench as bench_command
-from mlpmoe.measure.cost.bench import LARGE, SHAPES, BenchLine
+from mlpmoe.measure.cost.bench import BenchLine
+from mlpmoe.measure.cost.bench_plan import LARGE, SHAPES
 from mlpmoe.measure.cost.speed import Ratio
 from tests.commands.common import strictly
 
