@@ -11,8 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mlpmoe").rglob("*.py"))
 PAGE_ONLY = {"gradio", "gradio_client", "plotly"}
-COMPILED = "mlpmoe.core.kernels.compiled"  # is imported where numba is used, and imports it
-OPTIONAL = PAGE_ONLY | {"optuna", "datasets", "ray", "lm_eval", "numba"}
+KERNELS = "mlpmoe.core.kernels"
+COMPILED = {  # are imported where what they import is used
+    f"{KERNELS}.compiled": "numba",
+    f"{KERNELS}.triton_kernels": "triton",
+    f"{KERNELS}.launches": "triton",
+}
+OPTIONAL = PAGE_ONLY | {"optuna", "datasets", "ray", "lm_eval", "numba", "triton"}
 # Each floor may import the floors named here, and itself.
 BELOW = {
     "core": set(),
@@ -85,10 +90,11 @@ def test_optional_packages_are_imported_where_they_are_used_only():
     for file in FILES:
         modules = set(imported_modules(file, run_on_import))
         found = {module.split(".")[0] for module in modules}
-        if file.stem == COMPILED.split(".")[-1]:
-            found -= {"numba"}
+        own = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        found -= {COMPILED.get(own)}
         assert not found & (OPTIONAL - PAGE_ONLY), name_of(file)
-        assert not any(module.startswith(COMPILED) for module in modules), name_of(file)
+        if own not in COMPILED:
+            assert not any(module.startswith(tuple(COMPILED)) for module in modules), name_of(file)
 
 
 def test_nothing_below_imports_the_command_line():

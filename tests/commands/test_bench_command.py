@@ -5,7 +5,8 @@ import torch
 
 from mlpmoe.__main__ import main
 from mlpmoe.commands import bench as bench_command
-from mlpmoe.measure.cost.bench import SHAPES, BenchLine
+from mlpmoe.measure.cost.bench import BenchLine
+from mlpmoe.measure.cost.bench_plan import LARGE, SHAPES
 from mlpmoe.measure.cost.speed import Ratio
 from tests.commands.common import strictly
 
@@ -15,7 +16,8 @@ def fake_bench(monkeypatch):
     """Three lines instead of minutes of work; remembers what was asked for."""
     asked = []
 
-    def bench(dtype, shape, rounds, written, report):
+    def bench(dtype, shape, rounds, written, report, device):
+        assert device == "cpu"
         asked.append((dtype, shape, rounds, written))
         name = str(dtype).removeprefix("torch.")
         yield BenchLine(name, "fused, to dense", Ratio(1.0123, 0.99, 1.04), target=1.05)
@@ -64,3 +66,25 @@ def test_a_quick_look(fake_bench, capsys):
     ((dtype, shape, rounds, _),) = fake_bench
     assert (dtype, shape, rounds) == (torch.float32, SHAPES["smollm2"], 3)
     assert "3 rounds" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_there(fake_bench, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert not fake_bench
+
+
+def test_on_a_gpu_the_model_is_a_large_one(monkeypatch, capsys):
+    asked = []
+
+    def bench(dtype, shape, device, **options):
+        asked.append((dtype, shape, device))
+        return iter(())
+
+    monkeypatch.setattr(bench_command, "bench", bench)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip")
+    assert main(["bench", "--device", "cuda"]) == 0
+    assert asked == [(torch.bfloat16, LARGE["8b"], "cuda")]
+    assert "a chip" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from threading import RLock
+from types import BuiltinFunctionType, FunctionType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,7 +32,7 @@ ACTIVATIONS: tuple[Activation, ...] = (  # in the order of their numbers in `com
     lambda x: F.relu(x).square(),
 )
 logger = logging.getLogger(__name__)
-_kinds: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+_kinds: WeakKeyDictionary[Activation, int | None] = WeakKeyDictionary()
 
 
 @cache
@@ -47,9 +48,14 @@ def installed() -> bool:
     return True
 
 
+def switched_on() -> bool:
+    """Whether nobody has turned all kernels off."""
+    return os.environ.get(SWITCH, "") != "plain"
+
+
 def allowed() -> bool:
     """Whether compiled kernels may run: nobody has turned them off, and numba works."""
-    return os.environ.get(SWITCH, "") != "plain" and installed()
+    return switched_on() and installed()
 
 
 def threads(multiply_adds: int) -> int:
@@ -95,7 +101,7 @@ def vector(tensor: Tensor | None) -> np.ndarray:
 
 def kind_of(activation: Activation) -> int | None:
     """The number in `compiled` of the activation that computes the same; None if there is none."""
-    known = isinstance(activation, nn.Module)
+    known = isinstance(activation, nn.Module | FunctionType | BuiltinFunctionType)
     if known and activation in _kinds:
         return _kinds[activation]
     with torch.no_grad():

@@ -51,16 +51,26 @@ def _run(run: OneToken, x: Tensor) -> Tensor:
     return torch.from_numpy(out)[None].to(x.dtype)
 
 
-def is_faster(quick: Callable[[], object], plain: Callable[[], object]) -> bool:
-    """Measured in turn, after a first run of both: the first quick one is compiled."""
-    seconds: list[list[float]] = [[], []]
+def _seconds(action: Callable[[], object]) -> float:
+    start = perf_counter()
+    action()
+    return perf_counter() - start
+
+
+def is_faster(
+    quick: Callable[[], object],
+    plain: Callable[[], object],
+    seconds: Callable[[Callable[[], object]], float] = _seconds,
+) -> bool:
+    """Measured in turn, after a first run of both: the first quick one is compiled. seconds: how
+    long an action takes."""
+    spent: list[list[float]] = [[], []]
     for trial in range(TRIALS + 1):
-        for times, action in zip(seconds, (quick, plain), strict=True):
-            start = perf_counter()
-            action()
+        for times, action in zip(spent, (quick, plain), strict=True):
+            taken = seconds(action)
             if trial:
-                times.append(perf_counter() - start)
-    return median(seconds[0]) < median(seconds[1])
+                times.append(taken)
+    return median(spent[0]) < median(spent[1])
 
 
 def _bound_form(module: nn.Module) -> OneToken | None:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import one_token
+from ..kernels import gpu, one_token
 from ..kernels.choice import run_one
 from ..kernels.one_token import OneToken
 from ..kernels.rows import dot_rows, sum_rows
 from ..mlps import MLPWeights
-from .choosing import choose, choose_neurons
+from .choosing import best, choose, choose_neurons, sizes
 
 # Multiply-adds of a matrix of one expert with its tokens, by bytes per number, from which experts
 # one by one paid on two CPU cores (d_ff 1536 and 4864, 16 to 64 experts, 64 and 512 tokens).
@@ -61,7 +61,10 @@ class _NeuronRows(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., d_model) -> (..., d_model)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = run_one(self, flat, self.one) if len(flat) == 1 else self.many(flat)
+        if flat.is_cuda:
+            y = gpu.run(self, flat, self.one if len(flat) == 1 else self.many)
+        else:
+            y = run_one(self, flat, self.one) if len(flat) == 1 else self.many(flat)
         y = y.view_as(x)
         return y if residual is None else y + residual
 
@@ -77,6 +80,15 @@ class _NeuronRows(nn.Module):
     def one_token(self) -> OneToken | None:
         """The compiled form, of one token."""
         raise NotImplementedError
+
+    def kernel(self, tokens: int) -> gpu.Run | None:
+        """What runs on a GPU in place of `one` or `many`."""
+        return None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is known how many neurons run, before a token is."""
+        return False
 
     def _with_bias(self, y: Tensor) -> Tensor:
         return y if self.down_bias is None else y + self.down_bias
@@ -149,7 +161,7 @@ class RoutedMLP(_NeuronRows):
         every, shared = np.arange(self.d_ff), np.arange(self.shared)
 
         def chosen(x: np.ndarray) -> np.ndarray:
-            rows = self._rows_of(self.select(torch.from_numpy(x)[None].to(self.up.dtype)))
+            rows = self._rows(torch.from_numpy(x)[None].to(self.up.dtype))
             return np.concatenate([shared, rows.numpy()])
 
         return one_token.given(self, chosen if self.chooses else lambda x: every)
@@ -158,15 +170,36 @@ class RoutedMLP(_NeuronRows):
     def chooses(self) -> bool:
         return self.active != self.experts or self.threshold is not None
 
-    def _rows_of(self, chosen: Tensor) -> Tensor:
-        """(n,) int64: the neurons of the experts that one token chose."""
-        experts = chosen[0].nonzero()  # (k, 1)
-        inside = torch.arange(self.size, device=chosen.device)
+    @property
+    def fixed(self) -> bool:
+        return self.threshold is None
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """(tokens, active) int64: the experts of each token, the best first, where so many are
+        `fixed`. x: (tokens, d_model)."""
+        return best(self.router(x), int(self.active))
+
+    def always(self, x: Tensor) -> Tensor:
+        """(tokens, d_model): what the shared neurons add. x: (tokens, d_model)."""
+        return self._slice(x, 0, self.shared)
+
+    def kernel(self, tokens: int) -> gpu.Run | None:
+        if not self.fixed or not self.chooses or self.active < 1:
+            return None
+        return gpu.experts(self, tokens)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(n,) int64: the neurons of the experts that one token (1, d_model) chooses."""
+        if self.fixed and self.chooses and x.device.type != "cpu":
+            experts = self.chosen(x).T  # (k, 1), without waiting for the device
+        else:
+            experts = self.select(x)[0].nonzero()  # (k, 1), ascending
+        inside = torch.arange(self.size, device=x.device)
         return (self.shared + experts * self.size + inside).flatten()
 
     def _one(self, x: Tensor) -> Tensor:
-        y = self._slice(x, 0, self.shared)
-        rows = self._rows_of(self.select(x))
+        y = self.always(x)
+        rows = self._rows(x)
         if not len(rows):
             return y
         h = self._project_rows(x, "up", rows)
@@ -216,7 +249,7 @@ class RoutedMLP(_NeuronRows):
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Expert by expert, with the tokens that chose it."""
-        y = self._slice(x, 0, self.shared)
+        y = self.always(x)
         expert, token = chosen.T.nonzero(as_tuple=True)
         counts = torch.bincount(expert, minlength=self.experts).tolist()
         for number, tokens in enumerate(token.split(counts)):
@@ -277,6 +310,19 @@ class NeuronMLP(_NeuronRows):
     def one_token(self) -> OneToken | None:
         return one_token.neurons(self, self.importance, (self.active, self.threshold))
 
+    @property
+    def fixed(self) -> bool:
+        return self.threshold is None
+
+    def kernel(self, tokens: int) -> gpu.Run | None:
+        return gpu.single(self) if self.fixed and tokens == 1 else None
+
+    def chosen(self, gated: Tensor) -> Tensor:
+        """(tokens, active) int64: the neurons of each token, in any order, where so many are
+        `fixed`. gated: (tokens, d_ff)."""
+        scores = sizes(gated, self.importance)
+        return scores.topk(int(self.active), dim=-1, sorted=False).indices
+
     def gated(self, x: Tensor) -> Tensor:
         """(tokens, d_ff): φ(gate x), by which neurons are chosen."""
         if self.gate is None:
@@ -292,7 +338,10 @@ class NeuronMLP(_NeuronRows):
 
     def _one(self, x: Tensor) -> Tensor:
         gated = self.gated(x)
-        rows = self._select(gated)[0].nonzero()[:, 0]
+        if self.fixed and x.device.type != "cpu":
+            rows = self.chosen(gated)[0]  # without waiting for the device
+        else:
+            rows = self._select(gated)[0].nonzero()[:, 0]  # ascending
         h = gated[0, rows]
         if self.gate is not None:
             h = h * self._project_rows(x, "up", rows)

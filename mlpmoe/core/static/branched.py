@@ -78,6 +78,7 @@ class BranchedMLP(nn.Module):
         up = weights.up
         factors = torch.as_tensor(alpha, dtype=up.dtype, device=up.device).expand(len(sizes))
         self.alpha = nn.Parameter(factors.clone())
+        self._plain = False  # whether every α was 1 when it was looked at
         index = _branch_of_neuron(sizes, weights.up.device)
         self.register_buffer("branch_of_neuron", index, persistent=False)
 
@@ -92,9 +93,19 @@ class BranchedMLP(nn.Module):
         """(..., d_model) -> (..., d_model), as matrix products."""
         h = self.up_proj(x)  # (..., d_ff)
         h = self.act_fn(h) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * h
-        alpha = self.alpha.index_select(0, self.branch_of_neuron)  # (d_ff,)
-        h = h * alpha if torch.is_grad_enabled() else h.mul_(alpha)
+        if torch.is_grad_enabled() or not self._is_plain(x):
+            alpha = self.alpha.index_select(0, self.branch_of_neuron)  # (d_ff,)
+            h = h * alpha if torch.is_grad_enabled() else h.mul_(alpha)
         return self.down_proj(h)  # (..., d_model)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether every α is known to be 1, so that one token on a GPU may save two launches. A
+        graph that is being recorded cannot look, and takes what was seen just before."""
+        if not x.is_cuda or x.numel() != x.shape[-1] or torch.compiler.is_compiling():
+            return False
+        if not torch.cuda.is_current_stream_capturing():
+            self._plain = bool((self.alpha == 1).all())
+        return self._plain
 
     def one_token(self) -> OneToken | None:
         """The compiled form, of one token."""

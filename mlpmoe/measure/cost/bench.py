@@ -3,11 +3,12 @@
 Everything runs on a random model of a known shape, such as that of the paper's small one,
 Qwen2.5-0.5B, and is given as a ratio within one run: two machines, or two runs on a busy one, agree
 about ratios only. The dense model writes with the compiled kernels that the others have; how much
-slower torch alone is stands beside it.
+slower torch alone is stands beside it. On a GPU other sizes count, and other targets.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,62 +17,51 @@ from itertools import chain
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from ...core.conversion import convert, loop_over_branches
+from ...core.conversion import convert, convert_mlp, loop_over_branches
+from ...core.kernels import gpu
 from ...core.kernels.arrays import allowed
 from ...core.mlps import MLPWeights, read_mlps
 from ...core.spec import ConversionSpec
 from ...core.static.schedule import branch_sparsities
+from .bench_plan import (
+    FEWER,
+    HALF,
+    HALF_OF_FEWER,
+    HOPED_FOR,
+    KEEP,
+    ROUTED,
+    ROUTED_ON_GPU,
+    SHAPES,
+    Shape,
+    goals,
+)  # fmt: skip
 from .parameters import parameter_report
-from .speed import Ratio, decode, forward, ratio, read, run_mlps, time_in_turn, with_kernels
+from .speed import (
+    Ratio,
+    decode,
+    decoding,
+    forward,
+    ratio,
+    read,
+    run_mlps,
+    time_in_turn,
+    wait,
+    with_kernels,
+)
 
 BRANCHES = 16
 FADE = 0.9
-KEEP = 8
-EXPERTS = 64
-HALF = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.5)
-QUARTER = ConversionSpec(method="contiguous", experts=EXPERTS, active=0.25)
-NEURONS = ConversionSpec(method="neurons", active=0.25)
-INPUTS = ConversionSpec(method="inputs", active=0.25)
-ROUTED = {  # branches kept by the static conversion of the same width -> what is timed beside it
-    8: {f"half of {EXPERTS} experts": HALF},
-    4: {
-        f"a quarter of {EXPERTS} experts": QUARTER,
-        "a quarter of the neurons by their gate": NEURONS,
-        "a quarter of all inputs": INPUTS,
-    },
-}
-TARGETS = {  # of generation, to dense, for the shape of Qwen2.5-0.5B
-    f"half of {EXPERTS} experts": 0.8,
-    f"a quarter of {EXPERTS} experts": 0.66,
-    "a quarter of the neurons by their gate": 0.85,
-}
-FEWER = (32, 16)  # experts: larger ones, with which a prompt is read faster
-READING = {"float32": 0.7, "bfloat16": 0.85}  # target of a prompt, half of 32 experts, to dense
 PUBLISHED_LAYERS = 2  # that the published fade is timed on; all layers cost the same
 WRITTEN = 64  # tokens per timed generation
 READ = 512  # tokens per timed forward pass
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a model."""
-
-    layers: int
-    d_model: int
-    d_ff: int
-    vocabulary: int
-    heads: int
-    key_value_heads: int
-
-
-SHAPES = {
-    "demo": Shape(8, 256, 768, 2048, 8, 8),
-    "smollm2": Shape(30, 576, 1536, 49152, 9, 3),  # SmolLM2-135M
-    "0.5b": Shape(24, 896, 4864, 151936, 14, 2),  # Qwen2.5-0.5B
-}
+READ_ON_GPU = 2048
+PATTERN = "2:4"  # zeros that a GPU may leave out
+PRODUCTS = 20  # of one matrix, timed together
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class BenchLine:
         return self.measured.median <= self.target
 
 
-def machine() -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     """What timings depend on beside the code."""
     features = getattr(torch.cpu, "get_capabilities", dict)()
     known = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
@@ -104,9 +94,9 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "kernels": allowed(),
+        "kernels": allowed() if device == "cpu" else gpu.allowed(),
         "cpu_features": [name for name in known if features.get(name)],
-    }
+    } | ({} if device == "cpu" else {"gpu": torch.cuda.get_device_name()})
 
 
 def bench(
@@ -115,15 +105,18 @@ def bench(
     rounds: int = 7,
     written: int = WRITTEN,
     report: Callable[[str], None] = lambda message: None,
+    device: str = "cpu",
 ) -> Iterator[BenchLine]:
     """Measure, and yield the lines as they are known; `report` is told what is being timed.
 
     dtype: of the model. rounds: at least 3, of which median and quartiles are taken. written:
-    tokens per timed generation.
+    tokens per timed generation. device: "cpu" or "cuda".
     """
     report("building a random model")
-    for line in bench_model(random_model(dtype, shape), rounds, written, report):
-        hoped = shape == SHAPES["0.5b"] or not line.what.endswith("to dense")
+    with torch.device(device):
+        model = random_model(dtype, shape)
+    for line in bench_model(model, rounds, written, report):
+        hoped = shape == HOPED_FOR[device] or not line.what.endswith("to dense")
         yield line if hoped else replace(line, target=None)
 
 
@@ -140,7 +133,7 @@ def random_model(dtype: torch.dtype, shape: Shape) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def bench_model(
@@ -150,7 +143,8 @@ def bench_model(
     report: Callable[[str], None] = lambda message: None,
 ) -> Iterator[BenchLine]:
     """The lines for one model."""
-    dtype = str(dense.dtype).removeprefix("torch.")
+    dtype, device = str(dense.dtype).removeprefix("torch."), dense.device.type
+    hoped, tokens = goals(device, dtype), _tokens_read(device)
     fused_spec = ConversionSpec(branches=BRANCHES)
     report("converting")
     yield from _conversion(dense, fused_spec, dtype, rounds)
@@ -159,29 +153,33 @@ def bench_model(
     fused = convert(dense, fused_spec)
     kept = convert(dense, ConversionSpec(branches=BRANCHES, keep=KEEP))
     contestants = [  # with the targets of generation and forward pass
-        (f"{BRANCHES} branches fused", fused, (1.02, 1.05)),
+        (f"{BRANCHES} branches fused", fused, (hoped.split_writing, hoped.split_reading)),
         (f"{BRANCHES} branches in a loop", loop_over_branches(fused), (None, None)),
-        (f"first {KEEP} of {BRANCHES} branches", kept, (0.68, None)),
+        (f"first {KEEP} of {BRANCHES} branches", kept, (hoped.kept_writing, None)),
     ]
     alike = with_kernels(dense)
     report(f"generation, {rounds} rounds")
     doing = f"generation, {written} tokens"
     yield from _torch_alone(dense, alike, doing, dtype, rounds, written)
     actions = [
-        (doing, alike, lambda model: decode(model, written)),
-        (f"forward, {READ} tokens", dense, lambda model: forward(model, READ)),
+        (doing, alike, lambda model: decoding(model, written)),
+        (f"forward, {tokens} tokens", dense, lambda model: partial(forward, model, tokens)),
     ]
     for index, (doing, baseline_model, action) in enumerate(actions):
         report(f"{doing}, {rounds} rounds")
         models = [baseline_model, *(model for _, model, _ in contestants)]
-        baseline, *others = time_in_turn([partial(action, model) for model in models], rounds)
+        baseline, *others = time_in_turn([action(model) for model in models], rounds)
         for (name, model, targets), seconds in zip(contestants, others, strict=True):
             measured, note = ratio(seconds, baseline), _reads(model, dense) if index == 0 else ""
             what = f"{doing}: {name}, to dense"
             yield BenchLine(dtype, what, measured, target=targets[index], note=note)
-    for keep, specs in ROUTED.items():  # in groups: each routed model holds its own MLP weights
+    # in groups: each routed model holds its own MLP weights
+    for keep, specs in (ROUTED if device == "cpu" else ROUTED_ON_GPU).items():
         report(f"routed, {rounds} rounds")
         yield from _routed(dense, keep, specs, dtype, rounds, written)
+    if device == "cuda":
+        report(f"{PATTERN} zeros, {rounds} rounds")
+        yield from _semi_structured(dense, dtype, rounds)
 
 
 def _torch_alone(
@@ -194,7 +192,7 @@ def _torch_alone(
 ) -> Iterator[BenchLine]:
     """How fast the dense model reads its weights while it writes, and torch without the kernels."""
     plain = partial(decode, dense, written, compiled=False)
-    seconds, slower = time_in_turn([partial(decode, alike, written), plain], rounds)
+    seconds, slower = time_in_turn([decoding(alike, written), plain], rounds)
     yield BenchLine(dtype, f"{doing}: dense by torch alone, to dense", ratio(slower, seconds))
     gigabytes = written * sum(parameter.nbytes for parameter in dense.parameters()) / 1e9
     for name, times in (("dense", seconds), ("dense by torch alone", slower)):
@@ -207,6 +205,7 @@ def _conversion(
 ) -> Iterator[BenchLine]:
     start = perf_counter()
     converted = convert(dense, spec)
+    wait(dense)
     first = perf_counter() - start
     mlp_bytes = sum(
         parameter.nbytes for mlp in read_mlps(dense) for parameter in mlp.module.parameters()
@@ -221,7 +220,7 @@ def _conversion(
     yield BenchLine(
         dtype, f"convert, {BRANCHES} branches, no fade: first time", _once(first), unit="s"
     )
-    (again,) = time_in_turn([lambda: convert(dense, spec)], rounds)
+    (again,) = time_in_turn([lambda: (convert(dense, spec), wait(dense))], rounds)
     yield BenchLine(
         dtype,
         f"convert, {BRANCHES} branches, no fade: again",
@@ -245,18 +244,16 @@ def _routed(
     routed = [convert(dense, spec) for spec in specs.values()]
     doing = f"generation, {written} tokens"
     baseline, ideal, *others = time_in_turn(
-        [partial(decode, model, written) for model in (with_kernels(dense), static, *routed)],
-        rounds,
+        [decoding(model, written) for model in (with_kernels(dense), static, *routed)], rounds
     )
+    device = dense.device.type
+    hoped = goals(device, dtype)
     could_save = [a - b for a, b in zip(baseline, ideal, strict=True)]
     for (name, spec), model, seconds in zip(specs.items(), routed, others, strict=True):
         measured, note = ratio(seconds, baseline), _reads(model, dense)
-        what = (
-            f"{doing}: {name}, to dense"
-            if spec.experts is None
-            else (f"{doing}: {name}, routed, to dense")
-        )
-        yield BenchLine(dtype, what, measured, target=TARGETS.get(name), note=note)
+        kind = "" if spec.experts is None else ", routed"
+        what = f"{doing}: {name}{kind}, to dense"
+        yield BenchLine(dtype, what, measured, target=hoped.routed_writing.get(name), note=note)
         if spec.experts is None:
             continue
         saved = [a - b for a, b in zip(baseline, seconds, strict=True)]
@@ -269,6 +266,7 @@ def _routed(
         )
     if keep == KEEP:
         fewer = {f"half of {n} experts": replace(HALF, experts=n) for n in FEWER}
+        fewer = {name: spec for name, spec in fewer.items() if name not in specs}
         routed += [convert(dense, spec) for spec in fewer.values()]
         yield from _reading(dense, dict(zip((*specs, *fewer), routed, strict=True)), dtype, rounds)
 
@@ -277,12 +275,15 @@ def _reading(
     dense: PreTrainedModel, routed: Mapping[str, PreTrainedModel], dtype: str, rounds: int
 ) -> Iterator[BenchLine]:
     """A prompt, of which the head reads the last token only, and its MLPs alone."""
-    for doing, action in ((f"prompt, {READ} tokens", read), (f"{READ} tokens, MLPs", run_mlps)):
+    device = dense.device.type
+    tokens, hoped = _tokens_read(device), goals(device, dtype)
+    for doing, action in ((f"prompt, {tokens} tokens", read), (f"{tokens} tokens, MLPs", run_mlps)):
         models = dense, *routed.values()
-        baseline, *others = time_in_turn([partial(action, model, READ) for model in models], rounds)
+        actions = [partial(action, model, tokens) for model in models]
+        baseline, *others = time_in_turn(actions, rounds)
         for name, seconds in zip(routed, others, strict=True):
             what = f"{doing}: {name}, routed, to dense"
-            target = READING.get(dtype) if name == f"half of {FEWER[0]} experts" else None
+            target = hoped.routed_reading if name == HALF_OF_FEWER else None
             yield BenchLine(dtype, what, ratio(seconds, baseline), target=target)
 
 
@@ -290,8 +291,9 @@ def _fade(dense: PreTrainedModel, dtype: str, rounds: int) -> BenchLine:
     mlps = [mlp.weights for mlp in read_mlps(dense)]
     timed = mlps[:PUBLISHED_LAYERS]
     spec = ConversionSpec(branches=BRANCHES, fade=FADE)
+    loop, conversion = partial(published_fade, timed, BRANCHES, FADE), partial(convert, dense, spec)
     published, ours = time_in_turn(
-        [lambda: published_fade(timed, BRANCHES, FADE), lambda: convert(dense, spec)], rounds
+        [lambda: (loop(), wait(dense)), lambda: (conversion(), wait(dense))], rounds
     )
     scale = len(mlps) / len(timed)
     return BenchLine(
@@ -301,6 +303,35 @@ def _fade(dense: PreTrainedModel, dtype: str, rounds: int) -> BenchLine:
         target=50,
         at_least=True,
         note=f"loop timed on {len(timed)} of {len(mlps)} layers",
+    )
+
+
+@torch.no_grad()
+def _semi_structured(dense: PreTrainedModel, dtype: str, rounds: int) -> Iterator[BenchLine]:
+    """One matrix with zeros of which a GPU may leave out half, where it can: 16-bit, and compute
+    capability 8.0."""
+    if dtype == "float32" or torch.cuda.get_device_capability(dense.device) < (8, 0):
+        return
+    weights = read_mlps(dense)[0].weights
+    up = convert_mlp(weights, ConversionSpec(branches=1, fade_unit=PATTERN)).up_proj.weight.detach()
+    x = torch.randn(READ_ON_GPU, up.shape[1], dtype=up.dtype, device=up.device)
+    try:
+        sparse = torch.sparse.to_sparse_semi_structured(up)
+    except RuntimeError as error:  # torch was built without them
+        logger.warning("no products with %s zeros: %s", PATTERN, error)
+        return
+
+    def multiply(weight: Tensor) -> None:
+        for _ in range(PRODUCTS):
+            F.linear(x, weight)
+        wait(dense)
+
+    seconds, baseline = time_in_turn([partial(multiply, sparse), partial(multiply, up)], rounds)
+    yield BenchLine(
+        dtype,
+        f"one matrix, {READ_ON_GPU} tokens: {PATTERN} zeros left out, to dense",
+        ratio(seconds, baseline),
+        note="torch's semi-structured tensors; up of the first layer",
     )
 
 
@@ -332,6 +363,10 @@ def _storages(model: nn.Module) -> dict[int, int]:
     tensors = chain(model.parameters(), model.buffers())
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _tokens_read(device: str) -> int:
+    return READ if device == "cpu" else READ_ON_GPU
 
 
 def _reads(model: PreTrainedModel, dense: PreTrainedModel) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -19,6 +20,7 @@ from ...core.stopping import may_stop
 from ..text.decoding import Reader
 
 ROUNDS = 7
+PROMPT = 16  # tokens read before any are written
 LEAST_ROUNDS = 3  # before a ratio and its quartiles say anything
 
 
@@ -75,14 +77,15 @@ def forward(model: PreTrainedModel, tokens: int) -> None:
     """One forward pass over a sequence of `tokens` tokens."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
     model(ids, use_cache=False)
-    _wait(model)
+    wait(model)
 
 
 @torch.inference_mode()
 def read(model: PreTrainedModel, tokens: int) -> None:
     """A prompt of `tokens` tokens, another one each time: experts get other numbers of them."""
-    Reader(model, tokens, compiled=False).read(_some_tokens(model, tokens))
-    _wait(model)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
+    Reader(model, tokens, compiled=False).read(ids)
+    wait(model)
 
 
 @torch.inference_mode()
@@ -91,23 +94,36 @@ def run_mlps(model: PreTrainedModel, tokens: int) -> None:
     for mlp in mlp_modules(model):
         weight = next(mlp.parameters())
         mlp(torch.randn(1, tokens, model.config.hidden_size, device=weight.device).to(weight.dtype))
-    _wait(model)
-
-
-def _some_tokens(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    return torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
+    wait(model)
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, tokens: int, prompt: int = 16, compiled: bool = True) -> None:
+def decode(
+    model: PreTrainedModel,
+    tokens: int,
+    prompt: int = PROMPT,
+    compiled: bool = True,
+    reader: Reader | None = None,
+) -> None:
     """Read `prompt` tokens, then write `tokens` tokens one by one, greedily, with the cache. It may
-    stop before each of them. compiled: False for torch alone."""
+    stop before each of them. compiled: False for torch alone. reader: one to use again."""
     current = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size
-    reader = Reader(model, prompt + tokens, compiled)
+    if reader is None:
+        reader = Reader(model, prompt + tokens, compiled)
+    else:
+        reader.restart()
     for _ in range(tokens):
         may_stop()
         current = reader.read(current).argmax(-1, keepdim=True)
-    _wait(model)
+    wait(model)
+
+
+def decoding(model: PreTrainedModel, tokens: int) -> Callable[[], None]:
+    """`decode` to be timed again and again; on a GPU by one reader, which records its graph in the
+    first round."""
+    if model.device.type == "cpu":
+        return partial(decode, model, tokens)
+    return partial(decode, model, tokens, reader=Reader(model, PROMPT + tokens))
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ def decode_rounds(
     """`decode_speed` round by round: what is known after each, None before LEAST_ROUNDS. Whoever
     takes the rounds may do something else between them."""
     alike = with_kernels(dense)
-    actions = [lambda: decode(alike, tokens), lambda: decode(converted, tokens)]
+    actions = [decoding(alike, tokens), decoding(converted, tokens)]
     if allowed() and dense.device.type == "cpu":
         actions.append(lambda: decode(dense, tokens, compiled=False))
     seconds: list[list[float]] = [[] for _ in actions]
@@ -158,6 +174,7 @@ def with_kernels(dense: PreTrainedModel) -> PreTrainedModel:
     return convert(dense, ConversionSpec(branches=1))
 
 
-def _wait(model: PreTrainedModel) -> None:
+def wait(model: PreTrainedModel) -> None:
+    """For what a GPU still has to do."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

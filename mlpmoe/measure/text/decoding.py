@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import lru_cache
 from inspect import signature
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...core.kernels.decoder import CompiledDecoder, decodes
-
-# transformers 5.24 renamed the argument and the output, and warns of the old name
-CACHE = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in {field.name for field in fields(CausalLMOutputWithPast)}
-)
+from .graphs import CACHE, GraphDecoder, records
 
 
 class Reader:
     """A model that reads on: a prompt, then token by token, in compiled kernels where they compute
-    what the model does.
+    what the model does, or on a GPU as a graph.
 
     capacity: tokens that it may read, prompt included. compiled: False for torch alone.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, compiled: bool = True) -> None:
         self.model, self._cache = model, None
-        self._decoder = None
+        self._decoder: CompiledDecoder | GraphDecoder | None = None
         if compiled and decodes(model):
             self._decoder = CompiledDecoder(model, capacity)
+        elif compiled and records(model):
+            self._decoder = GraphDecoder(model, capacity)
+
+    def restart(self) -> None:
+        """Forget what was read, for another text of at most the same capacity."""
+        self._cache = None
+        if self._decoder is not None:
+            self._decoder.position = 0
 
     def read(self, ids: Tensor) -> Tensor:
         """(1, tokens) -> logits after the last of them, (1, vocabulary)."""
         decoder = self._decoder
         if decoder is not None and decoder.position:
-            for token in ids[0].tolist():
+            for token in ids[0] if isinstance(decoder, GraphDecoder) else ids[0].tolist():
                 logits = decoder.step(token)
             return logits
         logits, cache = read_on(self.model, ids, self._cache)
