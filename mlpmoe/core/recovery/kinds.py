@@ -32,14 +32,14 @@ RECOVERIES: dict[str, Recovery] = {
     NOTHING: Recovery("nothing", "trains nothing", short="not trained", rate=0.0),
     "alpha": Recovery(
         "the α of the branches (MLPMoE)", "trains the factors of the branches",
-        short="α trained", calibrated=True, rate=1e-2,
+        short="α trained", calibrated=True, rate=2e-2,
     ),
     "router": Recovery(
         "the routers", "trains what chooses the experts", short="routers trained",
-        calibrated=True, rate=1e-2,
+        calibrated=True, rate=5e-2,
     ),
     "down": Recovery(
-        "down", "trains down", short="down trained", calibrated=True, rate=3e-4
+        "down", "trains down", short="down trained", calibrated=True, rate=1e-3
     ),
     "lora": Recovery(
         "gate, up and down by LoRA", "trains a change of low rank in gate, up and down",
@@ -47,7 +47,7 @@ RECOVERIES: dict[str, Recovery] = {
     ),
     "all": Recovery(
         "all MLP weights", "trains all weights of the MLPs", short="MLPs trained",
-        calibrated=True, rate=3e-4,
+        calibrated=True, rate=5e-4,
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The calibration text of a recovery: what is trained on, in which order, and what is kept apart."""
+"""The calibration text of a recovery: what is trained on, in which order, and what is not."""
 
 from __future__ import annotations
 

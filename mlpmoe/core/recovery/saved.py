@@ -53,7 +53,8 @@ class Saved:
             torch.save(values | {"key": self.key}, partial)
             os.replace(partial, self.file)
         except (OSError, RuntimeError):  # torch's own writer raises the second
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """It is done. Files that were left behind long ago go, too."""

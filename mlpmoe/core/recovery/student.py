@@ -133,9 +133,7 @@ class Student(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         values = dict(self.values())
-        found = functional_call(
-            self.twin, values, (ids,), {"use_cache": False}, tie_weights=False
-        )
+        found = functional_call(self.twin, values, (ids,), {"use_cache": False}, tie_weights=False)
         return found.logits
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
@@ -192,4 +190,3 @@ class _SoftlyRouted(RoutedMLP):
 
     def _many(self, x: Tensor) -> Tensor:
         return self.summed(x) @ self.down
-
