@@ -149,7 +149,11 @@ class Record:
             what = (
                 "its MLPs were cut into branches, of which some weights or neurons were removed, "
             )
-        what += f"and {self.recovery}" if self.recovery else "without training"
+        trained = self.recovery
+        what += (
+            f"and then trained a little ({trained.what}, {trained.steps} steps)" if trained
+            else "without training"
+        )  # fmt: skip
         return (
             f"Made with mlpmoe {self.version} from {base}{commit}: {what} "
             f"(method {_method(self.spec)}, [MLPMoE]({PAPER})){_spared(self.spec)}. "
@@ -211,6 +215,12 @@ class Record:
             )
         if self.calibration:
             lines.append(f"Calibrated on: {self.calibration}.")
+        if self.recovery:
+            lines.append(
+                f"Training: {self.recovery.tokens:,} tokens of that text; KL divergence from the "
+                f"dense model on another part of it {self.recovery.before:.4g} before, "
+                f"{self.recovery.after:.4g} after, in nats per token."
+            )
         return "\n\n".join(lines)
 
     def _settings(self) -> str:
