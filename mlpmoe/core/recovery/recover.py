@@ -31,7 +31,7 @@ LOOKS = 8  # at the held-out text, beside the first
 SAVE_EVERY = 20  # steps
 BETAS, CLIP = (0.9, 0.95), 1.0
 WARM_UP = 20  # steps at most, a tenth of all at most
-LOGITS = 2**24  # of a piece of a batch
+LOGITS = 2**25  # of a piece of a batch
 FLOAT16_SCALE = 2.0**10  # of the loss: float16 has no room for small gradients
 # Bytes of each trained number in float32: itself, its gradient, two moments, the best so far.
 BYTES_EACH = 20
