@@ -16,6 +16,7 @@ from ..core.static.compensation import FILLS
 from ..core.written import SPARSITY, flag_of
 from ..measure.quality.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS
+from ..models.packaged import cache_folder
 
 MODEL_HELP = (
     "short name, hub id, folder, or a GGUF file: its path, or owner/name/FILE.gguf on the hub"
@@ -52,7 +53,10 @@ SPEC_FLAGS = {
     "tau": ("T", "coefficient of variation of a specialised neuron (expertweaver)"),
     "spared": ("LAYERS", "layers kept dense, numbered from 0, such as 0,11 (in a sweep 0+11)"),
     "progressive": ("BOOL", "calibrate each layer on the converted layers before it"),
-    "seed": ("N", "of what a method draws"),
+    "seed": ("N", "of what a method draws, and of the order of the text in training"),
+    "recover": ("WHAT", "what is trained a little after the conversion: {choices}"),
+    "recover_steps": ("N", "steps of that training, of 512 tokens each"),
+    "recover_rate": ("RATE", "its largest learning rate"),
 }
 SPEC_NAMES = (*(field.name for field in fields(ConversionSpec)), SPARSITY)
 
@@ -128,7 +132,7 @@ def add_spec(parser: argparse.ArgumentParser, file: bool = True) -> None:
             metavar="FILE",
             help="conversion.json of a checkpoint, or JSON with fields of the spec; flags win",
         )
-    unset = {"keep": "all", SPARSITY: "as --fade says"}
+    unset = {"keep": "all", SPARSITY: "as --fade says", "recover_rate": "by what is trained"}
     defaults = {field.name: field.default for field in fields(ConversionSpec)}
     for name in SPEC_NAMES:
         default = defaults.get(name)
@@ -153,6 +157,11 @@ def read_spec(arguments: argparse.Namespace) -> ConversionSpec:
     if SPARSITY in flags:
         texts.pop("fade", None)
     return ConversionSpec.from_texts(texts | flags)
+
+
+def recovery_folder() -> Path:
+    """Where training is kept while it runs: after a kill the same command goes on."""
+    return cache_folder() / "recovery"
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

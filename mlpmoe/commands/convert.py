@@ -15,7 +15,7 @@ from ..core.conversion import convert
 from ..core.spec import ConversionSpec
 from ..models import format_bytes, load, preflight
 from ..models.host import DTYPES
-from .arguments import MODEL_HELP, add_spec, add_texts, read_spec
+from .arguments import MODEL_HELP, add_spec, add_texts, read_spec, recovery_folder
 from .terminal import print_json, print_table, progress
 from .texts import EvaluationText, calibration_text_for, evaluation_text
 
@@ -93,7 +93,7 @@ def _from_memory(
         arguments.model, arguments.compute, arguments.device, on_progress=progress
     )
     calibration = seen.encode(tokenizer, dense) if seen else None
-    model = convert(dense, spec, calibration, on_progress=progress)
+    model = convert(dense, spec, calibration, on_progress=progress, state=recovery_folder())
     return export(
         model, arguments.folder, tokenizer=tokenizer,
         text=text.encode(tokenizer, dense)[0], text_name=text.name, dense=dense,
@@ -105,7 +105,8 @@ def _from_memory(
 def _print(made: Exported, spec: ConversionSpec) -> None:
     found, record = made.verification, made.record
     print(f"{made.folder}: {format_bytes(made.bytes)}, {record.architecture}, {found.saved_dtypes}")
-    print(f"converted with {spec.to_flags()}\n")
+    print(f"converted with {spec.to_flags()}")
+    print(f"{record.recovery}\n" if record.recovery else "")
     rows = [
         ["largest difference of a logit", f"{found.max_logit_difference:.2g}"],
         ["  of the largest logit", f"{found.relative_difference:.1e}"],

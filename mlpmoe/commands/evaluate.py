@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..core.conversion import convert, mlp_modules
+from ..core.conversion import convert, mlp_modules, recovery_of
 from ..core.errors import UserError
 from ..measure.cost.parameters import parameter_report
 from ..measure.cost.speed import decode_speed
@@ -23,7 +23,7 @@ from ..measure.quality.tasks import task_scores
 from ..measure.runs.file import RunsFile
 from ..measure.runs.sweep import Run, run_of
 from ..models import load
-from .arguments import MODEL_HELP, add_setting, add_spec, at_least, read_spec
+from .arguments import MODEL_HELP, add_setting, add_spec, at_least, read_spec, recovery_folder
 from .terminal import (
     parameter_rows,
     perplexity_rows,
@@ -40,6 +40,7 @@ EXAMPLES = """examples:
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
   python -m mlpmoe evaluate ./my-model --branches 16 --keep 12 --window 512 --stride 256
   python -m mlpmoe evaluate qwen2.5-0.5b --branches 16 --fade 0.9 --text wikitext2
+  python -m mlpmoe evaluate demo --keep 8 --recover lora --recover-steps 200
   python -m mlpmoe evaluate smollm2-135m --keep 12 --tasks arc_easy,hellaswag --limit 500
 
 Tasks are those of EleutherAI's lm-eval (pip install ".[tasks]"; python -m lm_eval ls tasks lists
@@ -90,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     parts = windows(dense, encoded, window, stride)
     progress("converting")
     calibration = seen.encode(tokenizer, dense) if seen else None
-    converted = convert(dense, spec, calibration, on_progress=progress)
+    converted = convert(dense, spec, calibration, on_progress=progress, state=recovery_folder())
+    recovery = recovery_of(converted)
     perplexities = [
         _perplexity(name, model, parts)
         for name, model in (("dense", dense), ("converted", converted))
@@ -138,6 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
         }
         print_json(
             {"setting": setting, "spec": spec.to_dict(), **models}
+            | {"recovery": recovery and recovery.to_dict()}
             | {"perplexity_change": asdict(changed), "speed": asdict(speed) if speed else None}
             | {"tasks": [score.to_dict() for score in scored]}
         )
@@ -152,7 +155,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if calibration:
         print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))
-    print(f"converted with {spec.to_flags()}\n")
+    print(f"converted with {spec.to_flags()}")
+    print(f"{recovery}\n" if recovery else "")
     rows = [["", "dense", "converted", "difference"]]
     rows += perplexity_rows(*perplexities, changed)
     rows += parameter_rows(*reports)

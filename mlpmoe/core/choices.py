@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 
+from .recovery.kinds import RECOVERIES
 from .registry import Choice, choices
 from .routed import ROUTED_METHODS
 from .routed.method import Method
@@ -68,6 +69,7 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "router": ROUTERS,
     "selection": SELECTIONS,
     "profile": PROFILES,
+    "recover": RECOVERIES,
 }
 
 

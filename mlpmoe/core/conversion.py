@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
 from itertools import chain, count
+from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 from weakref import WeakSet
@@ -21,6 +22,8 @@ from .activations import LayerActivations
 from .calibration import Calibration, warn_of_few_tokens
 from .errors import SpecError, UnsupportedModelError
 from .mlps import DenseMLP, MLPWeights, read_mlps
+from .recovery.recover import recover
+from .recovery.report import RecoveryReport
 from .routed import ROUTED_TYPES, build_routed
 from .routed.expertweaver import AUTO, variation
 from .sensitivity import sensitivities
@@ -38,6 +41,7 @@ Progress = Callable[[str, float], None]
 _proven: WeakSet[nn.Module] = WeakSet()
 
 _SPEC = "mlpmoe_spec"  # attribute of a converted model
+_RECOVERY = "mlpmoe_recovery"  # of one that was trained
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -48,6 +52,7 @@ def convert(
     spec: ConversionSpec,
     calibration: Calibration | None = None,
     on_progress: Progress | None = None,
+    state: Path | None = None,
 ) -> PreTrainedModel:
     """A new model whose MLPs are replaced by what `spec` asks for; `model` is unchanged.
 
@@ -57,13 +62,14 @@ def convert(
     module on random input. calibration: text that methods may look at, where `spec` needs it.
     on_progress(message, share) is told what is being done and which share of the layers was begun
     before, again and again, one call at a time but maybe from several threads; what it raises ends
-    the work within a layer and comes out of here. Raises UnsupportedModelError if the model cannot
+    the work within a layer and comes out of here. state: a folder from which training that was
+    killed goes on. Raises UnsupportedModelError if the model cannot
     be split, SpecError if the spec does not fit it or the calibration is missing. Warns
     (CalibrationWarning) where a fit has too few calibration tokens.
     """
     if calibration is not None:
         warn_of_few_tokens(model, [spec], calibration)
-    return convert_all(model, [spec], calibration, on_progress)[0]
+    return convert_all(model, [spec], calibration, on_progress, state)[0]
 
 
 @torch.no_grad()
@@ -72,13 +78,14 @@ def convert_all(
     specs: Sequence[ConversionSpec],
     calibration: Calibration | Observed | None = None,
     on_progress: Progress | None = None,
+    state: Path | None = None,
 ) -> list[PreTrainedModel]:
     """`convert` for several specs, with as few passes over the calibration text as possible: one
     for all, one more if something is found from the whole model first, and one for each that is
     calibrated progressively. With what was `observed` on the text, only these last ones."""
     report = _Report(on_progress, "converting")
     with stoppable(report.again):
-        return _convert_all(model, specs, calibration, report)
+        return _convert_all(model, specs, calibration, report, state)
 
 
 def _convert_all(
@@ -86,6 +93,7 @@ def _convert_all(
     specs: Sequence[ConversionSpec],
     calibration: Calibration | Observed | None,
     report: _Report,
+    state: Path | None,
 ) -> list[PreTrainedModel]:
     mlps = read_mlps(model)
     for spec in specs:
@@ -102,7 +110,7 @@ def _convert_all(
     made: dict[int, list[nn.Module]] = {}
     together = []
     for index, spec in enumerate(specs):
-        if not spec.needs_calibration:
+        if not spec.converts_by_text:
             made[index] = _side_by_side(mlps, by_layer[index], report)
         elif not spec.progressive:
             together.append(index)
@@ -115,6 +123,9 @@ def _convert_all(
     converted = [_replaced(model, mlps, made[index]) for index in range(len(specs))]
     for new, spec in zip(converted, specs, strict=True):
         setattr(new, _SPEC, spec)
+        if spec.recovers and set(range(len(mlps))) - set(spec.spared_layers):
+            text = calibration.calibration if isinstance(calibration, Observed) else calibration
+            setattr(new, _RECOVERY, recover(model, new, spec, text, report, state))
     return converted
 
 
@@ -156,6 +167,11 @@ def _side_by_side(
     contexts = [copy_context() for _ in mlps]  # a thread has none of its maker's
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(lambda c, *one: c.run(make, *one), contexts, mlps, specs))
+
+
+def recovery_of(model: PreTrainedModel) -> RecoveryReport | None:
+    """What training did after the conversion of `model`; None if there was none."""
+    return getattr(model, _RECOVERY, None)
 
 
 def spec_of(model: PreTrainedModel) -> ConversionSpec | None:

@@ -10,6 +10,8 @@ from typing import Any
 from .checks import check_choice, integer, known, layer_numbers, pattern, real, shown
 from .choices import ALLOCATIONS, METHODS, PROFILES, SELECTIONS, UNITS
 from .errors import SpecError
+from .recovery.kinds import FIELDS as RECOVERY_FIELDS
+from .recovery.kinds import NOTHING, RECOVERIES, check_recovery
 from .routed import ROUTED_METHODS, RoutedMethod
 from .routed.expertweaver import AUTO
 from .routed.partition import expert_count
@@ -20,7 +22,7 @@ from .static.schedule import MAX_FADE, SCHEDULES, branch_sparsities
 from .static.scores import SCORES
 from .written import SPARSITY, Written
 
-COMMON_FIELDS = ("compensation", "spared")  # that every method uses
+COMMON_FIELDS = ("compensation", "spared", "seed", *RECOVERY_FIELDS)  # that every method uses
 FADE_CHOICES = (
     "fade_schedule", "fade_exponent", "fade_projections", "fade_score", "fade_unit",
 )  # fmt: skip
@@ -72,6 +74,10 @@ class ConversionSpec(Written):
     spared: str = ""  # layers that stay dense: numbers from 0, ascending, joined by commas
     progressive: bool = False  # calibrate each layer on the converted layers before it
     seed: int = 0  # of whatever is drawn
+    # a little training after all else: what is trained, see recovery/kinds.py
+    recover: str = NOTHING
+    recover_steps: int = 200  # of 512 tokens each
+    recover_rate: float | None = None  # the largest learning rate; None: usual for what is trained
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -91,6 +97,7 @@ class ConversionSpec(Written):
             self._check_routed(routed)
         else:
             self._check_static()
+        check_recovery(self)
 
     def _check_belonging(self) -> None:
         """Refuse fields of the other kind of method: they would be ignored silently."""
@@ -201,28 +208,37 @@ class ConversionSpec(Written):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a stage looks at activations on a calibration text."""
-        if routed := self.routed:
-            return (
-                routed.calibrated
-                or self.progressive
-                or SELECTIONS[self.selection].calibrated
-                or FILLS[self.compensation].calibrated
-                or bool(self.shared)
-                or ROUTERS[self.router].calibrated
-            )
+        """Whether a stage looks at a calibration text, or it is trained on."""
+        return self.converts_by_text or self.recovers
+
+    @property
+    def converts_by_text(self) -> bool:
+        """Whether a stage looks at activations on a calibration text, before any training."""
+        if self.routed:
+            return self.looks_at_activations or self.progressive
         return self.looks_at_activations or self.shares_out
 
     @property
     def looks_at_activations(self) -> bool:
         """Whether a stage looks at the activations of a layer when it converts it."""
-        if self.routed:
-            return replace(self, progressive=False).needs_calibration
+        if routed := self.routed:
+            return (
+                routed.calibrated
+                or SELECTIONS[self.selection].calibrated
+                or FILLS[self.compensation].calibrated
+                or bool(self.shared)
+                or ROUTERS[self.router].calibrated
+            )
         return (
             ORDERS[self.order].calibrated
             or self.fits
             or (self.fades and SCORES[self.fade_score].calibrated)
         )
+
+    @property
+    def recovers(self) -> bool:
+        """Whether a little training follows: something is lost that it may win back."""
+        return self.canonical().recover != NOTHING
 
     @property
     def looks_at_loss(self) -> bool:
@@ -289,8 +305,8 @@ class ConversionSpec(Written):
 
     def _idle_routed(self) -> set[str]:
         idle = set() if self.shared == AUTO else {"tau"}
-        if self.active == 1:  # nothing is left to choose
-            idle |= {"selection", "compensation"}
+        if self.active == 1:  # nothing is left to choose, and nothing lost
+            idle |= {"selection", "compensation", "recover"}
         return idle
 
     def _idle_static(self) -> set[str]:
@@ -299,7 +315,7 @@ class ConversionSpec(Written):
         kept = self.kept if self.allocation == "uniform" else self.branches
         shares = branch_sparsities(self.branches, self.fade, self.fade_schedule, self.fade_exponent)
         fades = self.pattern is not None or any(shares[:kept])
-        idle = set() if ORDERS[self.order].seeded else {"seed"}
+        idle = set()
         if not fades:
             idle |= {"fade", *FADE_CHOICES}
         if whole:
@@ -309,10 +325,18 @@ class ConversionSpec(Written):
             if not fades or not self.shares_out:
                 idle.add("allocation")
         if whole and not fades:
-            idle.add("progressive")
+            idle |= {"progressive", "recover"}
             if self.order == "contiguous":
                 idle.add("spared")
         return idle
+
+    def _idle_after(self, idle: set[str]) -> set[str]:
+        """Of recovery and of what is drawn, given what else is idle."""
+        draws = "seed" in self.routed.fields if self.routed else ORDERS[self.order].seeded
+        if self.recover == NOTHING or "recover" in idle:
+            return set(RECOVERY_FIELDS) if draws else {*RECOVERY_FIELDS, "seed"}
+        usual = self.recover_rate == RECOVERIES[self.recover].rate
+        return {"recover_rate"} if usual else set()
 
     def check_fits(self, d_ff: int, layers: int | None = None) -> None:
         """Raise SpecError if an MLP of `d_ff` neurons cannot be cut into this many branches, or
@@ -334,6 +358,7 @@ class ConversionSpec(Written):
 @lru_cache(maxsize=4096)
 def _canonical(spec: ConversionSpec) -> ConversionSpec:
     idle = spec._idle_routed() if spec.routed else spec._idle_static()
+    idle |= spec._idle_after(idle)
     once = replace(spec, **{name: _default(name) for name in idle | {"progressive"}})
     again = spec.progressive and "progressive" not in idle and once.looks_at_activations
     return replace(once, progressive=True) if again else once

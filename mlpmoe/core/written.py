@@ -93,6 +93,7 @@ def read_texts(texts: Mapping[str, str]) -> dict[str, Any]:
         "experts": int, "active": float,
         "shared": lambda text: text if text == AUTO else float(text),
         "tau": float, "seed": int, "progressive": boolean,
+        "recover_steps": int, "recover_rate": float,
     }  # fmt: skip
     values: dict[str, Any] = {}
     for name, text in texts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gradio as gr
@@ -24,6 +25,7 @@ from .shell.handlers import Handlers
 from .shell.links import FIRST_TAB, TABS
 from .shell.opening import OpeningHandlers
 from .shell.settings import within_reach
+from .shell.training import TrainingHandlers
 from .tabs.export_panel import export_panel, wire_export
 from .tabs.exporting import ExportHandlers
 from .tabs.lesson import LessonHandlers
@@ -50,7 +52,7 @@ TOLD = ("weights", "lesson", "tokens", "runs", "export")
 TELL = f"(...shown) => mlpmoe.tell({json.dumps(TOLD)}, '{FIRST_TAB}', ...shown)"
 # Values set from here reach sliders later than other components, and long before this ends.
 ARRIVED = "() => new Promise(done => setTimeout(() => done(String(Date.now())), 100))"
-FOOTER = """Nothing is trained. Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
+FOOTER = """Nothing is trained unless you ask for it. Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
 Perplexity and speed are measured, parameters and compute are counted, on this server."""
 
 
@@ -128,9 +130,10 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         _wire_address(state, picker, convert, opened)
         _wire_tabs(state, fields, weights.layer, lesson.layer)
         changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
-        _wire_measurement(
+        measured = _wire_measurement(
             handlers, state, convert, pictures, weights, spec, [*shown, fields.measured], changed
         )
+        _wire_training(TrainingHandlers(workbench), convert, spec, [changed, *measured])
         _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
         another_model.add(handlers.another_model, [model], [pictures.network])
         wire_answer(
@@ -293,7 +296,8 @@ def _wire_preview(
         ],
         [
             convert.branches, convert.fade, convert.keep, state.share, convert.shared,
-            convert.budget, convert.preset, state.query, convert.snippet, pictures.axis,
+            convert.recover, convert.budget, convert.preset, state.query, convert.snippet,
+            pictures.axis,
             state.arrived, *shown,
         ],
         trigger_mode="always_last",
@@ -307,7 +311,7 @@ def _wire_preview(
 def _wire_measurement(
     handlers: Handlers, state: PageState, convert: ConvertPanel, pictures: PicturesPanel,
     weights: WeightsPanel, spec: list, shown: list, changed: Dependency,
-) -> None:  # fmt: skip
+) -> tuple[Dependency, Dependency]:  # fmt: skip
     """Perplexity and speed, as they sharpen by themselves; to the end on the button."""
     inputs = [*spec, convert.text, pictures.axis, state.mine, weights.layer]
     by_itself = changed.success(
@@ -320,6 +324,18 @@ def _wire_measurement(
     convert.stop.click(readable(handlers.stop_measuring), inputs, shown, **QUIET)
     for measured in (by_itself, on_button):
         measured.failure(readable(handlers.measuring_failed), inputs, shown, **QUIET)
+    return by_itself, on_button
+
+
+def _wire_training(
+    handlers: TrainingHandlers, convert: ConvertPanel, spec: list, after: Sequence[Dependency]
+) -> None:
+    """How long training takes, and what it did once it is done."""
+    for event in after:
+        event.then(
+            readable(handlers.show), spec, [convert.training_note, convert.training_curve],
+            trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
 
 
 def _wire_pictures(

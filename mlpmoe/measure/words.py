@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.choices import ALLOCATIONS, METHODS, SELECTIONS
+from ..core.recovery.kinds import RECOVERIES
 from ..core.spec import ConversionSpec
 from ..core.static.compensation import COMPENSATIONS, FILLS
 from ..core.static.order import ORDERS
@@ -43,6 +44,8 @@ def in_words(spec: ConversionSpec) -> str:
         parts.append("calibrates layer by layer on the converted model")
     if spec.spared and parts:
         parts.append(spared_in_words(spec))
+    if spec.recovers:
+        parts.append(f"{RECOVERIES[spec.recover].about}, {spec.recover_steps} steps")
     return "; ".join(parts) or "cuts into branches and removes nothing"
 
 
@@ -52,6 +55,8 @@ def in_short(spec: ConversionSpec) -> str:
     parts = _routed_parts(spec) if spec.routed else _static_parts(spec)
     if spec.spared:
         parts.append(spared_in_words(spec))
+    if spec.recovers:
+        parts.append(f"{RECOVERIES[spec.recover].short} ({spec.recover_steps} steps)")
     return " · ".join(parts)
 
 

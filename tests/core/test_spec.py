@@ -59,7 +59,7 @@ def refusal(**values):
 
 
 def assert_readable(message):
-    assert len(message) < 320
+    assert len(message) < 400
     assert message.isprintable()
     assert message.endswith(".")
 

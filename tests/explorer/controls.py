@@ -16,7 +16,7 @@ UNTOUCHED = {
     "fade_score": "magnitude", "fade_unit": "weight", "allocation": "uniform",
     "active": 0.75, "experts": 64, "shared": 0.25, "own_share": True, "router": "own",
     "selection": "topk", "fill": "none",
-    "progressive": False, "spared": "",
+    "progressive": False, "spared": "", "recover": "none", "recover_steps": 200,
 }  # fmt: skip
 
 
@@ -53,6 +53,7 @@ class Previewed(NamedTuple):
     keep: Any
     share: Any
     shared: Any
+    recover: Any
     budget: Any
     preset: Any
     query: Any

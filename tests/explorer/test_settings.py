@@ -51,7 +51,7 @@ from tests.tiny import VOCABULARY, tiny_model
 
 def test_every_field_has_a_control_or_is_refused():
     assert len(set(CONTROLS)) == len(CONTROLS) == len(UNTOUCHED)
-    without = {"profile": "absolute", "tau": 0.5, "seed": 3}
+    without = {"profile": "absolute", "tau": 0.5, "seed": 3, "recover_rate": 0.1}
     # what routed methods call compensation is another control than that of static ones
     assert {*CONTROLS, *without} == {f.name for f in fields(ConversionSpec)} | {"own_share", "fill"}
     for name, value in without.items():

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 import pytest
 import torch
 
@@ -87,46 +84,6 @@ def test_the_cpu_is_asked_once_which_dtype_it_multiplies_faster(bfloat16, faster
 
 def test_this_cpu_says_which_dtype_is_faster():
     assert host.bfloat16_is_faster() in (True, False)
-
-
-def write_group(folder: Path, limit: str, usage: str, cache: int, version: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.max", "memory.current", "inactive_file")
-    if version == 1:
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cache}\nother 2\n")
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_container_limits_count_and_page_cache_does_not(tmp_path, version):
-    root = tmp_path / "memory" if version == 1 else tmp_path
-    membership = tmp_path / "cgroup"
-    membership.write_text("4:memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
-    assert host.cgroup_headroom(tmp_path, membership) is None
-    write_group(root / "outer" / "inner", "max", "5000", 0, version)
-    assert host.cgroup_headroom(tmp_path, membership) is None
-    write_group(root / "outer", "10000", "7000", 2000, version)  # the group around counts too
-    assert host.cgroup_headroom(tmp_path, membership) == 5000
-    write_group(root / "outer" / "inner", "6000", "7000", 500, version)
-    assert host.cgroup_headroom(tmp_path, membership) == 0
-    assert host.cgroup_headroom(tmp_path / "nowhere", tmp_path / "missing") is None
-
-
-def test_available_memory(monkeypatch):
-    monkeypatch.setattr(host, "cgroup_headroom", lambda: None)
-    assert 0 < host.available_memory(CPU) <= psutil.virtual_memory().total
-    monkeypatch.setattr(host, "cgroup_headroom", lambda: 12345)
-    assert host.available_memory(CPU) == 12345
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (777, 999))
-    assert host.available_memory(GPU) == 777
-
-    def no_driver(device):
-        raise RuntimeError("no NVIDIA driver")
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", no_driver)
-    assert host.available_memory(GPU) is None
 
 
 def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path):

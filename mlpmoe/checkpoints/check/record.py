@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...core.choices import METHODS
 from ...core.errors import UserError
+from ...core.recovery.report import RecoveryReport
 from ...core.spec import ConversionSpec
 from ...measure.cost.parameters import ParameterReport, parameter_report
 from ...measure.notation import difference, signed_percent
@@ -75,6 +76,7 @@ class Record:
     calibration: str | None  # name of the calibration text
     verification: Verification | None
     measured: Measured | None = None
+    recovery: RecoveryReport | None = None  # what training did after the conversion
 
     def to_dict(self) -> dict[str, Any]:
         origin = self.origin
@@ -95,6 +97,7 @@ class Record:
             "evaluation_text": self.text,
             "calibration_text": self.calibration,
             "dense_perplexity": self.measured and self.measured.dense.value,
+            "recovery": self.recovery and self.recovery.to_dict(),
             "verification": self.verification and self.verification.to_dict(),
             "notes": list(self.notes),
         }
@@ -141,12 +144,16 @@ class Record:
             commit += f", with the weights of the GGUF file `{origin.gguf}`"
         licence = origin.licence if origin else None
         if _routed(self.spec):
-            what = "its MLPs became shared and routed experts, chosen per token, without training"
+            what = "its MLPs became shared and routed experts, chosen per token, "
         else:
             what = (
                 "its MLPs were cut into branches, of which some weights or neurons were removed, "
-                "without training"
             )
+        trained = self.recovery
+        what += (
+            f"and then trained a little ({trained.what}, {trained.steps} steps)" if trained
+            else "without training"
+        )  # fmt: skip
         return (
             f"Made with mlpmoe {self.version} from {base}{commit}: {what} "
             f"(method {_method(self.spec)}, [MLPMoE]({PAPER})){_spared(self.spec)}. "
@@ -208,6 +215,12 @@ class Record:
             )
         if self.calibration:
             lines.append(f"Calibrated on: {self.calibration}.")
+        if self.recovery:
+            lines.append(
+                f"Training: {self.recovery.tokens:,} tokens of that text; KL divergence from the "
+                f"dense model on another part of it {self.recovery.before:.4g} before, "
+                f"{self.recovery.after:.4g} after, in nats per token."
+            )
         return "\n\n".join(lines)
 
     def _settings(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.conversion import spec_of
+from ...core.conversion import recovery_of, spec_of
 from ...core.errors import UserError
 from ...measure.quality.encoding import EncodedText, encode_text, windows
 from ...measure.quality.perplexity import Perplexity
@@ -116,6 +116,7 @@ def export(
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,
                 notes=made.notes, text=text_name or ("a text" if text is not None else None),
                 calibration=calibration_name, verification=found, measured=measured,
+                recovery=recovery_of(model),
             )  # fmt: skip
             record.write(partial, Path(folder).name)
     final = Path(folder).expanduser().absolute()

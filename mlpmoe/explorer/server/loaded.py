@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.calibration import Calibration, check_disjoint, few_tokens
-from ...core.conversion import convert_all, mlp_modules, observe
+from ...core.conversion import convert_all, mlp_modules, observe, recovery_of
 from ...core.mlps import DenseMLP, read_mlps
+from ...core.recovery.report import RecoveryReport
 from ...core.spec import ConversionSpec
 from ...core.static.branched import BranchedMLP
 from ...core.visiting import Observed
@@ -53,6 +54,8 @@ ROUTINGS_HELD = 4  # choices of every token and layer
 ROUTING_TOKENS = 512  # of the model's own evaluation text, that experts are watched on
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
 LIVE_TOKENS = 16_384  # that a measurement takes by itself; the whole text on request
+
+_training = Turns()  # of all models: each takes all cores, and memory for its optimiser
 
 
 @dataclass(eq=False)
@@ -127,6 +130,15 @@ class LoadedModel:
         """Whether `converted` answers at once."""
         return not isinstance(asked, Calibrated) or asked in self._conversions
 
+    def is_to_train(self, asked: Conversion) -> bool:
+        """Whether it takes a training, of minutes maybe, before `converted` answers."""
+        return spec_of(asked).recovers and not self.is_converted(asked)
+
+    def recovery(self, asked: Conversion) -> RecoveryReport | None:
+        """What training did, where it was done."""
+        made = self._conversions.get(asked) if spec_of(asked).recovers else None
+        return made and recovery_of(made)
+
     def converted(self, asked: Conversion) -> PreTrainedModel:
         held = self._views if _only_cuts(asked) else self._conversions
         return held.get_or_make(asked, lambda: self._convert(asked))
@@ -145,7 +157,12 @@ class LoadedModel:
         spec, calibration = spec_of(asked), None
         if spec.needs_calibration:
             calibration = self.calibration(asked.text, report)
-        return convert_all(self.model, [spec], calibration, report)[0]
+        if not spec.recovers:
+            return convert_all(self.model, [spec], calibration, report)[0]
+        with _training.turn(lambda ahead: report and report(f"{ahead} to be trained before", None)):
+            # who waited may have waited for the same
+            made = self._conversions.get(asked)
+            return made or convert_all(self.model, [spec], calibration, report)[0]
 
     def calibration(
         self, text: str, report: Callable[[str, float], None] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ...core.stopping import may_stop
@@ -23,13 +23,15 @@ class Turns:
         self._waiting: deque[object] = deque()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, waiting: Callable[[int], None] = lambda ahead: None) -> Iterator[None]:
+        """waiting: told again and again how many are before."""
         mine = object()
         with self._free:
             self._waiting.append(mine)
             try:
                 while not self._free.wait_for(lambda: self._waiting[0] is mine, TICK):
                     may_stop()
+                    waiting(self._waiting.index(mine))
             except BaseException:
                 self._waiting.remove(mine)
                 self._free.notify_all()

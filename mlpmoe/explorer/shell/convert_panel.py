@@ -10,10 +10,11 @@ import gradio as gr
 
 from ...core.choices import ALLOCATIONS, METHODS, SELECTIONS, unit_choices
 from ...core.presets import PRESETS
+from ...core.recovery.kinds import NOTHING, RECOVERIES
 from ...core.registry import choices
 from ...core.routed import ROUTED_METHODS
 from ...core.routed.routers import ROUTERS
-from ...core.spec import MAX_FADE, PROJECTIONS
+from ...core.spec import MAX_FADE, PROJECTIONS, ConversionSpec
 from ...core.static.compensation import COMPENSATIONS, FILLS
 from ...core.static.order import ORDERS
 from ...core.static.schedule import DEFAULT_EXPONENT, SCHEDULES
@@ -30,6 +31,7 @@ from .settings import (
     LEAST_ACTIVE,
     MAX_BRANCHES,
     MAX_EXPERTS,
+    MOST_STEPS,
     OWN,
     USUAL_EXPERTS,
     USUAL_SHARED,
@@ -66,6 +68,10 @@ class ConvertPanel:
     fill: gr.Radio
     progressive: gr.Checkbox
     spared: gr.Textbox
+    recover: gr.Dropdown
+    recover_steps: gr.Slider
+    training_note: gr.HTML
+    training_curve: gr.Plot
     calibration: gr.Dropdown
     text: gr.Dropdown
     own_text: gr.Textbox
@@ -115,6 +121,7 @@ def convert_panel() -> ConvertPanel:
             made |= _routed_stages()
         routed.append(column)
         made |= _common_stages()
+    made |= _training()
     made |= _texts()
     made |= _sharing()
     return ConvertPanel(**made, static=tuple(static), routed=tuple(routed))
@@ -259,6 +266,28 @@ def _common_stages() -> dict[str, object]:
             info="what choices with a * look at; the same kind of text as is measured on is best",
             filterable=False, elem_id="calibration-text",
         ),
+    }  # fmt: skip
+
+
+def _training() -> dict[str, object]:
+    with gr.Accordion("Train a little", open=False, elem_id="training"):
+        recover = gr.Dropdown(
+            choices(RECOVERIES), value=NOTHING, label="What is trained", filterable=False,
+            elem_id="recover",
+            info="to predict on the calibration text what the dense model predicts",
+        )  # fmt: skip
+        steps = LimitedSlider(
+            1, MOST_STEPS, ConversionSpec().recover_steps, step=1, precision=0, label="Steps",
+            elem_id="recover-steps", info="of 512 tokens each",
+        )  # fmt: skip
+        note = gr.HTML("", elem_id="training-note")
+        curve = gr.Plot(
+            label="Held-out KL divergence by step", show_label=False, visible=False,
+            elem_id="training-curve",
+        )  # fmt: skip
+    return {
+        "recover": recover, "recover_steps": steps, "training_note": note,
+        "training_curve": curve,
     }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ PREVIEW = USED + 5 + FRONT  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
 MOST_LAYERS = 10_000  # of any model
 NOT_MEASURED = "not measured; press Measure again"
+TO_TRAIN = "Measure trains it first"
 BETWEEN_ESTIMATES = 0.25  # seconds, at least: a page is busy with each for a while
 
 
@@ -86,6 +87,8 @@ class Handlers:
         if not self.looks.is_at(request, chosen.at):
             self.looks.move(request, chosen.at)
         message = NOT_MEASURED if self.looks.of(request).failed else "measuring …"
+        if loaded.is_to_train(asked):
+            message = TO_TRAIN
         calibration = asked.key if isinstance(asked, Calibrated) else None
         return (
             *used,
@@ -166,6 +169,8 @@ class Handlers:
         if not whole:
             look = self.looks.of(request)
             if look is None or look.at != chosen.at or look.begun:
+                return
+            if chosen.loaded.is_to_train(chosen.asked):  # which only the button begins
                 return
         mine = self.looks.move(request, chosen.at, whole)
         mine.begun = True

@@ -12,10 +12,12 @@ from typing import Any
 import gradio as gr
 
 from ...core.checks import layer_numbers
-from ...core.errors import UserError
+from ...core.errors import SpecError, UserError
+from ...core.recovery.kinds import NOTHING
 from ...core.routed import ROUTED_METHODS
 from ...core.spec import MAX_FADE, PROJECTIONS, UNITS, ConversionSpec, without_idle
 from ...core.static.schedule import DEFAULT_EXPONENT, SCHEDULES
+from ...measure.words import capital
 from ..server.asked import Conversion
 from ..server.loaded import LoadedModel
 
@@ -26,6 +28,7 @@ MAX_EXPERTS = 128
 USUAL_EXPERTS, USUAL_SHARED = 64, 0.25  # shown for methods that have none of their own
 OWN = "own"  # the router that the method has by itself
 LEAST_ACTIVE, ACTIVE_STEP = 0.05, 0.0125
+MOST_STEPS = 1000  # of training
 # Fields of the spec, and of routed specs what stands for them, in the order in which their
 # controls send their values.
 STATIC = (
@@ -33,9 +36,10 @@ STATIC = (
     "fade_projections", "fade_score", "fade_unit", "allocation",
 )  # fmt: skip
 ROUTED = ("active", "experts", "shared", "own_share", "router", "selection", "fill")
-CONTROLS = ("method", *STATIC, *ROUTED, "progressive", "spared")
+TRAINING = ("recover", "recover_steps")
+CONTROLS = ("method", *STATIC, *ROUTED, "progressive", "spared", *TRAINING)
 SETTINGS = len(CONTROLS) + 1  # with the calibration text, the last
-USED = 6  # outputs of `settle`
+USED = 7  # outputs of `settle`
 
 
 def read_spec(values: Sequence[Any]) -> ConversionSpec:
@@ -50,7 +54,7 @@ def read_spec(values: Sequence[Any]) -> ConversionSpec:
         return _routed(chosen)
     if method != "mlpmoe":
         raise UserError(f"{method!r:.60} is not a method; choose one of the list.")
-    return _static({name: chosen[name] for name in (*STATIC, "progressive", "spared")})
+    return _static({name: chosen[name] for name in (*STATIC, "progressive", "spared", *TRAINING)})
 
 
 def _routed(chosen: dict[str, Any]) -> ConversionSpec:
@@ -60,6 +64,7 @@ def _routed(chosen: dict[str, Any]) -> ConversionSpec:
         "method": chosen["method"], "active": chosen["active"], "selection": chosen["selection"],
         "compensation": chosen["fill"], "spared": chosen["spared"],
         "progressive": chosen["progressive"] and "progressive" in method.fields,
+        **{name: chosen[name] for name in TRAINING},
     }  # fmt: skip
     if "experts" in method.fields:
         values["experts"] = chosen["experts"]
@@ -99,7 +104,10 @@ def show_spec(spec: ConversionSpec, loaded: LoadedModel) -> tuple:
     that K stands for (see `settle`). What the method does not use stays as it is."""
     shown = dict.fromkeys(CONTROLS, gr.skip()) | {
         "method": spec.method, "progressive": spec.progressive, "spared": spec.spared,
+        "recover": spec.recover,
     }  # fmt: skip
+    if spec.recover != NOTHING:
+        shown["recover_steps"] = spec.recover_steps
     if spec.routed:
         share = Share(set_at=int(time()), spec=_digest(spec))
         return *(shown | _show_routed(spec)).values(), str(share)
@@ -212,7 +220,8 @@ def settle(
     loaded: LoadedModel, values: Sequence[Any], share: str, budget: float
 ) -> tuple[list[Any], tuple[Any, ...], list[str]]:
     """The values of the controls as they are used; what to show instead of what was sent (B, fade,
-    K and share, the shared share, the budget); and sentences on what was out of range.
+    K and share, the shared share, what is trained, the budget); and sentences on what was out of
+    range.
 
     After B moved K stays the same share of it. Whatever is used is shown.
     """
@@ -232,6 +241,7 @@ def settle(
         _keep_shown(after.shown, sent["keep"], branches, moved),
         _unless(str(after), share),
         _unless(used["shared"], sent["shared"]),
+        _unless(used["recover"], sent["recover"]),
         _budget_shown(loaded, used, budget),
     )
     return [*used.values(), *values[len(CONTROLS) :]], shown, list(said.values())
@@ -304,8 +314,8 @@ def within_reach(fade_unit: str, fade_schedule: str) -> tuple[dict, dict]:
 
 
 def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is used of what was sent, and a sentence on each of B, fade and K that was not taken as
-    it came."""
+    """What is used of what was sent, and a sentence on each of B, fade, K and what is trained that
+    was not taken as it came."""
     most, used, said = most_branches(loaded), dict(sent), {}
     used["branches"] = max(1, min(most, floor(sent["branches"] + 0.5)))
     used["fade"] = max(0.0, min(MAX_FADE, sent["fade"]))
@@ -317,7 +327,25 @@ def in_range(loaded: LoadedModel, sent: dict[str, Any]) -> tuple[dict[str, Any],
     if used["keep"] != sent["keep"]:
         said["keep"] = f"K is a whole number from 1 to B: {used['keep']} is used."
     used["shared"] = min(sent["shared"], sent["active"])  # of what runs, no more can be shared
+    if reason := _untrainable(used):
+        used["recover"] = NOTHING
+        said["recover"] = f"{capital(reason)} Nothing is trained."
     return used, said
+
+
+def _untrainable(used: dict[str, Any]) -> str | None:
+    """Why the rest of what is chosen has nothing of the kind that is to be trained."""
+    if used["recover"] == NOTHING:
+        return None
+    try:
+        rest = read_spec(list((used | {"recover": NOTHING}).values()))
+    except UserError:  # which is said where the spec is read
+        return None
+    try:
+        replace(rest, recover=used["recover"])
+    except SpecError as error:
+        return str(error)
+    return None
 
 
 def most_branches(loaded: LoadedModel) -> int:
@@ -336,7 +364,9 @@ def check_shown(spec: ConversionSpec) -> None:
     if spec.fade_exponent is not None and not low <= spec.fade_exponent <= high:
         raise UserError(f"this page offers fade_exponent from {low:g} to {high:g}.")
     usual = ConversionSpec(method=spec.method, active=spec.active)
-    for name in ("profile", "tau", "seed"):
+    if spec.recover_steps > MOST_STEPS:
+        raise UserError(f"this page offers at most {MOST_STEPS:,} steps of training.")
+    for name in ("profile", "tau", "seed", "recover_rate"):
         if getattr(spec, name) != getattr(usual, name):
             raise UserError(
                 f"this page has no control for {name}; the library and the shell have one."

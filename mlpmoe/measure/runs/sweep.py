@@ -159,7 +159,7 @@ class Baseline:
             return
         inputs = sum(mlp.weights.d_model for mlp in read_mlps(self.model))
         size = self.calibration.samples.numel() * inputs * self.model.dtype.itemsize
-        if size <= MOST_OBSERVED and any(s.needs_calibration and not s.progressive for s in specs):
+        if size <= MOST_OBSERVED and any(s.converts_by_text and not s.progressive for s in specs):
             self.calibration = observe(self.model, self.calibration, lambda what, _: report(what))
 
 

@@ -1,0 +1,1 @@
+"""A little training after the conversion: the converted model learns from the dense one."""

@@ -1,0 +1,87 @@
+"""What a little training after the conversion may change, and the limits of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
+
+from ..checks import check_choice, integer, real
+from ..errors import SpecError
+from ..registry import Choice
+
+if TYPE_CHECKING:
+    from ..spec import ConversionSpec
+
+FIELDS = ("recover", "recover_steps", "recover_rate")  # of the spec
+MAX_STEPS = 100_000
+MAX_RATE = 10.0
+NOTHING = "none"
+
+
+@dataclass(frozen=True)
+class Recovery(Choice):
+    """What is trained, and how fast."""
+
+    _: KW_ONLY
+    # the largest learning rate: about what a step changes a number by; of routers, relative to the
+    # size of their numbers
+    rate: float
+
+
+RECOVERIES: dict[str, Recovery] = {
+    NOTHING: Recovery("nothing", "trains nothing", short="not trained", rate=0.0),
+    "alpha": Recovery(
+        "the α of the branches (MLPMoE)", "trains the factors of the branches",
+        short="α trained", calibrated=True, rate=2e-2,
+    ),
+    "router": Recovery(
+        "the routers", "trains what chooses the experts", short="routers trained",
+        calibrated=True, rate=5e-2,
+    ),
+    "down": Recovery(
+        "down", "trains down", short="down trained", calibrated=True, rate=1e-3
+    ),
+    "lora": Recovery(
+        "gate, up and down by LoRA", "trains a change of low rank in gate, up and down",
+        short="LoRA", calibrated=True, rate=1e-3,
+    ),
+    "all": Recovery(
+        "all MLP weights", "trains all weights of the MLPs", short="MLPs trained",
+        calibrated=True, rate=5e-4,
+    ),
+}  # fmt: skip
+
+
+def check_recovery(spec: ConversionSpec) -> None:
+    """Check the fields of a spec that belong to recovery, and write numbers as plain ones. Raises
+    SpecError."""
+    set_field = object.__setattr__  # the dataclass is frozen
+    check_choice("recover", spec.recover, RECOVERIES)
+    set_field(spec, "recover_steps", integer("recover_steps", spec.recover_steps))
+    if not 1 <= spec.recover_steps <= MAX_STEPS:
+        raise SpecError(f"recover_steps must lie between 1 and {MAX_STEPS:,}.")
+    if spec.recover_rate is not None:
+        set_field(spec, "recover_rate", real("recover_rate", spec.recover_rate, 0, MAX_RATE))
+        if spec.recover_rate == 0:
+            raise SpecError("recover_rate must be more than 0.")
+    if spec.recover == "alpha" and spec.routed:
+        raise SpecError(
+            "only branches have an α to train: recover alpha is for the method mlpmoe; take down, "
+            "lora or all."
+        )
+    if spec.recover == "router":
+        if reason := _untrainable(spec):
+            raise SpecError(f"recover router: {reason}; take down, lora or all.")
+
+
+def _untrainable(spec: ConversionSpec) -> str | None:
+    """Why there is no router that could be trained."""
+    if not spec.routed:
+        return f"the method {spec.method} has no router"
+    if spec.routed.partition is None:
+        return f"the method {spec.method} chooses by its own weights, not by a router"
+    if spec.router == "oracle":
+        return "the router oracle is a bound, and has nothing to train"
+    if spec.selection == "threshold":
+        return "with a threshold a trained router would run more experts than were asked for"
+    return None

@@ -1,0 +1,88 @@
+"""A recovery on its way, kept in a file, so that it goes on after the process was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration import Calibration
+from ..spec import ConversionSpec
+
+FORMAT = 1
+ENDING = ".recovery"
+OLD = 7 * 24 * 3600  # seconds after which nobody comes back to a file
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The file of one recovery in a folder of such files. It holds plain values and tensors only
+    and is read as such, so a file of somebody else can run nothing."""
+
+    folder: Path
+    key: str
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.key[:32]}{ENDING}"
+
+    def read(self) -> dict[str, Any] | None:
+        """What was written last; None without a file, or with a damaged one or another's."""
+        try:
+            found = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+            return None
+        return found if isinstance(found, dict) and found.get("key") == self.key else None
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Replace what is there, in one go. A disk that is full or may not be written to only
+        costs the way back."""
+        partial = self.file.with_suffix(f".{os.getpid()}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(values | {"key": self.key}, partial)
+            os.replace(partial, self.file)
+        except (OSError, RuntimeError):  # torch's own writer raises the second
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """It is done. Files that were left behind long ago go, too."""
+        with suppress(OSError):
+            self.file.unlink(missing_ok=True)
+            for other in self.folder.glob("*"):
+                ours = other.suffix in (ENDING, ".partial")
+                if ours and time.time() - other.stat().st_mtime > OLD:
+                    other.unlink(missing_ok=True)
+
+
+def key_of(
+    model: PreTrainedModel, trained: Iterable[Tensor], spec: ConversionSpec,
+    calibration: Calibration,
+) -> str:  # fmt: skip
+    """What tells recoveries apart: the spec, the text, and what they begin with. Of the model
+    beside the trained tensors a few numbers of each tensor count."""
+    digest = hashlib.sha256(f"{FORMAT} {spec.canonical().to_query()}".encode())
+    digest.update(model.config.to_json_string().encode())
+    digest.update(_bytes(calibration.samples))
+    for tensor in trained:
+        digest.update(_bytes(tensor))
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.flatten()[:64]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    return plain.flatten().view(torch.uint8).numpy().tobytes()
