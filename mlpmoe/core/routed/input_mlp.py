@@ -13,7 +13,7 @@ from ..kernels import one_token
 from ..kernels.one_token import OneToken
 from ..kernels.rows import sum_rows
 from ..mlps import MLPWeights
-from .routed_mlp import _NeuronRows, highest, sizes
+from .routed_mlp import NeuronRows, highest, sizes
 
 NEVER, ALL = -1.0, -1.0  # score of what is not computed; the threshold that all computed ones pass
 
@@ -29,7 +29,7 @@ class Stages(NamedTuple):
 Choose = Callable[[str, Tensor], Tensor]  # a stage and its scores -> what is chosen, bool
 
 
-class InputMLP(_NeuronRows):
+class InputMLP(NeuronRows):
     """Gate and up read the chosen entries of x, down reads the chosen neurons.
 
     Scores are |x_j| and |h_i|, of gate, up and down alike (TEAL, arXiv 2408.14690), times the
