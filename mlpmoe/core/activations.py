@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from math import gcd
 from typing import TypeVar
 
 import torch
@@ -71,6 +72,14 @@ class LayerActivations:
     def inputs(self) -> Tensor:
         """(tokens, d_model) float32."""
         return self.x.flatten(0, 1).float()
+
+    def spread(self, count: int) -> Tensor:
+        """(count or fewer, d_model): x of tokens that are evenly spaced over the text and over the
+        places in a sample: the first one is like no other."""
+        step = -(-self.tokens // count)
+        while gcd(step, self.x.shape[1]) > 1:
+            step += 1
+        return self.x.flatten(0, 1)[::step]
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Which samples, then φ(gate x) and h of their tokens: (samples, tokens, d_ff) float32."""
@@ -218,6 +227,13 @@ class LayerActivations:
         for where, h in self._flat_pieces():
             grouped = h[:, groups.flatten()].unflatten(1, groups.shape)
             total += torch.einsum("tn,tnm->nm", mask[where].float(), grouped)
+        return (total / mask.sum(0).clamp(min=1)[:, None]).float().cpu()
+
+    def mean_squares(self, mask: Tensor) -> Tensor:
+        """(N, d_ff): mean of h² over the tokens in which `mask` (tokens, N) holds; 0 if none."""
+        total = self.x.new_zeros((mask.shape[1], self.weights.d_ff), dtype=torch.float64)
+        for where, h in self._flat_pieces():
+            total += mask[where].T.float() @ h.square_()
         return (total / mask.sum(0).clamp(min=1)[:, None]).float().cpu()
 
     def idle_mean(self, chosen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

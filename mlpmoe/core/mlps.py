@@ -89,7 +89,15 @@ LAYOUTS = (
     Layout(up="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM, Persimmon
 )
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "gelu_impl")
-CONVERTED = ("BranchedMLP", "LoopedMLP", "RoutedMLP", "NeuronMLP", "InputMLP")
+CONVERTED = (
+    "BranchedMLP",
+    "LoopedMLP",
+    "RoutedMLP",
+    "NeuronMLP",
+    "InputMLP",
+    "ClusterMLP",
+    "LowRankMLP",
+)
 # Exact types: a subclass may compute something else (quantised layers do).
 LINEAR_TYPES = (nn.Linear, Conv1D, FalconLinear)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

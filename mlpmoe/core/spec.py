@@ -61,8 +61,8 @@ class ConversionSpec(Written):
     compensation: str | None = None
     # routed
     experts: int | None = None  # N_e per MLP, shared ones included; less where d_ff forbids it
-    # share of the neurons that run for a token, shared ones included; of the method "inputs" that
-    # of the multiply-adds
+    # share of the neurons that run for a token, shared ones included; of the methods "inputs" and
+    # "lowrank" that of the multiply-adds
     active: float = 0.75
     shared: float | str | None = None  # share of the neurons that always run, or "auto"
     router: str | None = None  # what scores the experts for a token
@@ -346,7 +346,7 @@ class ConversionSpec(Written):
                 f"there is no layer {self.spared_layers[-1]} to spare: this model has layers 0 to "
                 f"{layers - 1}."
             )
-        if self.experts is not None:
+        if self.experts is not None and self.routed.partition is not None:
             expert_count(d_ff, self.experts)
         if self.branches > d_ff:
             raise SpecError(

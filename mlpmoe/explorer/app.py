@@ -215,8 +215,8 @@ def _wire_opening(
         readable(handlers.choose_method),
         [state.model, *convert.settings, state.share, convert.budget],
         [
-            convert.method, *convert.static, *convert.routed, convert.experts, convert.shared,
-            convert.own_share, convert.router, convert.keep, convert.active,
+            convert.method, *convert.static, *convert.routed, convert.selection, convert.experts,
+            convert.shared, convert.own_share, convert.router, convert.keep, convert.active,
         ],
         **QUIET,
     )  # fmt: skip

@@ -453,6 +453,7 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path):
         (ConversionSpec(branches=4), "nothing is routed"),
         (ConversionSpec(method="neurons"), "single neurons"),
         (ConversionSpec(method="inputs"), "inputs that each matrix reads"),
+        (ConversionSpec(method="lowrank", router="directions"), "into two factors"),
     ],
 )
 def test_conversions_without_experts_are_refused(spec, words):

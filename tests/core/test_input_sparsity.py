@@ -351,7 +351,7 @@ def test_the_tokens_are_of_all_places_in_a_sample(samples, length):
     """Where samples begin, models do something of their own."""
     place = torch.arange(length).float().expand(samples, length)[..., None]
     layer = LayerActivations(random_mlp(d_model=1), place.contiguous())
-    taken = inputs._spread(layer, 256).flatten()
+    taken = layer.spread(256).flatten()
     assert min(samples * length, 128) <= len(taken) <= 256
     assert len(taken.unique()) >= min(length, len(taken)) / 2
     assert (taken == 0).sum() <= len(taken) / length + 1

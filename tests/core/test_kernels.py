@@ -57,6 +57,15 @@ MLPS = {
     },
     "experts for x of length 1": {"method": "moefication", "experts": 4, "active": 0.5},
     "a router of another kind": {"method": "cmoe", "experts": 6, "active": 0.6},
+    "token clusters": {"method": "tokenclusters", "experts": 3, "active": 0.5},
+    "token clusters, refitted": {
+        "method": "tokenclusters", "experts": 3, "active": 0.5, "router": "regression",
+        "compensation": "refit",
+    },
+    "low rank": {"method": "lowrank", "active": 0.8, "compensation": "mean"},
+    "low rank, for each token": {
+        "method": "lowrank", "active": 0.8, "router": "directions-token", "compensation": "mean",
+    },
     "neurons": {"method": "neurons", "active": 0.4},
     "neurons above a threshold": {
         "method": "neurons", "active": 0.4, "router": "gate-norm", "selection": "threshold",

@@ -355,7 +355,7 @@ def test_a_token_s_result_does_not_depend_on_its_batch(method, router, more):
 
 @pytest.mark.parametrize("selection", ["topk", "threshold"])
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("method", ["cmoe", "neurons", "inputs"])
+@pytest.mark.parametrize("method", ["cmoe", "neurons", "inputs", "tokenclusters", "lowrank"])
 def test_reading_token_by_token_gives_the_same_logits(method, name, selection):
     """With a cache each step is one token; BLOOM and MPT hand the residual to the MLP."""
     spec = spec_of(method, selection=selection, compensation="mean")
@@ -558,7 +558,10 @@ def test_expertweaver_s_bounds(tau, share):
         assert module.shared == round(share * 11) * 4
 
 
-@pytest.mark.parametrize("method", ["cmoe", "coactivation", "expertweaver", "neurons", "inputs"])
+@pytest.mark.parametrize(
+    "method",
+    ["cmoe", "coactivation", "expertweaver", "neurons", "inputs", "tokenclusters", "lowrank"],
+)
 def test_progressive_sees_the_converted_layers_before(method):
     dense = build("llama")
     values = {"active": 0.3, "compensation": "mean"}

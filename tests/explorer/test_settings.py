@@ -85,11 +85,14 @@ def test_a_routed_spec_is_what_was_chosen_where_it_counts(values):
     assert spec.router == (values["router"] if fits else usual.router)
     if "experts" in method.fields:
         assert spec.experts == values["experts"]
+    if "shared" in method.fields:
         own = values["own_share"]
         # of what runs, no more can be shared
         assert spec.shared == (usual.shared if own else min(values["shared"], values["active"]))
     if spec.active < 1:
-        assert (spec.selection, spec.compensation) == (values["selection"], values["fill"])
+        assert spec.compensation == values["fill"]
+        selects = "selection" in method.fields
+        assert spec.selection == (values["selection"] if selects else "topk")
     if spec.looks_at_activations:
         assert spec.progressive == values["progressive"]
     assert spec.spared == values["spared"].replace(" ", "")
@@ -594,7 +597,7 @@ def test_every_method_is_said_in_words(panel):
 
 @pytest.mark.parametrize("name", ["mlpmoe", *ROUTED_METHODS])
 def test_only_the_controls_of_the_method_are_seen(name):
-    _, *columns, experts, shared, own_share, router = show_method(name)
+    _, *columns, selection, experts, shared, own_share, router = show_method(name)
     away = [AWAY in column["elem_classes"] for column in columns]
     assert away == [name != "mlpmoe"] * 2 + [name == "mlpmoe"] * 2
     if name == "mlpmoe":
@@ -602,7 +605,10 @@ def test_only_the_controls_of_the_method_are_seen(name):
     fields = ROUTED_METHODS[name].fields
     # hidden, and still in the page with its value
     expected = True if "experts" in fields else "hidden"
-    assert {experts["visible"], shared["visible"], own_share["visible"]} == {expected}
+    assert experts["visible"] == expected
+    expected = True if "shared" in fields else "hidden"
+    assert {shared["visible"], own_share["visible"]} == {expected}
+    assert selection["visible"] == (True if "selection" in fields else "hidden")
     listed = [value for _, value in router["choices"]]
     usual = ConversionSpec(method=name).router
     made = [read_spec(controls(method=name, router=value)).router for value in listed]

@@ -14,7 +14,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...core.routed import InputMLP, NeuronMLP, RoutedMLP
+from ...core.routed import ClusterMLP, InputMLP, LowRankMLP, NeuronMLP
+from ...core.routed.low_rank_mlp import Factors
 from ...core.routed.routers import LinearRouter, RepresentativeRouter
 from ...core.static.branched import BranchedMLP
 from .form import Form, FormError, converted_mlps, other_tensors, skeleton_of
@@ -60,6 +61,10 @@ def describe_mlp(path: str, mlp: nn.Module) -> dict[str, Any]:
             "biases": [name for name, linear in linears.items() if linear.bias is not None],
             "sizes": list(mlp.sizes),
         }
+    if isinstance(mlp, LowRankMLP):
+        return {"path": path, "kind": "lowrank"} | {
+            name: _describe_factors(factors) for name, factors in mlp.projections.items()
+        }
     names = ("gate", "up", "down")
     entry = {
         "path": path,
@@ -79,6 +84,11 @@ def describe_mlp(path: str, mlp: nn.Module) -> dict[str, Any]:
             "active": mlp.active._asdict(),
             "thresholds": None if thresholds is None else thresholds._asdict(),
         }
+    if isinstance(mlp, ClusterMLP):
+        router = _describe_router(mlp.router)
+        return entry | {
+            "kind": "clusters", "experts": mlp.experts, "size": mlp.size, "router": router,
+        }  # fmt: skip
     entry |= {"active": mlp.active, "threshold": mlp.threshold}
     if isinstance(mlp, NeuronMLP):
         return entry | {"importance": mlp.importance is not None}
@@ -87,14 +97,23 @@ def describe_mlp(path: str, mlp: nn.Module) -> dict[str, Any]:
         "shared": mlp.shared,
         "experts": mlp.experts,
         "size": mlp.size,
-        "router": _describe_router(mlp),
+        # if all run, nothing is asked
+        "router": _describe_router(mlp.router) if mlp.chooses else None,
     }
 
 
-def _describe_router(mlp: RoutedMLP) -> dict[str, Any] | None:
-    if mlp.active == mlp.experts and mlp.threshold is None:
-        return None  # all run, nothing is asked
-    router = mlp.router
+def _describe_factors(factors: Factors) -> dict[str, Any]:
+    return {
+        "inputs": factors.first.shape[1],
+        "outputs": factors.second.shape[1],
+        "directions": factors.directions,
+        "kept": factors.kept,
+        "offset": factors.offset is not None,
+        "bias": factors.bias is not None,
+    }
+
+
+def _describe_router(router: nn.Module) -> dict[str, Any]:
     if isinstance(router, LinearRouter):
         return {
             "kind": "linear",

@@ -1,5 +1,5 @@
 """A language model of a stock family whose MLPs are cut into branches, or of which each token
-chooses experts, neurons or inputs.
+chooses experts, neurons, inputs or directions.
 
 Made by mlpmoe, and needed to open the checkpoint beside it:
 
@@ -10,7 +10,10 @@ Attention, norms, embeddings and generation are the stock family's; each entry o
 config.json says what stands in the place of one MLP:
 
     path             of the MLP in the model
-    kind             "branched", "routed", "neurons" or "inputs": the classes below
+    kind             a name in KINDS, which lists the classes below
+
+and, unless the kind is "lowrank",
+
     d_model          width of input and output
     gated            whether there is a gate: down(act(gate x) * up x), else down(act(up x))
     biases           which of gate, up and down have one
@@ -79,7 +82,7 @@ class NeuronRows(nn.Module):
             self.register_parameter(f"{name}_bias", bias)
         self.register_buffer("idle_mean", torch.empty(d_ff) if mlp["idle_mean"] else None)
         self.gated, self.act_fn = mlp["gated"], act_fn
-        self.active, self.threshold = mlp["active"], mlp.get("threshold")
+        self.active, self.threshold = mlp.get("active"), mlp.get("threshold")
 
     def project(self, name: str, x: Tensor, rows: slice) -> Tensor:
         """(tokens, rows): gate or up of some neurons."""
@@ -139,6 +142,28 @@ class RoutedMLP(NeuronRows):
     def output(self, x: Tensor, rows: slice) -> Tensor:
         """(tokens, d_model): what some neurons add to the output."""
         return self.activations(self.first(x, rows), x, rows) @ self.down[rows]
+
+
+class ClusterMLP(NeuronRows):
+    """Overlapping experts, of which each token runs the one of the highest score.
+
+    Entry: experts, size; router. members has the rows of each expert.
+    """
+
+    def __init__(self, mlp: dict, act_fn) -> None:
+        super().__init__(mlp, act_fn)
+        shape = mlp["experts"], mlp["size"]
+        self.register_buffer("members", torch.empty(shape, dtype=torch.long))
+        router = mlp["router"]
+        self.router = ROUTERS[router["kind"]](router, mlp["experts"], mlp["d_model"], act_fn)
+
+    def run(self, x: Tensor) -> Tensor:
+        expert, y = self.router(x.float()).argmax(-1), torch.zeros_like(x)
+        for number in expert.unique().tolist():
+            tokens, rows = (expert == number).nonzero().flatten(), self.members[number]
+            piece = self.activations(self.first(x[tokens], rows), x[tokens], rows)
+            y = y.index_add(0, tokens, piece @ self.down[rows])
+        return y
 
 
 class LinearRouter(nn.Module):
@@ -235,8 +260,50 @@ class InputMLP(NeuronRows):
         return ((h if self.idle_mean is None else h - self.idle_mean) * read) @ self.down
 
 
+class Factors(nn.Module):
+    """A matrix as a sum of rank-one directions, of which the `kept` largest count for a token.
+
+    Entry: inputs, outputs, directions, kept; offset and bias, whether there are any.
+    """
+
+    def __init__(self, entry: dict) -> None:
+        super().__init__()
+        directions, outputs = entry["directions"], entry["outputs"]
+        self.first = nn.Parameter(torch.empty(directions, entry["inputs"]))
+        self.second = nn.Parameter(torch.empty(directions, outputs))
+        for name, size in (("offset", directions), ("bias", outputs)):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)) if entry[name] else None)
+        self.kept = entry["kept"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.linear(x, self.first, self.offset)
+        if self.kept < len(self.first):
+            z = z * highest(z, None, self.kept, None)
+        y = z @ self.second
+        return y if self.bias is None else y + self.bias
+
+
+class LowRankMLP(nn.Module):
+    """An MLP of such matrices. Entry: gate, where there is one, up and down."""
+
+    def __init__(self, mlp: dict, act_fn) -> None:
+        super().__init__()
+        self.gate = Factors(mlp["gate"]) if "gate" in mlp else None
+        self.up, self.down, self.act_fn = Factors(mlp["up"]), Factors(mlp["down"]), act_fn
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        h = self.up(flat)
+        h = self.act_fn(h) if self.gate is None else self.act_fn(self.gate(flat)) * h
+        y = self.down(h).view_as(x)
+        return y if residual is None else y + residual
+
+
 ROUTERS = {"linear": LinearRouter, "representative": RepresentativeRouter}
-KINDS = {"branched": BranchedMLP, "routed": RoutedMLP, "neurons": NeuronMLP, "inputs": InputMLP}
+KINDS = {
+    "branched": BranchedMLP, "routed": RoutedMLP, "clusters": ClusterMLP, "neurons": NeuronMLP,
+    "inputs": InputMLP, "lowrank": LowRankMLP,
+}  # fmt: skip
 
 
 class MLPMoEForCausalLM(BaseModel):

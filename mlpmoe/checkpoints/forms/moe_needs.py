@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...core.routed import InputMLP, RoutedMLP
+from ...core.routed import ClusterMLP, InputMLP, LowRankMLP, RoutedMLP
 from ...core.routed.routers import LinearRouter
 from ...core.static.branched import BranchedMLP
 from .form import FormError, converted_mlps
@@ -98,6 +98,16 @@ def _unroutable(mlp: nn.Module) -> str | None:
         return (
             "this conversion chooses the inputs that each matrix reads; stock architectures choose "
             "experts."
+        )
+    if isinstance(mlp, LowRankMLP):
+        return (
+            "this conversion splits each matrix into two factors; stock architectures keep it in "
+            "one piece."
+        )
+    if isinstance(mlp, ClusterMLP):
+        return (
+            "experts overlap here, and a neuron is stored once; stock architectures would store it "
+            "once for each of its experts."
         )
     if not isinstance(mlp, RoutedMLP):
         return "this conversion chooses single neurons; stock architectures choose experts."

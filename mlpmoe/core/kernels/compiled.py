@@ -383,6 +383,32 @@ def chosen_inputs(
 
 
 @njit(**FAST)
+def through(x, first, offset, second, bias, kept, parts, out):
+    """out += a matrix as the product of two, of whose directions the `kept` largest count."""
+    z = np.zeros(first.shape[0], np.float32)
+    add_product(first, x, offset, z)
+    rows = highest(np.abs(z), kept)
+    add_rows(z[rows], second, rows, parts, out)
+    if bias.size:
+        out += bias
+
+
+@njit(**FAST)
+def low_rank_mlp(x, d_ff, gate, up, down, kind, parts, out):
+    """out += an MLP of such matrices. gate, up, down: first, offset, second, bias and kept."""
+    h = np.zeros(d_ff, np.float32)
+    through(x, up[0], up[1], up[2], up[3], up[4], parts, h)
+    if gate[0].size:
+        gated = np.zeros(d_ff, np.float32)
+        through(x, gate[0], gate[1], gate[2], gate[3], gate[4], parts, gated)
+        activate_all(kind, gated)
+        h *= gated
+    else:
+        activate_all(kind, h)
+    through(h, down[0], down[1], down[2], down[3], down[4], parts, out)
+
+
+@njit(**FAST)
 def sizes(values, importance):
     """|values|, times importance where there is one."""
     return np.abs(values) * importance if importance.size else np.abs(values)

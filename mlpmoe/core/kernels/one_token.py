@@ -31,6 +31,16 @@ class Rows(Protocol):
     act_fn: Callable[[Tensor], Tensor]
 
 
+class Factors(Protocol):
+    """A matrix as the product of two, as low_rank_mlp.py stores it."""
+
+    first: Tensor  # (directions, n)
+    second: Tensor  # (directions, m)
+    offset: Tensor | None  # (directions,)
+    bias: Tensor | None  # (m,)
+    kept: int  # directions that count for a token
+
+
 class OneToken:
     """An MLP that is ready for one token."""
 
@@ -60,17 +70,34 @@ def experts(
 ) -> OneToken | None:
     """Shared neurons, and the experts of a linear router: its weight (experts, d_model), its bias,
     and whether it sees x at length 1."""
-    run, weight = _some(mlp), matrix(router[0])
-    if run is None or weight is None:
+    chosen = _by_router(router, choice)
+    if chosen is None:
+        return None
+    from .compiled import rows_of
+
+    return given(mlp, lambda x: rows_of(chosen(x), shared, size))
+
+
+def one_expert(
+    mlp: Rows, members: np.ndarray, router: tuple[Tensor, Tensor | None, bool]
+) -> OneToken | None:
+    """The expert of the highest score. members: (experts, size) int64, rows of each."""
+    chosen = _by_router(router, (1, None))
+    return None if chosen is None else given(mlp, lambda x: members[chosen(x)[0]])
+
+
+def _by_router(
+    router: tuple[Tensor, Tensor | None, bool], choice: Choice
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The indices of the experts that a linear router chooses for x."""
+    weight = matrix(router[0])
+    if weight is None:
         return None
     bias, unit = vector(router[1]), router[2]
     active, threshold = _numbers(choice)
-    from .compiled import route, rows_of
+    from .compiled import route
 
-    def chosen(x: np.ndarray) -> np.ndarray:
-        return rows_of(route(x, weight, bias, unit, active, threshold), shared, size)
-
-    return OneToken(lambda x, out: run(x, chosen(x), out), mlp.up.numel())
+    return lambda x: route(x, weight, bias, unit, active, threshold)
 
 
 def given(mlp: Rows, rows_for: Callable[[np.ndarray], np.ndarray]) -> OneToken | None:
@@ -133,6 +160,32 @@ def inputs(
     from .compiled import chosen_inputs
 
     return OneToken(lambda x, out: chosen_inputs(x, *matrices, *fixed, out), work)
+
+
+def low_rank(
+    activation: Callable[[Tensor], Tensor], gate: Factors | None, up: Factors, down: Factors
+) -> OneToken | None:
+    """Three matrices, or two, each as the product of two."""
+    kind, parts = kind_of(activation), [_factors(up), _factors(down)]
+    parts.insert(0, parts[0] if gate is None else _factors(gate))
+    if kind is None or any(part is None for part in parts):
+        return None
+    if gate is None:
+        first, offset, second, bias, kept = parts[0]
+        parts[0] = (first[:0], offset, second, bias, kept)
+    d_ff = up.second.shape[1]
+    work = sum(part.first.numel() + part.second.numel() for part in (up, down))
+    from .compiled import low_rank_mlp
+
+    return OneToken(lambda x, out: low_rank_mlp(x, d_ff, *parts, kind, threads(work), out), work)
+
+
+def _factors(factors: Factors) -> tuple | None:
+    """As the kernel reads them; None where it cannot."""
+    first, second = matrix(factors.first), matrix(factors.second)
+    if first is None or second is None:
+        return None
+    return first, vector(factors.offset), second, vector(factors.bias), factors.kept
 
 
 def _numbers(choice: Choice) -> tuple[int, np.float32]:

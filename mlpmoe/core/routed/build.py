@@ -13,7 +13,7 @@ from ..stopping import may_stop
 from .choosing import choose
 from .method import Request, RoutedMethod
 from .partition import expert_count, split_counts
-from .routed_mlp import RoutedMLP
+from .routed_mlp import NeuronRows, RoutedMLP
 from .routers import ROUTERS
 
 SCORED_TOGETHER = 2048  # tokens that a router sees at a time: the oracle runs the whole MLP
@@ -30,7 +30,7 @@ def build_routed(
         built = method.build(weights, spec, layer)
     else:
         built = _with_experts(weights, spec, method, layer)
-    if spec.compensation == "refit" and built.idle_parameters:
+    if spec.compensation == "refit" and isinstance(built, NeuronRows) and built.idle_parameters:
         _refit(built, layer)
     return built
 

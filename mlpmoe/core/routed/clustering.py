@@ -1,4 +1,4 @@
-"""Balanced clustering: groups of exactly equal size."""
+"""Clustering: k-means, and groups of exactly equal size."""
 
 from __future__ import annotations
 
@@ -62,6 +62,25 @@ def balanced_kmeans(points: Tensor, groups: int, generator: torch.Generator) -> 
             break
         best, least = assigned, cost
     return best
+
+
+def kmeans(points: Tensor, groups: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(n,) group of each point, and (groups, features) their means; points (n, features).
+
+    As `balanced_kmeans`, but each point goes to the nearest centre. Groups that end up empty are
+    left out, and there are no more groups than points.
+    """
+    start = torch.randperm(len(points), generator=generator)[:groups].to(points.device)
+    centres, assigned = points[start], None
+    for _ in range(MAX_ITERATIONS):
+        may_stop()
+        before, assigned = assigned, torch.cdist(points, centres).argmin(1)
+        if before is not None and torch.equal(before, assigned):
+            break
+        _, assigned, counts = assigned.unique(return_inverse=True, return_counts=True)
+        sums = points.new_zeros(len(counts), points.shape[1]).index_add_(0, assigned, points)
+        centres = sums / counts[:, None]
+    return assigned, centres
 
 
 def group_means(points: Tensor, assigned: Tensor, groups: int) -> Tensor:

@@ -14,7 +14,7 @@ from ..kernels.one_token import OneToken
 from ..kernels.rows import sum_rows
 from ..mlps import MLPWeights
 from .choosing import choose, sizes
-from .routed_mlp import _NeuronRows
+from .routed_mlp import NeuronRows
 
 NEVER, ALL = -1.0, -1.0  # score of what is not computed; the threshold that all computed ones pass
 
@@ -30,7 +30,7 @@ class Stages(NamedTuple):
 Choose = Callable[[str, Tensor], Tensor]  # a stage and its scores -> what is chosen, bool
 
 
-class InputMLP(_NeuronRows):
+class InputMLP(NeuronRows):
     """Gate and up read the chosen entries of x, down reads the chosen neurons.
 
     Scores are |x_j| and |h_i|, of gate, up and down alike (TEAL, arXiv 2408.14690), times the

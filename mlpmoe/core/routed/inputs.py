@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
-from math import gcd
 
 import numpy as np
 from torch import Tensor
@@ -84,7 +83,7 @@ def _left(shares: Stages, costs: Stages) -> float:
 def _path(dense: InputMLP, layer: LayerActivations) -> list[Stages]:
     """Shares from 1 down, as TEAL finds them: the share of that stage is lowered by STEP whose
     error grows least for what is saved. Down reads no more neurons than are opened."""
-    error = _errors(dense, _spread(layer, TOKENS))
+    error = _errors(dense, layer.spread(TOKENS))
     costs, state, known = _costs(dense), Stages(1.0, 1.0, 1.0), 0.0
     path = [state]
     while _left(state, costs) > LEAST + 1e-9:
@@ -127,15 +126,6 @@ def _errors(dense: InputMLP, x: Tensor):
     return lambda shares: float((said(shares) - wanted).square().sum() / size)
 
 
-def _spread(layer: LayerActivations, count: int) -> Tensor:
-    """(count or fewer, d_model): x of tokens that are evenly spaced over the text and over the
-    places in a sample: the first one is like no other."""
-    step = -(-layer.tokens // count)
-    while gcd(step, layer.x.shape[1]) > 1:
-        step += 1
-    return layer.x.flatten(0, 1)[::step]
-
-
 # What is read at given shares
 
 
@@ -150,7 +140,7 @@ def _threshold(scores: Tensor, share: float) -> float:
 def _thresholds(dense: InputMLP, layer: LayerActivations, shares: Stages) -> tuple[Stages, Stages]:
     """What is read per token on average, and the thresholds: one stage after the other, each on
     what those before it left."""
-    x = _spread(layer, THRESHOLD_SCORES // max(dense.down.shape))
+    x = layer.spread(THRESHOLD_SCORES // max(dense.down.shape))
     active, thresholds = Stages(*dense.active)._asdict(), Stages(ALL, ALL, ALL)._asdict()
 
     def choose(stage: str, scores: Tensor) -> Tensor:

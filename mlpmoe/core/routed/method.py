@@ -61,4 +61,6 @@ class RoutedMethod(Method):
     # that leaves so much. The number: of its matrices, 3 with a gate, 2 without.
     compute_share: Callable[[float, int], float] = lambda active, matrices: active
     active_share: Callable[[float, int], float] = lambda compute, matrices: compute
+    # Routers that choose once for all tokens: what they leave out is not stored either
+    fixed: tuple[str, ...] = ()
     family: str = "routed"  # with whom it is compared: see `family_of` of the runs

@@ -12,11 +12,12 @@ from ..errors import SpecError
 
 @dataclass(frozen=True)
 class Partition:
-    """The neurons of one MLP, each in exactly one place."""
+    """The neurons of one MLP, each in exactly one place; but experts for token clusters overlap."""
 
     shared: Tensor  # (shared neurons,) int64
     experts: Tensor  # (routed experts, neurons per expert) int64
     representatives: Tensor | None = None  # (routed experts,) int64: CMoE's router reads these
+    centres: Tensor | None = None  # (routed experts, d_model): means of the tokens of each expert
     variation: Tensor | None = None  # (d_ff,): coefficient of variation, for display
 
     @property

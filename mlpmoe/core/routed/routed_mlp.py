@@ -24,7 +24,7 @@ GROUPED_FROM = {8: 2e6, 4: 2e6, 2: 3e7}
 PADDED_TO = 16
 
 
-class _NeuronRows(nn.Module):
+class NeuronRows(nn.Module):
     """The neurons of an MLP as rows of three matrices, so that some of them can be run alone.
 
     `down` is stored transposed: row i belongs to neuron i, as in gate and up. Neurons that do not
@@ -115,7 +115,7 @@ class _NeuronRows(nn.Module):
         return sum_rows(h, self.down, rows)
 
 
-class RoutedMLP(_NeuronRows):
+class RoutedMLP(NeuronRows):
     """Shared neurons run for every token, experts where the router wants them.
 
         y = E_shared(x) + Σ_{e chosen} E_e(x)            (ExpertWeaver, section 3.4)
@@ -283,7 +283,7 @@ class RoutedMLP(_NeuronRows):
         )
 
 
-class NeuronMLP(_NeuronRows):
+class NeuronMLP(NeuronRows):
     """The gate is computed in full and chooses the neurons; up and down run for these only.
 
     AbsTopK-GLU (ExpertWeaver, section 2.2) with a number of neurons, CATS (arXiv 2404.08763) with

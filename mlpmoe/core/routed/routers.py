@@ -108,7 +108,7 @@ class RouterChoice(Choice):
     """A kind of router, and how it is made."""
 
     _: KW_ONLY
-    # None: it scores single neurons or inputs, see neurons.py and inputs.py
+    # None: it scores single neurons, inputs or directions, see the method's own file
     make: Callable[[MLPWeights, Partition, LayerActivations | None], nn.Module] | None
 
 
@@ -125,13 +125,16 @@ def centroid(
 def similarity(
     weights: MLPWeights, partition: Partition, layer: LayerActivations | None
 ) -> LinearRouter:
-    """Nearest mean of normalised gate rows to the normalised input (MoEfication, section 3.3).
-
-    -|x - c|² = 2 x·c - |c|² - 1 for an x of length 1: a linear score.
-    """
+    """Nearest mean of normalised gate rows to the normalised input (MoEfication, section 3.3)."""
     rows, _ = _first_rows(weights)
-    centres = F.normalize(rows.float(), dim=-1)[partition.experts].mean(1)
-    return LinearRouter(2 * centres, -centres.square().sum(-1), normalise=True)
+    return _nearest(F.normalize(rows.float(), dim=-1)[partition.experts].mean(1))
+
+
+def clusters(
+    weights: MLPWeights, partition: Partition, layer: LayerActivations | None
+) -> LinearRouter:
+    """Nearest mean of the tokens that an expert was made for to the normalised input."""
+    return _nearest(partition.centres)
 
 
 def representative(
@@ -171,6 +174,11 @@ ROUTERS: dict[str, RouterChoice] = {
         "nearest weights (MoEfication)", "scores experts by how near their gate rows are",
         make=similarity,
     ),
+    "clusters": RouterChoice(
+        "nearest tokens (token clusters)", "scores experts by how near the tokens are that they "
+        "were made for",
+        make=clusters,
+    ),
     "representative": RouterChoice(
         "one neuron each (CMoE)", "scores experts by one neuron of each", make=representative
     ),
@@ -198,7 +206,26 @@ ROUTERS: dict[str, RouterChoice] = {
         "scores inputs by size and length of their columns, and computes up for open gates only",
         make=None,
     ),
+    "directions": RouterChoice(
+        "directions: largest singular values", "keeps the directions of the largest singular "
+        "values, the same for every token",
+        make=None,
+    ),
+    "directions-text": RouterChoice(
+        "directions: most of the output on the text", "keeps the directions that hold most of the "
+        "output on the calibration text, the same for every token",
+        make=None, calibrated=True,
+    ),
+    "directions-token": RouterChoice(
+        "directions: largest for each token", "keeps the directions that are largest for a token",
+        make=None, calibrated=True,
+    ),
 }  # fmt: skip
+
+
+def _nearest(centres: Tensor) -> LinearRouter:
+    """-|x - c|² = 2 x·c - |c|² - 1 for an x of length 1: a linear score. centres: (experts, n)."""
+    return LinearRouter(2 * centres, -centres.square().sum(-1), normalise=True)
 
 
 def _first_rows(weights: MLPWeights) -> tuple[Tensor, Tensor | None]:

@@ -67,6 +67,7 @@ LINES = {
     "best routed": _Line("best routed", GREY, "dash", "diamond"),
     "single neurons": _Line("single neurons", GREY, "dashdot", "triangle-up"),
     "input sparsity": _Line("input sparsity", GREY, "longdash", "triangle-down"),
+    "low rank": _Line("low rank", GREY, "longdashdot", "cross"),
     "oracle": _Line("oracle (bound)", GREY, "dot", "circle-open", 1.0),
 }
 

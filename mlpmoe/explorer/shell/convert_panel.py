@@ -135,7 +135,7 @@ def router_choices(allowed: Collection[str] | None = None) -> list[tuple[str, st
 
 def show_method(method: str, anew: bool = False) -> tuple:
     """What is said of the method; whether the columns of static and of routed methods are seen;
-    which sliders and routers it has. anew: with its authors' settings."""
+    which choices, sliders and routers it has. anew: with its authors' settings."""
     routed, about = ROUTED_METHODS.get(method), METHODS[method].about if method in METHODS else ""
     seen = {True: True, False: "hidden"}
     columns = [
@@ -144,14 +144,16 @@ def show_method(method: str, anew: bool = False) -> tuple:
         for name in ("sliders", "stages")
     ]
     if routed is None:
-        return gr.update(info=about), *columns, *(gr.skip(),) * 4
-    visible = seen["experts" in routed.fields]
+        return gr.update(info=about), *columns, *(gr.skip(),) * 5
+    selects, visible, shares = (
+        seen[name in routed.fields] for name in ("selection", "experts", "shared")
+    )
     experts = routed.defaults.get("experts", USUAL_EXPERTS)
     return (
-        gr.update(info=about), *columns,
+        gr.update(info=about), *columns, gr.update(visible=selects),
         gr.update(visible=visible, **({"value": experts} if anew else {})),
-        gr.update(visible=visible),
-        gr.update(visible=visible, **({"value": True} if anew else {})),
+        gr.update(visible=shares),
+        gr.update(visible=shares, **({"value": True} if anew else {})),
         gr.update(choices=router_choices(routed.routers), **({"value": OWN} if anew else {})),
     )  # fmt: skip
 
@@ -181,7 +183,7 @@ def _routed_sliders() -> dict[str, object]:
         ),
         "active": LimitedSlider(
             LEAST_ACTIVE, 1, 0.75, step=ACTIVE_STEP, label="Active share", elem_id="active",
-            info="of the neurons or inputs, for each token",
+            info="of the neurons, inputs or multiply-adds, for each token",
         ),
         "shared": LimitedSlider(
             0, 0.95, USUAL_SHARED, step=0.05, label="Shared share", elem_id="shared",
@@ -239,7 +241,7 @@ def _routed_stages() -> dict[str, object]:
     return {
         "router": OpenDropdown(
             router_choices(), value=OWN, label="Router", filterable=False, elem_id="router",
-            info="what scores experts, neurons or inputs for a token",
+            info="what scores experts, neurons, inputs or directions",
         ),
         "selection": gr.Radio(
             choices(SELECTIONS), value="topk", label="Which experts run", elem_id="selection",

@@ -77,6 +77,8 @@ def _what(spec: ConversionSpec, shares: Shares | None) -> str:
     if spec.routed:
         if family_of(spec) == "inputs":
             return f"Each token reads {_percent(spec.active)} of the MLP weights"
+        if family_of(spec) == "directions":
+            return f"Narrow factors leave {_percent(spec.active)} of the MLPs' multiply-adds"
         who = {"oracle": "An oracle (a bound)", "neurons": "The gate"}
         who = who.get(family_of(spec), "A router")
         return f"{who} picks {_percent(spec.active)} of the neurons for each token"

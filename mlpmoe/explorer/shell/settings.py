@@ -61,15 +61,13 @@ def _routed(chosen: dict[str, Any]) -> ConversionSpec:
     """The controls that the method does not use are left out."""
     method = ROUTED_METHODS[chosen["method"]]
     values = {
-        "method": chosen["method"], "active": chosen["active"], "selection": chosen["selection"],
-        "compensation": chosen["fill"], "spared": chosen["spared"],
-        "progressive": chosen["progressive"] and "progressive" in method.fields,
-        **{name: chosen[name] for name in TRAINING},
+        "method": chosen["method"], "active": chosen["active"], "compensation": chosen["fill"],
+        "spared": chosen["spared"], **{name: chosen[name] for name in TRAINING},
     }  # fmt: skip
-    if "experts" in method.fields:
-        values["experts"] = chosen["experts"]
-        if not chosen["own_share"]:
-            values["shared"] = min(chosen["shared"], chosen["active"])
+    own = ("experts", "selection", "progressive")
+    values |= {name: chosen[name] for name in own if name in method.fields}
+    if "shared" in method.fields and not chosen["own_share"]:
+        values["shared"] = min(chosen["shared"], chosen["active"])
     if chosen["router"] in method.routers:  # a list that is about to follow the method may not fit
         values["router"] = chosen["router"]
     return ConversionSpec(**values).canonical()

@@ -10,9 +10,10 @@ import plotly.graph_objects as go
 import torch
 
 from ...core.conversion import mlp_modules
-from ...core.routed import InputMLP, RoutedMLP
+from ...core.routed import ClusterMLP, InputMLP, LowRankMLP, RoutedMLP
 from ...core.static.branched import BranchedMLP
 from ...measure.quality.routing import LayerRouting
+from ...measure.words import joined
 from ..plots.expert_plots import shared_split, variation_histogram
 from ..server.loaded import LoadedModel
 
@@ -32,6 +33,16 @@ def split_plot(model: Any, found: Sequence[LayerRouting]) -> go.Figure:
             shared.append(0.0)
             routed.append(mlp.macs_per_token / (mlp.matrices * mlp.down.numel()))
             of = "weights"
+            continue
+        if isinstance(mlp, LowRankMLP):
+            shared.append(0.0)
+            routed.append(mlp.macs_per_token / mlp.dense_macs)
+            of = "weights"
+            continue
+        if isinstance(mlp, ClusterMLP):
+            always = int(mlp.masks.all(0).sum())
+            shared.append(always / mlp.neurons)
+            routed.append((mlp.size - always) / mlp.neurons)
             continue
         always = mlp.shared if isinstance(mlp, RoutedMLP) else 0
         size = mlp.size if isinstance(mlp, RoutedMLP) else 1
@@ -66,6 +77,8 @@ def tokens_by_expert(
         return "", f"<p>Layer {layer} is kept dense: all of its neurons run for every token.</p>"
     if isinstance(mlp, InputMLP):
         return "", _inputs_read(mlp)
+    if isinstance(mlp, LowRankMLP):
+        return "", _directions_used(mlp)
     if int(chosen.favourite.max()) < 0:
         return "", (
             f"<p>Single neurons are chosen here, not experts: {chosen.counts.float().mean():.0f} "
@@ -100,3 +113,13 @@ def _inputs_read(mlp: InputMLP) -> str:
         f"{active.inputs:.0f} of {d_model} numbers{up}, and down reads {active.read:.0f} of {d_ff} "
         "neurons, different ones each time.</p>"
     )
+
+
+def _directions_used(mlp: LowRankMLP) -> str:
+    """What is left of each matrix."""
+    parts = [
+        f"{name} {f.kept} of {min(f.first.shape[1], f.second.shape[1])}"
+        + ("" if f.kept == f.directions else f" ({f.directions} are computed to choose)")
+        for name, f in mlp.projections.items()
+    ]
+    return f"<p>Directions of each matrix are used here, not experts: {joined(parts)}.</p>"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...core.conversion import mlp_modules, spec_of, twin_of
 from ...core.errors import UserError
-from ...core.routed import RoutedMLP
+from ...core.routed import ClusterMLP, RoutedMLP
 from ...core.static.branched import BranchedMLP
 
 
@@ -52,6 +52,8 @@ def routing(model: PreTrainedModel, ids: Tensor) -> list[LayerRouting]:
             shared = mlp.shared // mlp.size if mlp.size else 1
             if mlp.router is not None and mlp.experts:
                 favourite = mlp.router(x).argmax(-1).cpu()
+        elif isinstance(mlp, ClusterMLP):
+            favourite = mlp.expert_of(x).cpu()
         found.append(LayerRouting(shared, chosen, favourite))
 
     spec = spec_of(model)

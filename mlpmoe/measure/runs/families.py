@@ -53,8 +53,9 @@ class Estimate:
 def family_of(spec: ConversionSpec) -> str:
     """ "published": MLPMoE as its paper has it, whatever B, K and fade; "static": any other static
     recipe; "routed": experts chosen by a router; "neurons": single neurons chosen by the gate;
-    "inputs": of each matrix, those that it reads; "oracle": chosen by what only the dense model
-    knows, a bound that cannot be deployed."""
+    "inputs": of each matrix, those that it reads; "directions": of each matrix, seen as a sum of
+    rank-one matrices, those that stay, for all tokens or for each; "oracle": chosen by what only
+    the dense model knows, a bound that cannot be deployed."""
     if spec.router == "oracle":
         return "oracle"
     if spec.routed:
@@ -75,7 +76,8 @@ def expected_shares(spec: ConversionSpec, gated: bool = True) -> Shares:
     spared layers not reckoned with. gated: whether MLPs have a gate beside up and down."""
     matrices = ("gate", "up", "down") if gated else ("up", "down")
     if spec.routed:
-        return Shares(1.0, spec.routed.compute_share(spec.active, len(matrices)))
+        compute = spec.routed.compute_share(spec.active, len(matrices))
+        return Shares(compute if spec.router in spec.routed.fixed else 1.0, compute)
     kept = spec.kept / spec.branches
     left = kept * (1 - _sparsity(spec))
     if spec.fade_unit == "neuron":
@@ -96,7 +98,8 @@ def lines(runs: Iterable[Run], cost: str) -> dict[str, list[Run]]:
     """Label -> runs from cheap to dear, for the lines that have any; each of them meets the dense
     model at all of the cost and a ratio of 1, which is not among the runs.
 
-    cost: "compute" or "nonzero", on which routers save nothing and have no line. Of runs at the
+    cost: "compute" or "nonzero", on which routers save nothing and have no line, but for low rank
+    that is the same for all tokens. Of runs at the
     same level of cost, the best counts. A "best" line joins what is not beaten by a cheaper run of
     its kind. The published recipe removes in two ways, K and fade, that do not lie on one line:
     only what drops branches saves compute, and of the parameters there are two lines, each
@@ -117,6 +120,7 @@ def lines(runs: Iterable[Run], cost: str) -> dict[str, list[Run]]:
             "best routed": _unbeaten(of.get("routed", []), cost),
             "single neurons": _unbeaten(of.get("neurons", []), cost),
             "input sparsity": _unbeaten(of.get("inputs", []), cost),
+            "low rank": _unbeaten(of.get("directions", []), cost),
             "oracle": _unbeaten(of.get("oracle", []), cost),
         }
     else:
@@ -125,6 +129,7 @@ def lines(runs: Iterable[Run], cost: str) -> dict[str, list[Run]]:
             "MLPMoE, K": _best_per_level(dropping, cost),
             "MLPMoE, fade": _best_per_level(fading, cost),
             "best static": static,
+            "low rank": _unbeaten(of.get("directions", []), cost),
         }
     return {name: some for name, some in found.items() if some}
 

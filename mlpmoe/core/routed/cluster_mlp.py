@@ -1,0 +1,123 @@
+"""ClusterMLP: each token runs one of several experts, which share neurons."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import one_token
+from ..kernels.one_token import OneToken
+from ..mlps import MLPWeights
+from .routed_mlp import GROUPED_FROM, PADDED_TO, NeuronRows
+
+
+class ClusterMLP(NeuronRows):
+    """Of overlapping experts each token runs the one that its router scores highest.
+
+        y = Σ h_j · down_j over the neurons j of that expert
+
+    Weights are stored once: an expert is a set of rows. Of many tokens, each expert is one product
+    with those that chose it; where such products are too small to pay (GROUPED_FROM), all neurons
+    run, masked. Ties go to the expert of lower index.
+
+    weights: the neurons that some expert has. members: (experts, size) int64, rows of each expert,
+    ascending. router: (tokens, d_model) -> scores (tokens, experts). neurons: of the dense MLP.
+    """
+
+    def __init__(
+        self,
+        weights: MLPWeights,
+        members: Tensor,
+        router: nn.Module,
+        neurons: int,
+        idle_mean: Tensor | None = None,
+    ) -> None:
+        super().__init__(weights, idle_mean)
+        self.register_buffer("members", members)
+        self.router, self.neurons = router, neurons
+
+    @property
+    def experts(self) -> int:
+        return len(self.members)
+
+    @property
+    def size(self) -> int:
+        """Neurons of an expert."""
+        return self.members.shape[1]
+
+    @property
+    def masks(self) -> Tensor:
+        """(experts, d_ff) bool: which neurons each expert has."""
+        empty = torch.zeros(self.experts, self.d_ff, dtype=torch.bool, device=self.members.device)
+        return empty.scatter_(1, self.members, True)
+
+    def expert_of(self, x: Tensor) -> Tensor:
+        """(tokens,) int64: the expert that each token runs. x: (tokens, d_model)."""
+        return self.router(x).argmax(-1)
+
+    def select(self, x: Tensor) -> Tensor:
+        """(tokens, experts) bool: the same, as routed_mlp.py has it."""
+        return F.one_hot(self.expert_of(x), self.experts).bool()
+
+    def one_token(self) -> OneToken | None:
+        members = self.members.cpu().numpy()
+        if (linear := getattr(self.router, "linear", None)) is not None:
+            return one_token.one_expert(self, members, linear)
+        return one_token.given(
+            self, lambda x: members[self.expert_of(torch.from_numpy(x)[None].to(self.up.dtype))[0]]
+        )
+
+    def _one(self, x: Tensor) -> Tensor:
+        rows = self.members[self.expert_of(x)[0]]
+        h = self._project_rows(x, "up", rows)
+        if self.gate is None:
+            return self._sum(self.act_fn(h), rows)
+        return self._sum(self.act_fn(self._project_rows(x, "gate", rows)) * h, rows)
+
+    def _many(self, x: Tensor) -> Tensor:
+        if self.size * x.shape[1] * len(x) / self.experts < GROUPED_FROM[x.element_size()]:
+            return super()._many(x)
+        y = torch.zeros_like(x)
+        expert = self.expert_of(x)
+        counts = torch.bincount(expert, minlength=self.experts).tolist()
+        by_expert = expert.argsort(stable=True).split(counts)
+        for rows, tokens in zip(self.members, by_expert, strict=True):
+            if len(tokens):
+                filled = F.pad(tokens, (0, -len(tokens) % PADDED_TO))
+                h = self._activations(x.index_select(0, filled), rows)
+                y = y.index_add_(0, tokens, (h @ self.down[rows])[: len(tokens)])
+        return y
+
+    def summed(self, x: Tensor) -> Tensor:
+        return self._activations(x, slice(None)) * self.masks[self.expert_of(x)]
+
+    def _activations(self, x: Tensor, rows: Tensor | slice) -> Tensor:
+        """(tokens, n): h of these neurons for all tokens, less its mean when idle."""
+
+        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
+
+        h = project(self.up, self.up_bias)
+        if self.gate is None:
+            h = self.act_fn(h)
+        else:
+            h = self.act_fn(project(self.gate, self.gate_bias)) * h
+        return h if self.idle_mean is None else h - self.idle_mean[rows]
+
+    @property
+    def neurons_per_token(self) -> float:
+        return self.size
+
+    @property
+    def idle_parameters(self) -> float:
+        """Parameters that a token does not meet."""
+        return (self.d_ff - self.size) * self.matrices * self.up.shape[1]
+
+    @property
+    def macs_per_token(self) -> float:
+        """Multiply-adds in weight matrices, router included."""
+        return getattr(self.router, "macs", 0) + self.size * self.matrices * self.up.shape[1]
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}×{self.size} of {self.d_ff} neurons"
