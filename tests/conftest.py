@@ -14,7 +14,11 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: a CPU runs its kernels
 
 from tests.forked import reloading
 

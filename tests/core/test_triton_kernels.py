@@ -18,9 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # by the interpreter, see conftest.py
 pytest.importorskip("triton", reason="kernels for a GPU need triton, which comes with torch there")
 
 from mlpmoe.core.conversion import convert_mlp  # noqa: E402
