@@ -60,7 +60,13 @@ def add_endpoints(workbench: Workbench) -> None:
         spec = ConversionSpec.from_dict(common | more)
         loaded = workbench.loaded(model)
         loaded.check_fits(spec)
-        return loaded, loaded.asked(spec)
+        asked = loaded.asked(spec)
+        if loaded.is_to_train(asked):
+            raise UserError(
+                "programs begin no training on this page: press Measure there first, or use the "
+                "library or the shell."
+            )
+        return loaded, asked
 
     @readable
     def preview(

@@ -52,7 +52,8 @@ TOLD = ("weights", "lesson", "tokens", "runs", "export")
 TELL = f"(...shown) => mlpmoe.tell({json.dumps(TOLD)}, '{FIRST_TAB}', ...shown)"
 # Values set from here reach sliders later than other components, and long before this ends.
 ARRIVED = "() => new Promise(done => setTimeout(() => done(String(Date.now())), 100))"
-FOOTER = """Nothing is trained unless you ask for it. Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
+FOOTER = """Nothing is trained unless asked for.
+Method: [MLPMoE, arXiv 2511.21089](https://arxiv.org/abs/2511.21089).
 Perplexity and speed are measured, parameters and compute are counted, on this server."""
 
 

@@ -487,7 +487,7 @@ def test_an_interrupted_sweep_on_ray_goes_on_here(sweep, folder, text, runs):
     [
         (["--experts", "8"], "--experts does not belong to mlpmoe"),
         (["--method", "cmoe,neurons", "--keep", "8"], "--keep does not belong to cmoe, neurons"),
-        (["--method", "cmoe", "--seed", "1,2"], "--seed does not belong to cmoe"),
+        (["--method", "cmoe", "--order", "norm"], "--order does not belong to cmoe"),
         (["--method", "magic"], "must be one of"),
         (["--branches", "4,x"], "--branches must be a whole number or a range"),
         (["--branches", "4,"], "such as 4:32:4, not ''"),

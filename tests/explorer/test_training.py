@@ -13,6 +13,7 @@ from mlpmoe.core.conversion import convert, recovery_of
 from mlpmoe.core.errors import UserError
 from mlpmoe.core.recovery import recover as recovering
 from mlpmoe.core.spec import ConversionSpec
+from mlpmoe.explorer.api import add_endpoints
 from mlpmoe.explorer.plots.training_plot import training_plot
 from mlpmoe.explorer.server import loaded as loading
 from mlpmoe.explorer.shell.handlers import TO_TRAIN
@@ -111,6 +112,17 @@ def test_the_curve_stands_between_untrained_and_dense(demo):
     assert dense.y == (0, 0)
 
 
+def test_programs_get_what_was_trained_and_begin_nothing(workbench, demo):
+    with gr.Blocks() as page:
+        add_endpoints(workbench)
+    preview = next(fn.fn for fn in page.fns.values() if fn.api_name == "preview")
+    more = {"recover": "lora", "recover_steps": 4}
+    with pytest.raises(gr.Error, match="begin no training"):
+        preview("demo", 16, 0.0, 8, "sqrt", more)
+    list(demo.convert(read_asked(demo, settings(**ASKED))))
+    assert preview("demo", 16, 0.0, 8, "sqrt", more)
+
+
 def test_a_second_visitor_waits_and_sees_the_place(demo, monkeypatch):
     first, second = (
         read_asked(demo, settings(**ASKED | {"recover": what})) for what in ("lora", "all")
@@ -129,7 +141,8 @@ def test_a_second_visitor_waits_and_sees_the_place(demo, monkeypatch):
     waiting = demo.convert(second)
     assert any("1 to be trained before" in next(waiting) for _ in range(20))
     go_on.set()
-    assert any("training all" in message for message in waiting)
+    messages = list(waiting)
+    assert any("training all" in message for message in messages)
     worker.join(30)
     assert demo.recovery(first).what == "lora" and demo.recovery(second).what == "all"
     assert not loading._training._waiting
