@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import gradio as gr
@@ -134,7 +134,9 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         measured = _wire_measurement(
             handlers, state, convert, pictures, weights, spec, [*shown, fields.measured], changed
         )
-        _wire_training(TrainingHandlers(workbench), convert, spec, [changed, *measured])
+        # the card of compute has its figure as soon as the training is done
+        after = [changed.then, cards.compute.change, *(event.then for event in measured)]
+        _wire_training(TrainingHandlers(workbench), convert, spec, after)
         _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
         another_model.add(handlers.another_model, [model], [pictures.network])
         wire_answer(
@@ -329,11 +331,11 @@ def _wire_measurement(
 
 
 def _wire_training(
-    handlers: TrainingHandlers, convert: ConvertPanel, spec: list, after: Sequence[Dependency]
+    handlers: TrainingHandlers, convert: ConvertPanel, spec: list, after: Sequence[Callable]
 ) -> None:
     """How long training takes, and what it did once it is done."""
     for event in after:
-        event.then(
+        event(
             readable(handlers.show), spec, [convert.training_note, convert.training_curve],
             trigger_mode="always_last", **QUIET,
         )  # fmt: skip

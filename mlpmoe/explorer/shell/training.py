@@ -7,9 +7,11 @@ from typing import Any
 
 import gradio as gr
 
+from ...core.calibration import MAX_TOKENS
 from ...core.recovery.kinds import NOTHING
+from ...core.recovery.recover import LOOKS
 from ...core.recovery.report import RecoveryReport
-from ...core.recovery.samples import BATCH_TOKENS
+from ...core.recovery.samples import BATCH_TOKENS, HELD_OUT_SHARE
 from ...measure.runs.pace import about
 from ..plots.training_plot import training_plot
 from ..server.asked import spec_of
@@ -45,7 +47,9 @@ class TrainingHandlers:
 
 def time_needed(loaded: LoadedModel, steps: int) -> str:
     """How long so many steps take here, roughly."""
-    seconds = PASSES * steps * BATCH_TOKENS / loaded.tokens_per_second
+    tokens = PASSES * steps * BATCH_TOKENS
+    tokens += 2 * (min(LOOKS, steps) + 1) * (MAX_TOKENS // HELD_OUT_SHARE)  # with both models
+    seconds = tokens / loaded.tokens_per_second
     return (
         f"Measure begins the training: {steps:,} steps take {about(seconds)} here. Others who "
         "train wait for it."
