@@ -216,9 +216,16 @@ class LayerActivations:
     def mass(self, groups: Tensor, weight: Tensor | None = None) -> Tensor:
         """(tokens, N): Σ |h_i|·weight_i over the neurons of each group; groups (N, m)."""
         mass = self.x.new_empty((self.tokens, len(groups)), dtype=torch.float32)
+        member = None
+        if groups.numel() > self.weights.d_ff:  # they overlap: then a product copies less
+            member = mass.new_zeros(len(groups), self.weights.d_ff)
+            member.scatter_(1, groups.to(mass.device), 1)
         for where, h in self._flat_pieces():
             size = h.abs_() if weight is None else h.abs_().mul_(weight.to(h.device))
-            mass[where] = size[:, groups.flatten()].unflatten(1, groups.shape).sum(-1)
+            if member is not None:
+                mass[where] = size @ member.T
+            else:
+                mass[where] = size[:, groups.flatten()].unflatten(1, groups.shape).sum(-1)
         return mass
 
     def mean_where(self, mask: Tensor, groups: Tensor) -> Tensor:

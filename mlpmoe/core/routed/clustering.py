@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..stopping import may_stop
@@ -74,13 +75,17 @@ def kmeans(points: Tensor, groups: int, generator: torch.Generator) -> tuple[Ten
     centres, assigned = points[start], None
     for _ in range(MAX_ITERATIONS):
         may_stop()
-        before, assigned = assigned, torch.cdist(points, centres).argmin(1)
+        before, assigned = assigned, nearest(points, centres)
         if before is not None and torch.equal(before, assigned):
             break
         _, assigned, counts = assigned.unique(return_inverse=True, return_counts=True)
-        sums = points.new_zeros(len(counts), points.shape[1]).index_add_(0, assigned, points)
-        centres = sums / counts[:, None]
+        centres = F.one_hot(assigned).to(points).T @ points / counts[:, None]
     return assigned, centres
+
+
+def nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """(n,) the nearest centre of each point; points (n, features), centres (groups, features)."""
+    return (points @ (2 * centres).T - centres.square().sum(1)).argmax(1)
 
 
 def group_means(points: Tensor, assigned: Tensor, groups: int) -> Tensor:

@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..activations import LayerActivations
 from ..mlps import MLPWeights
 from ..static.branched import BranchedMLP
 from ..static.order import permute
 from .cluster_mlp import ClusterMLP
-from .clustering import kmeans
+from .clustering import kmeans, nearest
 from .method import RoutedMethod
 from .partition import Partition
 from .routers import ROUTERS
+
+TOKENS = 8192  # of the calibration text, that are clustered; all of them weigh the neurons
 
 
 def build(weights: MLPWeights, spec, layer: LayerActivations) -> nn.Module:
@@ -31,9 +33,8 @@ def build(weights: MLPWeights, spec, layer: LayerActivations) -> nn.Module:
     size = max(1, round(spec.active * weights.d_ff))
     if size == weights.d_ff:
         return BranchedMLP(weights, (size,))
-    generator = torch.Generator().manual_seed(spec.seed)
-    cluster, centres = kmeans(F.normalize(layer.inputs(), dim=-1), spec.experts, generator)
-    score = layer.mean_squares(F.one_hot(cluster).bool()) * layer.down_norms.square()
+    key = "token clusters", spec.experts, spec.seed
+    centres, score = layer.remembered(key, lambda: _clusters(layer, spec.experts, spec.seed))
     members = score.argsort(dim=1, descending=True, stable=True)[:, :size].sort(dim=1).values
     nobody = torch.empty(0, dtype=torch.long)
     partition = Partition(nobody, members.to(weights.up.device), centres=centres)
@@ -41,8 +42,17 @@ def build(weights: MLPWeights, spec, layer: LayerActivations) -> nn.Module:
     return _of_experts(weights, members, router, spec, layer)
 
 
+def _clusters(layer: LayerActivations, experts: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(experts, d_model): the centres; (experts, d_ff): how much each neuron matters to each."""
+    generator = torch.Generator().manual_seed(seed)
+    _, centres = kmeans(F.normalize(layer.spread(TOKENS).float(), dim=-1), experts, generator)
+    cluster = nearest(F.normalize(layer.inputs(), dim=-1), centres)
+    mask = F.one_hot(cluster, len(centres)).bool()
+    return centres, layer.mean_squares(mask) * layer.down_norms.square()
+
+
 def _of_experts(
-    weights: MLPWeights, members: torch.Tensor, router: nn.Module, spec, layer: LayerActivations
+    weights: MLPWeights, members: Tensor, router: nn.Module, spec, layer: LayerActivations
 ) -> ClusterMLP:
     """Without the neurons that no expert has; of these only the mean stays, as a bias.
 
