@@ -31,7 +31,7 @@ class Recovery(Choice):
 RECOVERIES: dict[str, Recovery] = {
     NOTHING: Recovery("nothing", "trains nothing", short="not trained", rate=0.0),
     "alpha": Recovery(
-        "the α of the branches (MLPMoE)", "trains the factors of the branches",
+        "the α of the branches", "trains the factors of the branches",
         short="α trained", calibrated=True, rate=2e-2,
     ),
     "router": Recovery(
