@@ -31,7 +31,7 @@ EVERYTHING = {  # accordions of a tab, so that their content is looked at as wel
     "tokens": ["whole-text"],
     "runs": ["sweep", "paper"],
 }
-ACCORDIONS = ("more", "text-choice", "share", "writing-options", "words")
+ACCORDIONS = ("more", "training", "text-choice", "share", "writing-options", "words")
 ORDER = [
     "model", "load", "undo", "redo", "method", "preset", "branches", "fade", "keep", "budget",
     "measure", "stop-measuring", "more", "text-choice", "share", "axis", "curve", "network",

@@ -121,7 +121,7 @@ def convert_panel() -> ConvertPanel:
             made |= _routed_stages()
         routed.append(column)
         made |= _common_stages()
-    made |= _training()
+        made |= _training()
     made |= _texts()
     made |= _sharing()
     return ConvertPanel(**made, static=tuple(static), routed=tuple(routed))
