@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SpecError
 from ..routed import ROUTED_TYPES, RoutedMLP
-from ..routed.routed_mlp import choose
+from ..routed.choosing import choose
 from ..spec import ConversionSpec
 from ..static.branched import BranchedMLP
 from ..stopping import stop_between_modules
