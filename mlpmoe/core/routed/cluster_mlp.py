@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..kernels import one_token
 from ..kernels.one_token import OneToken
 from ..mlps import MLPWeights
-from .routed_mlp import GROUPED_FROM, PADDED_TO, NeuronRows
+from .routed_mlp import GROUPED_FROM, NeuronRows
 
 
 class ClusterMLP(NeuronRows):
@@ -69,11 +69,7 @@ class ClusterMLP(NeuronRows):
         )
 
     def _one(self, x: Tensor) -> Tensor:
-        rows = self.members[self.expert_of(x)[0]]
-        h = self._project_rows(x, "up", rows)
-        if self.gate is None:
-            return self._sum(self.act_fn(h), rows)
-        return self._sum(self.act_fn(self._project_rows(x, "gate", rows)) * h, rows)
+        return self._of_rows(x, self.members[self.expert_of(x)[0]])
 
     def _many(self, x: Tensor) -> Tensor:
         if self.size * x.shape[1] * len(x) / self.experts < GROUPED_FROM[x.element_size()]:
@@ -84,26 +80,11 @@ class ClusterMLP(NeuronRows):
         by_expert = expert.argsort(stable=True).split(counts)
         for rows, tokens in zip(self.members, by_expert, strict=True):
             if len(tokens):
-                filled = F.pad(tokens, (0, -len(tokens) % PADDED_TO))
-                h = self._activations(x.index_select(0, filled), rows)
-                y = y.index_add_(0, tokens, (h @ self.down[rows])[: len(tokens)])
+                y = self._add_for(y, x, tokens, rows)
         return y
 
     def summed(self, x: Tensor) -> Tensor:
         return self._activations(x, slice(None)) * self.masks[self.expert_of(x)]
-
-    def _activations(self, x: Tensor, rows: Tensor | slice) -> Tensor:
-        """(tokens, n): h of these neurons for all tokens, less its mean when idle."""
-
-        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
-
-        h = project(self.up, self.up_bias)
-        if self.gate is None:
-            h = self.act_fn(h)
-        else:
-            h = self.act_fn(project(self.gate, self.gate_bias)) * h
-        return h if self.idle_mean is None else h - self.idle_mean[rows]
 
     @property
     def neurons_per_token(self) -> float:

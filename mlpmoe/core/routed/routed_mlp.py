@@ -109,6 +109,35 @@ class NeuronRows(nn.Module):
         values, bias = dot_rows(x, getattr(self, name), rows), getattr(self, f"{name}_bias")
         return values if bias is None else values + bias[rows]
 
+    def _of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """(1, d_model): what some neurons add to the output of one token (1, d_model)."""
+        h = self._project_rows(x, "up", rows)
+        if self.gate is None:
+            h = self.act_fn(h)
+        else:
+            h = self.act_fn(self._project_rows(x, "gate", rows)) * h
+        return self._sum(h, rows)
+
+    def _activations(self, x: Tensor, rows: Tensor | slice) -> Tensor:
+        """(tokens, n): h of these neurons for all tokens, less its mean when idle."""
+
+        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
+
+        h = project(self.up, self.up_bias)
+        if self.gate is None:
+            h = self.act_fn(h)
+        else:
+            h = self.act_fn(project(self.gate, self.gate_bias)) * h
+        return h if self.idle_mean is None else h - self.idle_mean[rows]
+
+    def _add_for(self, y: Tensor, x: Tensor, tokens: Tensor, rows: Tensor | slice) -> Tensor:
+        """y, to which what some neurons say of these tokens is added. y, x: (all tokens, d_model);
+        tokens: (n,) int64."""
+        filled = F.pad(tokens, (0, -len(tokens) % PADDED_TO))
+        said = self._activations(x.index_select(0, filled), rows) @ self.down[rows]
+        return y.index_add_(0, tokens, said[: len(tokens)])
+
     def _sum(self, h: Tensor, rows: Tensor) -> Tensor:
         """(1, d_model): what some neurons of one token add to the output."""
         h = h if self.idle_mean is None else h - self.idle_mean[rows]
@@ -202,12 +231,7 @@ class RoutedMLP(NeuronRows):
         rows = self._rows(x)
         if not len(rows):
             return y
-        h = self._project_rows(x, "up", rows)
-        if self.gate is None:
-            h = self.act_fn(h)
-        else:
-            h = self.act_fn(self._project_rows(x, "gate", rows)) * h
-        return y + self._sum(h, rows)
+        return y + self._of_rows(x, rows)
 
     def _many(self, x: Tensor) -> Tensor:
         chosen = self.select(x)
@@ -221,7 +245,7 @@ class RoutedMLP(NeuronRows):
 
     def _masked(self, x: Tensor, chosen: Tensor) -> Tensor:
         """(tokens, d_ff): all neurons run, and what was not chosen is masked."""
-        h = self._activations(x, 0, self.d_ff)
+        h = self._activations(x, slice(None))
         if not self.experts:
             return h
         runs = chosen.to(h.dtype).repeat_interleave(self.size, 1)
@@ -230,22 +254,10 @@ class RoutedMLP(NeuronRows):
         h[:, self.shared :].mul_(runs)
         return h
 
-    def _activations(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """(tokens, stop - start): h of these neurons for all tokens, less its mean when idle."""
-        rows = slice(start, stop)
-
-        def project(matrix: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(x, matrix[rows], None if bias is None else bias[rows])
-
-        h = project(self.up, self.up_bias)
-        h = self.act_fn(h if self.gate is None else project(self.gate, self.gate_bias)) * (
-            1 if self.gate is None else h
-        )
-        return h if self.idle_mean is None else h - self.idle_mean[rows]
-
     def _slice(self, x: Tensor, start: int, stop: int) -> Tensor:
         """What neurons start to stop, run for all tokens, add to the output."""
-        return self._activations(x, start, stop) @ self.down[start:stop]
+        rows = slice(start, stop)
+        return self._activations(x, rows) @ self.down[rows]
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Expert by expert, with the tokens that chose it."""
@@ -255,9 +267,7 @@ class RoutedMLP(NeuronRows):
         for number, tokens in enumerate(token.split(counts)):
             if len(tokens):
                 start = self.shared + number * self.size
-                filled = F.pad(tokens, (0, -len(tokens) % PADDED_TO))
-                said = self._slice(x.index_select(0, filled), start, start + self.size)
-                y = y.index_add_(0, tokens, said[: len(tokens)])
+                y = self._add_for(y, x, tokens, slice(start, start + self.size))
         return y
 
     @property
