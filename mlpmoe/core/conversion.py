@@ -63,9 +63,9 @@ def convert(
     on_progress(message, share) is told what is being done and which share of the layers was begun
     before, again and again, one call at a time but maybe from several threads; what it raises ends
     the work within a layer and comes out of here. state: a folder from which training that was
-    killed goes on. Raises UnsupportedModelError if the model cannot
-    be split, SpecError if the spec does not fit it or the calibration is missing. Warns
-    (CalibrationWarning) where a fit has too few calibration tokens.
+    killed goes on. Raises UnsupportedModelError if the model cannot be split, SpecError if the spec
+    does not fit it or the calibration is missing. Warns (CalibrationWarning) where a fit has too
+    few calibration tokens.
     """
     if calibration is not None:
         warn_of_few_tokens(model, [spec], calibration)

@@ -101,20 +101,6 @@ def activate(kind, value):
 
 
 @njit(parallel=True, **FAST)
-def activated(weight, x, bias, kind, out):
-    """out = φ(weight @ x + bias)."""
-    count = weight.shape[0]
-    step = count // AT_ONCE
-    for i in prange(step):
-        places = four_of(i, step)
-        said = project_four(weight, bias, places, x)
-        for n in range(AT_ONCE):
-            out[places[n]] = activate(kind, said[n])
-    for i in range(AT_ONCE * step, count):
-        out[i] = activate(kind, project(weight, bias, i, x))
-
-
-@njit(parallel=True, **FAST)
 def activate_all(kind, values):
     for i in prange(values.shape[0]):
         values[i] = activate(kind, values[i])
@@ -334,9 +320,9 @@ def chosen_neurons(
     where there is none. down: (d_ff, d_model)."""
     gated = np.empty(up.shape[0], np.float32)
     if gate.size:
-        activated(gate, x, gate_bias, kind, gated)
+        hidden(x, gate[:0], gate, gate_bias, gate_bias, kind, ALL, gated)
     else:
-        activated(up, x, up_bias, kind, gated)
+        hidden(x, gate, up, gate_bias, up_bias, kind, ALL, gated)
     rows = choose(sizes(gated, importance), active, threshold)
     h = gated[rows]
     if gate.size:
