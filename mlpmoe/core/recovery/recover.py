@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import cos, isfinite, pi
+from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
+from ..descent import BETAS, CLIP, height
 from ..errors import SpecError
 from ..memory import available_memory
 from ..spec import ConversionSpec
@@ -29,8 +30,6 @@ from .student import Student, frozen_twin
 
 LOOKS = 8  # at the held-out text, beside the first
 SAVE_EVERY = 20  # steps
-BETAS, CLIP = (0.9, 0.95), 1.0
-WARM_UP = 20  # steps at most, a tenth of all at most
 LOGITS = 2**25  # of a piece of a batch
 FLOAT16_SCALE = 2.0**10  # of the loss: float16 has no room for small gradients
 # Bytes of each trained number in float32: itself, its gradient, two moments, the best so far.
@@ -164,7 +163,7 @@ class _Course:
         fine = isfinite(total) and bool(torch.isfinite(length))
         if fine:
             for group in self.optimizer.param_groups:
-                group["lr"] = group["most"] * _height(self.step, self.steps)
+                group["lr"] = group["most"] * height(self.step, self.steps)
             self.optimizer.step()
             self.losses.append(total)
         self.optimizer.zero_grad()
@@ -238,14 +237,6 @@ class _Course:
         self.best_weights = [value.to(parameter.device) for value, parameter in pairs]
         self.before = values["seconds"]
         return True
-
-
-def _height(step: int, steps: int) -> float:
-    """The share of the largest rate at a step: a short way up, then half a cosine to 0."""
-    warm = min(WARM_UP, steps // 10)
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return (1 + cos(pi * (step - warm) / (steps - warm))) / 2
 
 
 def _check_memory(
