@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, mlp_modules, observe, recovery_of
+from mlpmoe.core.descent import BETAS, CLIP, height
 from mlpmoe.core.errors import SpecError
 from mlpmoe.core.recovery import divergence as divergences
 from mlpmoe.core.recovery import recover as recovering
 from mlpmoe.core.recovery import student as students
-from mlpmoe.core.recovery.recover import BETAS, CLIP, _height, recover
+from mlpmoe.core.recovery.recover import recover
 from mlpmoe.core.recovery.samples import Samples
 from mlpmoe.core.recovery.student import Student
 from mlpmoe.core.spec import ConversionSpec
@@ -160,7 +161,7 @@ def test_two_steps_by_hand(dense, text):
 
 
 def test_the_rate_goes_up_and_down():
-    heights = [_height(step, 200) for step in range(200)]
+    heights = [height(step, 200) for step in range(200)]
     assert heights.index(max(heights)) == 20 and max(heights) == 1
     assert heights[0] == 1 / 21 and heights[-1] < 1e-3
     assert heights[20:] == sorted(heights[20:], reverse=True)
