@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -279,3 +280,9 @@ def _linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(linear) is Conv1D:  # GPT-2 stores (in, out)
         weight = weight.detach().T
     return weight, linear.bias
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest input the model was built for, in tokens; None if it states no limit."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)

@@ -47,7 +47,7 @@ RECOVERIES: dict[str, Recovery] = {
     ),
     "all": Recovery(
         "all MLP weights", "trains all weights of the MLPs", short="MLPs trained",
-        calibrated=True, rate=5e-4,
+        calibrated=True, rate=3e-4,
     ),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from ..errors import SpecError
 from ..routed import ROUTED_TYPES, RoutedMLP
@@ -20,6 +21,7 @@ from ..stopping import stop_between_modules
 
 RANK, SCALE = 16, 2.0  # of LoRA: an alpha of 32 over the rank
 TYPES = (BranchedMLP, *ROUTED_TYPES)
+READING = {"use_cache": False, "output_hidden_states": True}  # how both models are called
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class Student(nn.Module):
     ten lines here and not `peft`, whose adapters know no zeros that have to stay, and would wrap
     modules whose weights are plain parameters.
 
-    `forward(ids)`: (samples, tokens) int64 -> logits (samples, tokens, vocabulary).
+    `forward(ids)`: (samples, tokens) int64 -> a ModelOutput whose `logits` are (samples, tokens,
+    vocabulary) and whose `hidden_states` are one (samples, tokens, d_model) before the layers and
+    one after each.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ConversionSpec) -> None:
@@ -131,10 +135,8 @@ class Student(nn.Module):
             for place in self.places
         )
 
-    def forward(self, ids: Tensor) -> Tensor:
-        values = dict(self.values())
-        found = functional_call(self.twin, values, (ids,), {"use_cache": False}, tie_weights=False)
-        return found.logits
+    def forward(self, ids: Tensor) -> ModelOutput:
+        return functional_call(self.twin, dict(self.values()), (ids,), READING, tie_weights=False)
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """The trained tensors as the model will have them, by their names in it."""

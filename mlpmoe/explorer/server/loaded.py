@@ -20,14 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.calibration import Calibration, check_disjoint, few_tokens
 from ...core.conversion import convert_all, mlp_modules, observe, recovery_of
-from ...core.mlps import DenseMLP, read_mlps
+from ...core.mlps import DenseMLP, context_length, read_mlps
 from ...core.recovery.report import RecoveryReport
 from ...core.spec import ConversionSpec
 from ...core.static.branched import BranchedMLP
 from ...core.visiting import Observed
 from ...measure.cost.parameters import ParameterReport
 from ...measure.cost.speed import SpeedReport, decode_rounds, forward
-from ...measure.quality.encoding import EncodedText, Window, context_length, encode_protocol
+from ...measure.quality.encoding import EncodedText, Window, encode_protocol
 from ...measure.quality.estimate import Evaluation, Losses, Plan, sharpen
 from ...measure.quality.head import token_losses
 from ...measure.quality.perplexity import Perplexity

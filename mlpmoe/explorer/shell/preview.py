@@ -69,7 +69,8 @@ def snippet(model: str, spec: ConversionSpec, text: str, calibration: str | None
         f"from mlpmoe import {', '.join(sorted(names))}",
         *(
             [
-                "from mlpmoe.measure.quality.encoding import context_length, encode_stream",
+                "from mlpmoe.core.mlps import context_length",
+                "from mlpmoe.measure.quality.encoding import encode_stream",
                 "from mlpmoe.measure.quality.perplexity import measure",
             ]
             if stream

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.calibration import DOCUMENT_SEPARATOR
 from ...core.errors import UserError
+from ...core.mlps import context_length
 
 DEFAULT_WINDOW = 1024  # tokens; less if the model's context is shorter
 STREAM_WINDOW = 2048  # tokens, of most published figures on WikiText-2 and C4
@@ -119,12 +120,6 @@ def encode_stream(
             f"the text has {len(ids):,} tokens; at least one window of {window:,} is needed."
         )
     return EncodedText(tuple(windows), tuple(sizes[:fit].view(-1, window)[:most_windows]), window)
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest input the model was built for, in tokens; None if it states no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None)
 
 
 def choose_window(

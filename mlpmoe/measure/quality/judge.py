@@ -22,7 +22,7 @@ import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.errors import UserError
-from .encoding import context_length
+from ...core.mlps import context_length
 
 PACKAGE = "lm-eval>=0.4.13,<0.5"  # that this was tried with
 # Sequences read at a time. Log-probabilities of all their tokens are held in float32: of 4 × 1,000

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ...core.errors import UserError
-from ..quality.encoding import context_length
+from ...core.mlps import context_length
 from .decoding import Reader
 
 TOP_P = 0.95  # share of probability that sampling chooses from
