@@ -36,8 +36,14 @@ class Samples:
                 f"recover needs {(batch + held_out) * length:,} calibration tokens, a batch and "
                 f"some to validate on; the text has {count * length:,}."
             )
-        generator = torch.Generator().manual_seed(seed)
-        epochs = -(-steps * batch // train)
-        drawn = [torch.randperm(train, generator=generator) for _ in range(epochs)]
-        order = torch.cat(drawn)[: steps * batch].view(steps, batch)
+        order = drawn_order(train, steps, batch, seed)
         return cls(calibration.samples[:train], calibration.samples[train:], order)
+
+
+def drawn_order(count: int, steps: int, batch: int, seed: int) -> Tensor:
+    """(steps, batch) int64: which of `count` samples each step reads, drawn epoch after epoch, each
+    sample once in each."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch // count)
+    drawn = [torch.randperm(count, generator=generator) for _ in range(epochs)]
+    return torch.cat(drawn)[: steps * batch].view(steps, batch)
