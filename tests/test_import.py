@@ -23,8 +23,9 @@ BELOW = {
     "core": set(),
     "measure": {"core"},
     "models": {"core"},
+    "studies": {"core", "measure", "models"},
     "checkpoints": {"core", "measure", "models"},
-    "commands": {"core", "measure", "models", "checkpoints"},
+    "commands": {"core", "measure", "models", "studies", "checkpoints"},
     "explorer": {"core", "measure", "models", "checkpoints"},
 }
 

@@ -134,11 +134,11 @@ def located_mlps(model: nn.Module) -> dict[str, tuple[nn.Module, Layout]]:
 
 def read_mlp(name: str, module: nn.Module, layout: Layout) -> MLPWeights:
     """The weights of one MLP that was located: its own parameters, or views of them."""
-    up, up_bias = _linear(f"{name}.{layout.up}", getattr(module, layout.up))
-    down, down_bias = _linear(f"{name}.{layout.down}", getattr(module, layout.down))
+    up, up_bias = read_linear(f"{name}.{layout.up}", getattr(module, layout.up))
+    down, down_bias = read_linear(f"{name}.{layout.down}", getattr(module, layout.down))
     gate = gate_bias = None
     if layout.gate:
-        gate, gate_bias = _linear(f"{name}.{layout.gate}", getattr(module, layout.gate))
+        gate, gate_bias = read_linear(f"{name}.{layout.gate}", getattr(module, layout.gate))
     elif layout.fused:
         gate, up = up.detach().chunk(2)
         if up_bias is not None:
@@ -156,6 +156,25 @@ def read_mlp(name: str, module: nn.Module, layout: Layout) -> MLPWeights:
     return MLPWeights(
         gate, up, down, gate_bias, up_bias, down_bias, activation, adds_residual=adds_residual
     )
+
+
+def read_linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight as (out, in), and bias, of a layer of LINEAR_TYPES; `name` is for errors. Raises
+    UnsupportedModelError for weights that are not plain floats in memory."""
+    weight = linear.weight
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"the weights of {name} are not in memory (offloaded to disk or CPU, or never "
+            "loaded). Load the whole model on one device."
+        )
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES:
+        raise UnsupportedModelError(
+            f"{name} stores {type(weight).__name__} of {weight.dtype}; allowed are plain float16, "
+            "bfloat16, float32 and float64 weights."
+        )
+    if type(linear) is Conv1D:  # GPT-2 stores (in, out)
+        weight = weight.detach().T
+    return weight, linear.bias
 
 
 def write_mlp(module: nn.Module, layout: Layout, weights: MLPWeights) -> None:
@@ -262,24 +281,6 @@ def _fill(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     if place is not None:
         bias = weight.new_zeros(place.shape) if bias is None else bias.detach()
         linear.bias = nn.Parameter(bias.contiguous(), requires_grad=place.requires_grad)
-
-
-def _linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight as (out, in), and bias."""
-    weight = linear.weight
-    if weight.is_meta:
-        raise UnsupportedModelError(
-            f"the weights of {name} are not in memory (offloaded to disk or CPU, or never "
-            "loaded). Load the whole model on one device."
-        )
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES:
-        raise UnsupportedModelError(
-            f"{name} stores {type(weight).__name__} of {weight.dtype}; allowed are plain float16, "
-            "bfloat16, float32 and float64 weights."
-        )
-    if type(linear) is Conv1D:  # GPT-2 stores (in, out)
-        weight = weight.detach().T
-    return weight, linear.bias
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -18,8 +18,8 @@ from ..routed.choosing import choose
 from ..spec import ConversionSpec
 from ..static.branched import BranchedMLP
 from ..stopping import stop_between_modules
+from .low_rank import LowRank
 
-RANK, SCALE = 16, 2.0  # of LoRA: an alpha of 32 over the rank
 TYPES = (BranchedMLP, *ROUTED_TYPES)
 READING = {"use_cache": False, "output_hidden_states": True}  # how both models are called
 
@@ -92,29 +92,12 @@ class _Whole(nn.Module):
         return self.value
 
 
-class _LowRank(nn.Module):
-    """A matrix plus a change of low rank (LoRA, arXiv 2106.09685): W + 2·B·A, B zero at first."""
-
-    def __init__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        super().__init__()
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        rows, columns = tensor.shape
-        rank = min(RANK, rows, columns)
-        drawn = torch.rand(rank, columns, generator=generator, dtype=wide)
-        self.a = nn.Parameter(((2 * drawn - 1) * columns**-0.5).to(tensor.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=wide, device=tensor.device))
-        self.register_buffer("given", tensor.detach(), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.given + SCALE * (self.b @ self.a)
-
-
 class Student(nn.Module):
     """A converted model whose chosen tensors are trained, while the model itself stays as it is.
 
     What is trained is held in float32 at least and rounded to the model's dtype before each
-    forward pass, so that a pass computes what the model will once it has the result. LoRA is its
-    ten lines here and not `peft`, whose adapters know no zeros that have to stay, and would wrap
+    forward pass, so that a pass computes what the model will once it has the result. LoRA is our
+    own ten lines and not `peft`, whose adapters know no zeros that have to stay, and would wrap
     modules whose weights are plain parameters.
 
     `forward(ids)`: (samples, tokens) int64 -> a ModelOutput whose `logits` are (samples, tokens,
@@ -131,7 +114,7 @@ class Student(nn.Module):
                 self.twin.get_submodule(path).__class__ = _SoftlyRouted
         generator = torch.Generator().manual_seed(spec.seed)
         self.forms = nn.ModuleList(
-            _LowRank(place.tensor, generator) if spec.recover == "lora" else _Whole(place.tensor)
+            LowRank(place.tensor, generator) if spec.recover == "lora" else _Whole(place.tensor)
             for place in self.places
         )
 
