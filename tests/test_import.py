@@ -24,7 +24,8 @@ BELOW = {
     "measure": {"core"},
     "models": {"core"},
     "checkpoints": {"core", "measure", "models"},
-    "commands": {"core", "measure", "models", "checkpoints"},
+    "studies": {"core", "measure", "models"},
+    "commands": {"core", "measure", "models", "checkpoints", "studies"},
     "explorer": {"core", "measure", "models", "checkpoints"},
 }
 

@@ -1,0 +1,1 @@
+"""Studies: what happens to branches and experts that are trained, each a question with a table."""
