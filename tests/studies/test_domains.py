@@ -53,5 +53,5 @@ def test_samples_are_the_text_and_begin_as_texts_do():
 
 def test_a_short_part_is_named():
     domain = Domain("notes", lambda: "a" * 1000, lambda: "short")
-    with pytest.raises(UserError, match="^notes: .* at least"):
+    with pytest.raises(UserError, match=r"^notes: .* at least"):
         domain.parts(byte_tokenizer(), length=8)
