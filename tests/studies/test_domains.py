@@ -41,9 +41,7 @@ def test_dialogues_are_scenes_between_two_to_four_people():
 
 def test_samples_are_the_text_and_begin_as_texts_do():
     tokenizer = byte_tokenizer()
-    domain = Domain(
-        "letters", lambda: "ab" * 20 + DOCUMENT_SEPARATOR + "c" * 30, lambda: "d" * 100
-    )
+    domain = Domain("letters", lambda: "ab" * 20 + DOCUMENT_SEPARATOR + "c" * 30, lambda: "d" * 100)
     train, test = domain.parts(tokenizer, length=5)
     assert (train[:, 0] == 0).all() and (test == test[0]).all()
     whole = tokenizer("ab" * 20)["input_ids"] + tokenizer("c" * 30)["input_ids"]

@@ -25,8 +25,7 @@ class Samples:
 
     @classmethod
     def of(cls, calibration: Calibration, steps: int, seed: int) -> Samples:
-        """The order is drawn epoch after epoch, each sample once in each. Raises SpecError if the
-        text does not hold one batch beside what is kept apart."""
+        """Raises SpecError if the text does not hold one batch beside what is kept apart."""
         count, length = calibration.samples.shape
         held_out = max(1, min(MOST_HELD_OUT, count // HELD_OUT_SHARE))
         batch = max(1, BATCH_TOKENS // length)
@@ -36,8 +35,13 @@ class Samples:
                 f"recover needs {(batch + held_out) * length:,} calibration tokens, a batch and "
                 f"some to validate on; the text has {count * length:,}."
             )
-        generator = torch.Generator().manual_seed(seed)
-        epochs = -(-steps * batch // train)
-        drawn = [torch.randperm(train, generator=generator) for _ in range(epochs)]
-        order = torch.cat(drawn)[: steps * batch].view(steps, batch)
+        order = reading_order(train, steps, batch, torch.Generator().manual_seed(seed))
         return cls(calibration.samples[:train], calibration.samples[train:], order)
+
+
+def reading_order(count: int, steps: int, batch: int, generator: torch.Generator) -> Tensor:
+    """(steps, batch) int64: which of `count` samples each step reads. All are read once, in an
+    order that is drawn, before any is read again."""
+    epochs = -(-steps * batch // count)
+    drawn = [torch.randperm(count, generator=generator) for _ in range(epochs)]
+    return torch.cat(drawn)[: steps * batch].view(steps, batch)
