@@ -40,7 +40,7 @@ STUDIES: dict[str, Study] = {
     ),
     "downcycling": Study(
         "Training on from ExpertWeaver's experts, from random ones, and from the dense model.",
-        downcycling.study, steps=200,
+        downcycling.study, steps=150,
         axes=Axes("start", "tokens", "loss", "tokens trained on", "held-out loss, nats per token"),
     ),
 }  # fmt: skip

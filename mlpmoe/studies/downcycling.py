@@ -39,7 +39,7 @@ RATES = (3e-4, 1e-3, 3e-3)  # of which each start has its best
 TUNED = 4  # which is tried on one step of so many
 KEPT_BACK = 16  # and judged by one training sample of so many
 LOOKS = 8  # at the held-out text, beside the first
-LOOKED_AT = 32  # samples of each domain, at most
+LOOKED_AT = 24  # samples of each domain, at most
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ class ByContext(nn.Module):
     """A router of all layers that knows the text so far: Bayes' rule for independent tokens.
 
     Score of a domain at a token = Σ log p(token | domain) over the context up to this token, for
-    domains that are equally likely before. Branch-Train-Merge (arXiv 2208.03306, section 2.3) has
-    this posterior from its experts' own probabilities, for which all of them have to run; here
-    the probabilities are how often single tokens occur in the training text, plus one.
+    domains that are equally likely before. Branch-Train-Merge (arXiv 2208.03306) has this posterior
+    from its experts' own probabilities, for which all of them have to run; here the probabilities
+    are how often single tokens occur in the training text, plus one.
 
     texts: of each domain, int64 of any shape. `reads(model)` lets it see what the model is given.
     """
