@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import transformers
 
-from .commands import bench, convert, evaluate, frontier, models, sweep
+from .commands import bench, convert, evaluate, frontier, models, study, sweep
 from .commands.terminal import progress
 from .core.errors import CalibrationWarning, UnsupportedModelError, UserError
 from .models import ModelError
 
-COMMANDS = (models, evaluate, sweep, frontier, convert, bench)
+COMMANDS = (models, evaluate, sweep, frontier, convert, study, bench)
 EXAMPLES = """examples:
   python -m mlpmoe models
   python -m mlpmoe evaluate demo --branches 16 --fade 0.9
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python -m mlpmoe sweep demo --compare --active 0.75,0.5 --out runs.jsonl
   python -m mlpmoe frontier demo --budget 0.7
   python -m mlpmoe convert demo demo-12 --keep 12
+  python -m mlpmoe study apart
   python -m mlpmoe bench --quick
 """
 EXIT_STATUS = (

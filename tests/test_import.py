@@ -23,9 +23,9 @@ BELOW = {
     "core": set(),
     "measure": {"core"},
     "models": {"core"},
-    "studies": {"core", "measure", "models"},
     "checkpoints": {"core", "measure", "models"},
-    "commands": {"core", "measure", "models", "studies", "checkpoints"},
+    "studies": {"core", "measure", "models"},
+    "commands": {"core", "measure", "models", "checkpoints", "studies"},
     "explorer": {"core", "measure", "models", "checkpoints"},
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -10,71 +9,26 @@ from time import monotonic
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.calibration import SAMPLE_TOKENS
+from ..core.conversion import Progress
 from ..core.descent import descend
 from ..core.errors import UserError
-from ..core.recovery.samples import BATCH_TOKENS, drawn_order
+from ..core.recovery.samples import BATCH_TOKENS, reading_order
 from ..core.stopping import stoppable
-from ..measure.notation import difference, number
-from ..measure.quality.encoding import EncodedText
-from ..measure.quality.perplexity import Perplexity, PerplexityChange, compare, measure
+from ..measure.quality.perplexity import Perplexity, compare
 from .adapters import PROJECTIONS, Adapted, kinds_of
 from .domains import DOMAINS
+from .training import Course, held_out, mean_loss, next_token_loss
 
-NAME = "moore"
-HELP = "several tasks in one model: MoORE beside LoRA; nothing runs faster"
-TITLE = "Perplexity of each text, and its change from the dense model"
 RATES = (3e-3, 1e-2, 3e-2)
 REFLECTIONS, WIDTH = 6, 16
-STEPS = 100
 UNSEEN = "stories"  # what the demo model knows already
 TRIED_SHARE = 4  # a rate is tried for one of so many steps, and judged on one of so many samples
 MOST_TRIED = 32  # samples of a domain
 TEST_TOKENS = 8192  # of a domain that are measured
-
-Progress = Callable[[str, float], None]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `study`, by the same names."""
-
-    def numbers(text: str) -> tuple[float, ...]:
-        return tuple(map(float, text.split(",")))
-
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(text.split("-"))
-
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help="of training (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument(
-        "--rates", type=numbers, default=RATES, metavar="RATES",
-        help="learning rates to choose from for each adapter, with commas "
-        f"(default: {','.join(f'{rate:g}' for rate in RATES)})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--unseen", default=UNSEEN, choices=tuple(DOMAINS), metavar="NAME",
-        help="the text that is not trained on, to see what is forgotten: {} (default: {})".format(
-            ", ".join(DOMAINS), UNSEEN
-        ),
-    )  # fmt: skip
-    parser.add_argument(
-        "--projections", type=names, default=PROJECTIONS, metavar="NAMES",
-        help="matrices with an adapter, such as up-down (default: gate-up-down)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reflections", type=int, default=REFLECTIONS, metavar="K",
-        help="of the inputs of each matrix, an even number (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--width", type=int, default=WIDTH, metavar="N",
-        help="of the router by token; 0: routed by task alone (default: %(default)s)",
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,15 +38,15 @@ class _Text:
     name: str
     task: int | None  # its number; None: not trained on
     train: Tensor  # (samples, tokens) int64
-    test: EncodedText
+    test: Tensor  # (samples, tokens)
 
 
 def study(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    steps: int = STEPS,
+    steps: int,
     seed: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: Progress = lambda message, share: None,
     *,
     rates: Sequence[float] = RATES,
     unseen: str = UNSEEN,
@@ -121,27 +75,27 @@ def study(
     if steps < TRIED_SHARE or not rates or min(rates) <= 0:
         raise UserError(f"give at least {TRIED_SHARE} steps, and rates above 0.")
     kinds = kinds_of(model, len(tasks), seed, projections, reflections, width)
-    report = _Report(on_progress, len(kinds) * (len(rates) * few + 2 * steps))
-    with stoppable(report.again):
-        report("measuring the dense model")
-        dense = [measure(model, text.test) for text in texts]
+    course = Course(on_progress, len(kinds) * (len(rates) * few + 2 * steps))
+    with stoppable(course.again):
+        course.part("measuring the dense model")(0)
+        dense = [held_out(model, text.test) for text in texts]
         rows = [_row("dense", "nothing", 0, None, 0.0, texts, dense, dense)]
         for name, make in kinds.items():
             adapted, losses = make(), []
             for tried in rates if few else ():
-                said = report.steps(f"{name}, trying rate {tried:g}", few)
+                said = course.part(f"{name}, trying rate {tried:g}")
                 losses.append(_try(adapted, tasks, few, tried, seed, said))
             rate = rates[losses.index(min(losses))] if few else rates[0]
-            for course in ([tasks], [[text] for text in tasks]):
+            for sequence in ([tasks], [[text] for text in tasks]):
                 adapted.reset()
                 seconds, seen = 0.0, []
-                for part in course:
+                for part in sequence:
                     seen.append(" and ".join(text.name for text in part))
-                    now, begun = steps // len(course), monotonic()
-                    on_step = report.steps(f"{name}, on {seen[-1]}", now)
+                    now, begun = steps // len(sequence), monotonic()
+                    on_step = course.part(f"{name}, on {seen[-1]}")
                     train(adapted, [(t.task, t.train) for t in part], now, rate, seed, on_step)
                     seconds += monotonic() - begun
-                    found = [measure(adapted.on(text.task), text.test) for text in texts]
+                    found = [held_out(adapted.on(text.task), text.test) for text in texts]
                     order = ", then ".join(seen)
                     count = adapted.parameters
                     rows.append(_row(name, order, count, rate, seconds, texts, dense, found))
@@ -160,55 +114,22 @@ def train(
     that the tasks share evenly; the loss of each step, in nats per token."""
     each = [max(1, BATCH_TOKENS // (ids.shape[1] * len(texts))) for _, ids in texts]
     orders = [
-        drawn_order(len(ids), steps, count, seed)
+        reading_order(len(ids), steps, count, torch.Generator().manual_seed(seed))
         for count, (_, ids) in zip(each, texts, strict=True)
     ]
 
+    device = adapted.trained[0].device
+
     def loss(step: int) -> Tensor:
+        read = zip(orders, texts, strict=True)
+        batches = [(task, ids[order[step]]) for order, (task, ids) in read]
         parts = [
-            _loss(adapted.on(task), ids[order[step]])
-            for order, (task, ids) in zip(orders, texts, strict=True)
+            next_token_loss(adapted.on(task)(batch.to(device), use_cache=False).logits, batch)
+            for task, batch in batches
         ]
         return torch.stack(parts).mean()
 
     return descend(adapted.trained, loss, steps, rate, on_step=on_step)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
-    """The rows of a study for `print_table`, and how its columns are aligned."""
-    names = list(rows[0]["texts"])
-    lines = [["adapter", "trained on", "numbers", "rate", "seconds", *names]]
-    for row in rows:
-        dense, cells = row["rate"] is None, []
-        if not dense:
-            cells = [f"{row['parameters']:,}", f"{row['rate']:g}", f"{row['seconds']:.0f}"]
-        lines.append([row["adapter"], row["trained"], *(cells or [""] * 3)])
-        for found in row["texts"].values():
-            change = PerplexityChange(found["ratio"], found["stderr"], found["measurable"])
-            shown = number(found["perplexity"])
-            lines[-1].append(shown if dense else f"{shown} ({difference(change)})")
-    return lines, "<<>>>" + ">" * len(names)
-
-
-class _Report:
-    """Tells how far a study is, and the same again wherever it may stop."""
-
-    def __init__(self, on_progress: Progress | None, whole: int) -> None:
-        self.on_progress, self.whole = on_progress, whole
-        self.planned, self.last = 0, ("", 0.0)
-
-    def __call__(self, message: str, done: int = 0) -> None:
-        self.last = message, done / self.whole
-        self.again()
-
-    def steps(self, message: str, steps: int) -> Callable[[int], None]:
-        """To be told of each of the next steps, counted from 0."""
-        before, self.planned = self.planned, self.planned + steps
-        return lambda step: self(message, before + step)
-
-    def again(self) -> None:
-        if self.on_progress:
-            self.on_progress(*self.last)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, unseen: str, length: int) -> list[_Text]:
@@ -219,9 +140,8 @@ def _texts(tokenizer: PreTrainedTokenizerBase, unseen: str, length: int) -> list
     names = [*(name for name in DOMAINS if name != unseen), unseen]
     for task, name in enumerate(names):
         ids, test = DOMAINS[name].parts(tokenizer, length)
-        documents = tuple(test[: max(1, TEST_TOKENS // length)])
-        encoded = EncodedText(documents, tuple(map(torch.zeros_like, documents)), length)
-        found.append(_Text(name, None if name == unseen else task, ids, encoded))
+        test = test[: max(1, TEST_TOKENS // length)]
+        found.append(_Text(name, None if name == unseen else task, ids, test))
     return found
 
 
@@ -241,21 +161,10 @@ def _try(
         train(adapted, first, steps, rate, seed, on_step)
     except UserError:  # the loss was not finite
         return inf
-    losses = []
-    with torch.no_grad():
-        for text in tasks:
-            rest = text.train[-apart[text.task] :][:MOST_TRIED]
-            parts = [_loss(adapted.on(text.task), ids[None]) for ids in rest]
-            losses.append(float(torch.stack(parts).mean()))
+    rests = {text.task: text.train[-apart[text.task] :][:MOST_TRIED] for text in tasks}
+    losses = [mean_loss(adapted.on(task), rest) for task, rest in rests.items()]
     found = sum(losses) / len(losses)
     return found if isfinite(found) else inf
-
-
-def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean loss of the next token over samples (samples, tokens), in nats."""
-    ids = ids.to(model.device)
-    logits = model(ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def _row(
@@ -268,23 +177,19 @@ def _row(
     dense: Sequence[Perplexity],
     found: Sequence[Perplexity],
 ) -> dict[str, Any]:
-    """adapter, trained (on what), parameters that are trained, rate (None: dense), seconds of
-    training, and texts: of each domain perplexity, its ratio to dense with stderr, and whether the
-    difference is measurable."""
-    measured = {}
-    for text, before, after in zip(texts, dense, found, strict=True):
-        changed = compare(before, after)
-        measured[text.name] = {
-            "perplexity": after.value,
-            "ratio": changed.ratio,
-            "stderr": changed.stderr,
-            "measurable": changed.measurable,
-        }
-    return {
+    """adapter, what it was trained on, how many parameters, at which rate (None: dense), for how
+    many seconds; perplexity by domain; and, for the text that was not trained on, what is
+    `forgotten`: the ratio to dense, with its standard error."""
+    row = {
         "adapter": adapter,
-        "trained": trained,
+        "trained on": trained,
         "parameters": parameters,
         "rate": rate,
-        "seconds": seconds,
-        "texts": measured,
+        "seconds": round(seconds, 1),
     }
+    for text, before, after in zip(texts, dense, found, strict=True):
+        row[text.name] = after.value
+        if text.task is None:
+            change = compare(before, after)
+            row |= {"forgotten": change.ratio, "forgotten_stderr": change.stderr}
+    return row

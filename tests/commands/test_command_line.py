@@ -84,6 +84,8 @@ def test_models_that_cannot_be_loaded_fail_in_one_line(capsys, tmp_path):
         ["frontier", "demo", "--seconds", "0"],
         ["frontier", "demo", "--seed", "-1"],
         ["frontier", "demo", "--keep", "12"],
+        ["study"],
+        ["study", "apart", "--steps", "many"],
         ["bench", "--rounds", "2"],
         ["bench", "--layers", "0"],
         ["bench", "--layers", "x"],
@@ -102,7 +104,7 @@ def test_wrong_usage(capsys, arguments):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["models"], ["evaluate"], ["sweep"], ["frontier"], ["bench"]],
+    [[], ["models"], ["evaluate"], ["sweep"], ["frontier"], ["study"], ["bench"]],
     ids=" ".join,
 )
 def test_help(capsys, command):

@@ -28,8 +28,7 @@ class Samples:
         cls, calibration: Calibration, steps: int, seed: int, context: int | None = None
     ) -> Samples:
         """A row is as many consecutive samples as a step reads, or as fit into `context` tokens.
-        The order is drawn epoch after epoch, each row once in each. Raises SpecError if the text
-        does not hold one batch beside what is kept apart."""
+        Raises SpecError if the text does not hold one batch beside what is kept apart."""
         rows = joined(calibration.samples, min(BATCH_TOKENS, context or BATCH_TOKENS))
         count, length = rows.shape
         held_out = max(1, min(MOST_HELD_OUT // length, count // HELD_OUT_SHARE))
@@ -43,7 +42,8 @@ class Samples:
         apart = (torch.arange(held_out) * count + count // 2) // held_out
         kept = torch.ones(count, dtype=torch.bool)
         kept[apart] = False
-        return cls(rows[kept], rows[apart], drawn_order(train, steps, batch, seed))
+        order = reading_order(train, steps, batch, torch.Generator().manual_seed(seed))
+        return cls(rows[kept], rows[apart], order)
 
 
 def joined(samples: Tensor, most: int) -> Tensor:
@@ -62,10 +62,9 @@ def joined(samples: Tensor, most: int) -> Tensor:
     return torch.cat([rows[:, 0, :1], rows[:, :, 1:].flatten(1)], dim=1)
 
 
-def drawn_order(count: int, steps: int, batch: int, seed: int) -> Tensor:
-    """(steps, batch) int64: which of `count` samples each step reads. Drawn epoch after epoch, each
-    sample once in each."""
-    generator = torch.Generator().manual_seed(seed)
+def reading_order(count: int, steps: int, batch: int, generator: torch.Generator) -> Tensor:
+    """(steps, batch) int64: which of `count` samples each step reads. All are read once, in an
+    order that is drawn, before any is read again."""
     epochs = -(-steps * batch // count)
     drawn = [torch.randperm(count, generator=generator) for _ in range(epochs)]
     return torch.cat(drawn)[: steps * batch].view(steps, batch)

@@ -111,7 +111,7 @@ class Student(nn.Module):
         self.twin = frozen_twin(model)
         if spec.recover == "router":
             for path in {place.path for place in self.places}:
-                self.twin.get_submodule(path).__class__ = _SoftlyRouted
+                self.twin.get_submodule(path).__class__ = SoftlyRouted
         generator = torch.Generator().manual_seed(spec.seed)
         self.forms = nn.ModuleList(
             LowRank(place.tensor, generator) if spec.recover == "lora" else _Whole(place.tensor)
@@ -155,12 +155,14 @@ def frozen_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-class _SoftlyRouted(RoutedMLP):
+class SoftlyRouted(RoutedMLP):
     """A RoutedMLP whose choice has a gradient, and the same output.
 
     Choosing the best k has none, so the gradient is that of a soft choice (straight through): a
     sigmoid of the score's distance to the border between chosen and not, in units of the scores'
     standard deviation. All experts run, so that a router learns of those it left out, too.
+
+    A RoutedMLP becomes one, and one a RoutedMLP, by its `__class__`: both have the same tensors.
     """
 
     def select(self, x: Tensor) -> Tensor:

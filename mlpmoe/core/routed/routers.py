@@ -145,18 +145,24 @@ def representative(
 
 def regression(weights: MLPWeights, partition: Partition, layer: LayerActivations) -> LinearRouter:
     """The linear map of the input that predicts the experts' output mass Σ |h_i|·‖down_i‖ best on
-    the calibration text: ridge regression, in closed form."""
-    x, mass = layer.inputs(), layer.mass(partition.experts, layer.down_norms)
-    x_mean, mass_mean = (t.mean(0, dtype=torch.float64) for t in (x, mass))
+    the calibration text."""
+    return fit_router(layer.inputs(), layer.mass(partition.experts, layer.down_norms))
+
+
+def fit_router(x: Tensor, wanted: Tensor) -> LinearRouter:
+    """The linear map of x that predicts the wanted scores best: ridge regression, in closed form.
+
+    x: (tokens, d_model). wanted: (tokens, experts)."""
+    x_mean, wanted_mean = (t.mean(0, dtype=torch.float64) for t in (x, wanted))
     gram, cross = 0.0, 0.0  # (d_model, d_model), (d_model, experts)
-    for some, said in zip(x.split(PRODUCT_ROWS), mass.split(PRODUCT_ROWS), strict=True):
+    for some, said in zip(x.split(PRODUCT_ROWS), wanted.split(PRODUCT_ROWS), strict=True):
         may_stop()
         some = some.double() - x_mean
         gram += some.T @ some
-        cross += some.T @ (said.double() - mass_mean)
+        cross += some.T @ (said.double() - wanted_mean)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     weight = torch.linalg.solve(gram, cross).T  # (experts, d_model)
-    return LinearRouter(weight, mass_mean - weight @ x_mean)
+    return LinearRouter(weight, wanted_mean - weight @ x_mean)
 
 
 def oracle(
