@@ -1,8 +1,7 @@
-"""How far a converted model is from the dense one: in its next tokens, and layer by layer."""
+"""KL divergence of next-token distributions, by a bounded number of logits at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,17 +40,6 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     any floating dtype. Computed in float32, or float64 where that is given; differentiable in
     `logits`."""
     return _Divergence.apply(logits.flatten(0, -2), wanted.flatten(0, -2))
-
-
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Σ over tokens of ‖found - wanted‖² / ‖wanted‖², in the mean over the layers: a scalar in
-    float32 at least, differentiable in `found`. Each: a tensor (..., d_model) per layer."""
-    layers = []
-    for states, due in zip(found, wanted, strict=True):
-        states, due = _wide(states), _wide(due)
-        size = due.square().sum(-1).clamp(min=torch.finfo(due.dtype).tiny)
-        layers.append(((states - due).square().sum(-1) / size).sum())
-    return torch.stack(layers).mean()
 
 
 def _wide(tensor: Tensor) -> Tensor:

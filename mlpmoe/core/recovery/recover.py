@@ -21,17 +21,14 @@ from ..memory import available_memory
 from ..mlps import context_length
 from ..spec import ConversionSpec
 from ..stopping import may_stop, stoppable
-from .divergence import AT_ONCE, distance, divergence
+from .divergence import AT_ONCE, divergence
 from .kinds import RECOVERIES
 from .recount import recount
 from .report import Look, RecoveryReport
 from .samples import Samples
 from .saved import Saved, key_of
-from .student import READING, Student, frozen_twin
+from .student import Student, frozen_twin
 
-# Of the distance layer by layer beside the divergence. What it brings after 60 steps on SmolLM2 at
-# 75 %, held-out KL 0.3448 before: 0 0.3261, 3 0.3232, 30 0.3177, 200 0.3205.
-LAYERS_WEIGHT = 30.0
 LOOKS = 8  # at the held-out text, beside the first
 SAVE_EVERY = 20  # steps
 LOGITS = 2**25  # of a piece of a batch
@@ -51,8 +48,7 @@ def recover(
     state: Path | None = None,
 ) -> RecoveryReport:
     """Train what `spec.recover` names in `converted`, in place, so that it predicts the next token
-    as `dense` does: the least KL(dense ‖ converted) on the calibration text, and LAYERS_WEIGHT
-    times the relative squared distance of the residual stream, in the mean over the layers.
+    as `dense` does: the least KL(dense ‖ converted) on the calibration text.
 
     AdamW without weight decay, the rate warmed up and then lowered along a cosine, BATCH_TOKENS
     tokens per step, gradients cut to length 1. Some rows of the text are never trained on; the
@@ -160,10 +156,9 @@ class _Course:
         for some in ids.split(self.at_once):
             may_stop()
             with torch.enable_grad():
-                apart, layers = self._read(some)
-                loss = (apart + LAYERS_WEIGHT * layers) / ids.numel()
+                loss = self._divergence(some) / ids.numel()
                 self.accelerator.backward(self.scale * loss.float())
-            total += float(apart.detach()) / ids.numel()
+            total += float(loss.detach())
         for parameter in self._trained():
             parameter.grad.div_(self.scale)
         length = self.accelerator.clip_grad_norm_(self._trained(), CLIP)
@@ -176,14 +171,12 @@ class _Course:
         self.optimizer.zero_grad()
         return fine
 
-    def _read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ over the tokens of (rows, tokens): the KL divergence, and the distance by layers."""
+    def _divergence(self, ids: Tensor) -> Tensor:
+        """Σ KL over the tokens of (rows, tokens)."""
         ids = ids.to(self.dense.device)
         with torch.no_grad():
-            wanted = self.teacher(ids, **READING)
-        found = self.student(ids)
-        layers = distance(found.hidden_states[1:], wanted.hidden_states[1:])
-        return divergence(found.logits, wanted.logits), layers
+            wanted = self.teacher(ids, use_cache=False).logits
+        return divergence(self.student(ids), wanted)
 
     def _look(self) -> bool:
         """At the held-out text, keeping the weights if they are the best so far; False if the
@@ -191,7 +184,7 @@ class _Course:
         held_out, total = self.samples.held_out, 0.0
         for some in held_out.split(self.at_once):
             may_stop()
-            total += float(self._read(some)[0])
+            total += float(self._divergence(some))
         found = total / held_out.numel()
         train = sum(self.losses) / len(self.losses) if self.losses else None
         best = min((look.held_out for look in self.looks), default=None)
@@ -265,7 +258,7 @@ def _check_memory(
         + 2 * weights * size  # as rounded, with their gradients
         + 4 * pieces * config.vocab_size * size  # logits of both, gradients
         + 16 * AT_ONCE
-        + pieces * config.num_hidden_layers * (kept * size + 8 * config.hidden_size)
+        + pieces * config.num_hidden_layers * kept * size
     )
     available = available_memory(model.device)
     if available is not None and needed > available:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from ..errors import SpecError
 from ..routed import ROUTED_TYPES, RoutedMLP
@@ -21,7 +20,6 @@ from ..stopping import stop_between_modules
 from .low_rank import LowRank
 
 TYPES = (BranchedMLP, *ROUTED_TYPES)
-READING = {"use_cache": False, "output_hidden_states": True}  # how both models are called
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,7 @@ class Student(nn.Module):
     own ten lines and not `peft`, whose adapters know no zeros that have to stay, and would wrap
     modules whose weights are plain parameters.
 
-    `forward(ids)`: (samples, tokens) int64 -> a ModelOutput whose `logits` are (samples, tokens,
-    vocabulary) and whose `hidden_states` are one (samples, tokens, d_model) before the layers and
-    one after each.
+    `forward(ids)`: (samples, tokens) int64 -> logits (samples, tokens, vocabulary).
     """
 
     def __init__(self, model: PreTrainedModel, spec: ConversionSpec) -> None:
@@ -118,8 +114,10 @@ class Student(nn.Module):
             for place in self.places
         )
 
-    def forward(self, ids: Tensor) -> ModelOutput:
-        return functional_call(self.twin, dict(self.values()), (ids,), READING, tie_weights=False)
+    def forward(self, ids: Tensor) -> Tensor:
+        values = dict(self.values())
+        found = functional_call(self.twin, values, (ids,), {"use_cache": False}, tie_weights=False)
+        return found.logits
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """The trained tensors as the model will have them, by their names in it."""
