@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlpmoe.__main__ import main
-from mlpmoe.core.recovery import recover as recovering
+from mlpmoe.core.recovery import course as courses
 from tests.commands.common import refused, strictly
 
 FLAGS = ("--branches", "4", "--keep", "2", "--seqlen", "64", "--recover", "lora",
@@ -34,7 +34,7 @@ def test_evaluate_says_what_it_brought(evaluate, stories):
 def test_a_command_that_was_killed_goes_on(evaluate, stories, cache, monkeypatch):
     flags = (*FLAGS[:-1], "30", "--calibration", str(stories), "--json")
     whole = strictly(evaluate(*flags)[1])
-    train = recovering._Course._train
+    train = courses.Course._train
 
     class Killed(BaseException):
         pass
@@ -44,12 +44,12 @@ def test_a_command_that_was_killed_goes_on(evaluate, stories, cache, monkeypatch
             raise Killed
         return train(course)
 
-    monkeypatch.setattr(recovering._Course, "_train", killed)
+    monkeypatch.setattr(courses.Course, "_train", killed)
     with pytest.raises(Killed):
         evaluate(*flags)
     assert len(list((cache / "recovery").glob("*"))) == 1
     seen = []
-    monkeypatch.setattr(recovering._Course, "_train", lambda c: seen.append(c.step) or train(c))
+    monkeypatch.setattr(courses.Course, "_train", lambda c: seen.append(c.step) or train(c))
     again = strictly(evaluate(*flags)[1])
     assert seen == list(range(20, 30))
     assert again["recovery"]["looks"] == whole["recovery"]["looks"]
