@@ -20,7 +20,7 @@ from ..stopping import may_stop
 from .divergence import divergence
 from .kinds import RECOVERIES
 from .report import Look, RecoveryReport
-from .samples import Samples
+from .samples import Samples, parts
 from .saved import Saved
 from .student import Student, frozen_twin
 
@@ -28,12 +28,20 @@ LOOKS = 8  # at the held-out text, beside the first
 SAVE_EVERY = 20  # steps
 LOGITS = 2**25  # of a piece of a batch
 FLOAT16_SCALE = 2.0**10  # of the loss: float16 has no room for small gradients
+PASSES = 4  # forward passes that a step takes as long as: of both models, and backwards
 PLANNED = 0.9  # of a limit of time; the rest is for steps that take longer than the first
 
 
 def looked_at(steps: int) -> set[int]:
     """The numbers of steps after which the held-out text is looked at."""
     return {round(steps * part / LOOKS) for part in range(LOOKS + 1)}
+
+
+def forward_tokens(steps: int, samples: int, length: int) -> int:
+    """Tokens of forward passes that so many steps on a calibration text take about as long as, with
+    the looks at what is held out."""
+    held_out, batch = parts(samples, length)
+    return length * (PASSES * steps * batch + 2 * len(looked_at(steps)) * held_out)
 
 
 def at_once(vocabulary: int, length: int) -> int:

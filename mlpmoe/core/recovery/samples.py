@@ -15,6 +15,13 @@ HELD_OUT_SHARE = 16  # one of so many samples is never trained on
 MOST_HELD_OUT = 32  # samples
 
 
+def parts(count: int, length: int) -> tuple[int, int]:
+    """How many of `count` samples of `length` tokens are never trained on, and how many a step
+    reads."""
+    held_out = max(1, min(MOST_HELD_OUT, count // HELD_OUT_SHARE))
+    return held_out, max(1, BATCH_TOKENS // length)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Calibration samples in two parts, and the order of the first."""
@@ -28,8 +35,7 @@ class Samples:
         """The order is drawn epoch after epoch, each sample once in each. Raises SpecError if the
         text does not hold one batch beside what is kept apart."""
         count, length = calibration.samples.shape
-        held_out = max(1, min(MOST_HELD_OUT, count // HELD_OUT_SHARE))
-        batch = max(1, BATCH_TOKENS // length)
+        held_out, batch = parts(count, length)
         train = count - held_out
         if train < batch:
             raise SpecError(
