@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from math import inf
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from ..checkpoints.check.record import read_spec_file
 from ..core.calibration import MAX_TOKENS, MIN_SAMPLES, SAMPLE_TOKENS
 from ..core.choices import REGISTRIES
+from ..core.errors import UserError
 from ..core.spec import ConversionSpec
 from ..core.static.compensation import FILLS
 from ..core.written import SPARSITY, flag_of
 from ..measure.quality.encoding import PROTOCOLS
-from ..models import CALIBRATIONS, TEXTS
-from ..models.packaged import cache_folder
+from ..models import CALIBRATIONS, TEXTS, recovery_folder
 
 MODEL_HELP = (
     "short name, hub id, folder, or a GGUF file: its path, or owner/name/FILE.gguf on the hub"
@@ -159,9 +161,25 @@ def read_spec(arguments: argparse.Namespace) -> ConversionSpec:
     return ConversionSpec.from_texts(texts | flags)
 
 
-def recovery_folder() -> Path:
-    """Where training is kept while it runs: after a kill the same command goes on."""
-    return cache_folder() / "recovery"
+def add_training_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recover-limit",
+        type=float,
+        metavar="MINUTES",
+        help="of training, at most: as many of the steps as fit, and the result is that of a spec "
+        "with so many (default: no limit)",
+    )
+
+
+def training_ways(arguments: argparse.Namespace, spec: ConversionSpec) -> dict[str, Any]:
+    """How `convert` is to train, after --recover-limit and where training is kept."""
+    minutes = arguments.recover_limit
+    if minutes is not None and not spec.recovers:
+        raise UserError("--recover-limit is for --recover: nothing is trained here.")
+    if minutes is not None and not 0 < minutes < inf:
+        raise UserError("--recover-limit must be a number of minutes above 0.")
+    seconds = None if minutes is None else 60 * minutes
+    return {"state": recovery_folder(), "recover_seconds": seconds}
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

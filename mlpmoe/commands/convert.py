@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.forms.choose import AUTO, DENSE, FORM_WORDS
 from ..checkpoints.write.export import SAVED, Exported, export
@@ -15,8 +16,15 @@ from ..core.conversion import convert
 from ..core.spec import ConversionSpec
 from ..models import format_bytes, load, preflight
 from ..models.host import DTYPES
-from .arguments import MODEL_HELP, add_spec, add_texts, read_spec, recovery_folder
-from .terminal import print_json, print_table, progress
+from .arguments import (
+    MODEL_HELP,
+    add_spec,
+    add_texts,
+    add_training_limit,
+    read_spec,
+    training_ways,
+)
+from .terminal import print_json, print_recovery, print_table, progress
 from .texts import EvaluationText, calibration_text_for, evaluation_text
 
 NAME = "convert"
@@ -51,10 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_texts(parser)
     add_spec(parser)
+    add_training_limit(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
+    ways = training_ways(arguments, spec)
     check_target(arguments.folder)
     text = evaluation_text(arguments)
     made = None
@@ -64,12 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
         except PiecewiseError as error:
             progress(str(error))
     if made is None:
-        made = _from_memory(arguments, spec, text)
+        made = _from_memory(arguments, spec, text, ways)
     progress("")
     if arguments.json:
         print_json({"folder": str(made.folder), "bytes": made.bytes} | made.record.to_dict())
     else:
-        _print(made, spec)
+        _print(made)
 
 
 def _from_files(
@@ -86,14 +96,15 @@ def _from_files(
 
 
 def _from_memory(
-    arguments: argparse.Namespace, spec: ConversionSpec, text: EvaluationText
-) -> Exported:
+    arguments: argparse.Namespace, spec: ConversionSpec, text: EvaluationText,
+    ways: dict[str, Any],
+) -> Exported:  # fmt: skip
     seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None
     dense, tokenizer = load(
         arguments.model, arguments.compute, arguments.device, on_progress=progress
     )
     calibration = seen.encode(tokenizer, dense) if seen else None
-    model = convert(dense, spec, calibration, on_progress=progress, state=recovery_folder())
+    model = convert(dense, spec, calibration, on_progress=progress, **ways)
     return export(
         model, arguments.folder, tokenizer=tokenizer,
         text=text.encode(tokenizer, dense)[0], text_name=text.name, dense=dense,
@@ -102,11 +113,12 @@ def _from_memory(
     )  # fmt: skip
 
 
-def _print(made: Exported, spec: ConversionSpec) -> None:
+def _print(made: Exported) -> None:
     found, record = made.verification, made.record
     print(f"{made.folder}: {format_bytes(made.bytes)}, {record.architecture}, {found.saved_dtypes}")
-    print(f"converted with {spec.to_flags()}")
-    print(f"{record.recovery}\n" if record.recovery else "")
+    print(f"converted with {record.spec.to_flags()}")
+    print_recovery(record.recovery)
+    print()
     rows = [
         ["largest difference of a logit", f"{found.max_logit_difference:.2g}"],
         ["  of the largest logit", f"{found.relative_difference:.1e}"],

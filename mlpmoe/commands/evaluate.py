@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..core.conversion import convert, mlp_modules, recovery_of
+from ..core.conversion import convert, mlp_modules, recovery_of, spec_of
 from ..core.errors import UserError
 from ..measure.cost.parameters import parameter_report
 from ..measure.cost.speed import decode_speed
@@ -23,11 +24,20 @@ from ..measure.quality.tasks import task_scores
 from ..measure.runs.file import RunsFile
 from ..measure.runs.sweep import Run, run_of
 from ..models import load
-from .arguments import MODEL_HELP, add_setting, add_spec, at_least, read_spec, recovery_folder
+from .arguments import (
+    MODEL_HELP,
+    add_setting,
+    add_spec,
+    add_training_limit,
+    at_least,
+    read_spec,
+    training_ways,
+)
 from .terminal import (
     parameter_rows,
     perplexity_rows,
     print_json,
+    print_recovery,
     print_table,
     progress,
     speed_rows,
@@ -73,10 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="solved examples before each question (default: what the task says, mostly none)",
     )  # fmt: skip
     add_spec(parser)
+    add_training_limit(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
+    ways = training_ways(arguments, spec)
     tasks = _tasks(arguments)
     text = evaluation_text(arguments)
     seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None
@@ -91,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
     parts = windows(dense, encoded, window, stride)
     progress("converting")
     calibration = seen.encode(tokenizer, dense) if seen else None
-    converted = convert(dense, spec, calibration, on_progress=progress, state=recovery_folder())
-    recovery = recovery_of(converted)
+    converted = convert(dense, spec, calibration, on_progress=progress, **ways)
+    recovery, spec = recovery_of(converted), spec_of(converted)
     perplexities = [
         _perplexity(name, model, parts)
         for name, model in (("dense", dense), ("converted", converted))
@@ -108,7 +120,14 @@ def run(arguments: argparse.Namespace) -> None:
         speed = decode_speed(dense, converted)
     progress("counting parameters")
     reports = [parameter_report(model) for model in (dense, converted)]
-    if file:
+    if file and recovery and recovery.cut_short:
+        progress("")
+        print(
+            f"mlpmoe: the run is not added to {arguments.out}: the time limit cut training short, "
+            "so no settings give it again.",
+            file=sys.stderr,
+        )
+    elif file:
         measured = run_of(spec, *perplexities, *reports)
         _append(file, replace(measured, tasks=scored), scored_tokens(parts))
     progress("")
@@ -156,7 +175,8 @@ def run(arguments: argparse.Namespace) -> None:
     if calibration:
         print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))
     print(f"converted with {spec.to_flags()}")
-    print(f"{recovery}\n" if recovery else "")
+    print_recovery(recovery)
+    print()
     rows = [["", "dense", "converted", "difference"]]
     rows += perplexity_rows(*perplexities, changed)
     rows += parameter_rows(*reports)

@@ -25,7 +25,7 @@ from ..measure.runs.pace import about, forecast
 from ..measure.runs.recipes import recipes
 from ..measure.runs.sweep import AT_ONCE, Run, check_fit, comparison
 from ..measure.runs.tables import to_csv
-from ..models import find_entry, load
+from ..models import find_entry, load, recovery_folder
 from .arguments import MODEL_HELP, SPEC_NAMES, add_setting, add_spec, at_least
 from .terminal import print_json, print_table, progress
 from .texts import calibration_text_for, evaluation_text, in_windows, read_text, run_setting
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
     # The dtype that was chosen here, since "auto" may be another on a worker.
     job = Job(
         _reachable(arguments.model), encoded, calibration, setting["dtype"], arguments.device,
-        window, stride,
+        window, stride, recovery_folder(),
     )  # fmt: skip
     if arguments.engine == "ray":
         del model  # each worker loads its own

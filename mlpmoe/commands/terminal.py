@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..core.recovery.report import RecoveryReport
 from ..measure.cost.bench import BenchLine
 from ..measure.cost.parameters import ParameterReport
 from ..measure.cost.speed import SpeedReport
@@ -82,6 +83,19 @@ def speed_rows(speed: SpeedReport | None) -> Iterator[list[str]]:
     ]
     if speed.plain is not None:
         yield ["  by torch alone", number(speed.plain), "", ""]
+
+
+def print_recovery(report: RecoveryReport | None) -> None:
+    """What training did, and what it saw on its way."""
+    if report is None:
+        return
+    rows = [["step", "KL, trained on", "held out", ""]]
+    for look in report.looks:
+        trained = "" if look.train is None else f"{look.train:.4g}"
+        kept = "kept" if look.step == report.best else ""
+        rows.append([f"{look.step:,}", trained, f"{look.held_out:.4g}", kept])
+    print(report)
+    print_table(rows, align=">>><")
 
 
 def task_rows(found: Sequence[TaskScore]) -> Iterator[list[str]]:

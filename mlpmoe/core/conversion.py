@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from threading import Lock
@@ -35,6 +36,7 @@ from .stopping import may_stop, stoppable
 from .visiting import Observed, visit_layers
 
 Progress = Callable[[str, float], None]
+OnLook = Callable[[RecoveryReport], None]
 
 # MLP modules whose reading was compared with their own forward. The comparison depends on the
 # module's code, not on the spec, so once per module is enough.
@@ -53,6 +55,8 @@ def convert(
     calibration: Calibration | None = None,
     on_progress: Progress | None = None,
     state: Path | None = None,
+    recover_seconds: float | None = None,
+    on_look: OnLook | None = None,
 ) -> PreTrainedModel:
     """A new model whose MLPs are replaced by what `spec` asks for; `model` is unchanged.
 
@@ -62,14 +66,16 @@ def convert(
     module on random input. calibration: text that methods may look at, where `spec` needs it.
     on_progress(message, share) is told what is being done and which share of the layers was begun
     before, again and again, one call at a time but maybe from several threads; what it raises ends
-    the work within a layer and comes out of here. state: a folder from which training that was
-    killed goes on. Raises UnsupportedModelError if the model cannot be split, SpecError if the spec
-    does not fit it or the calibration is missing. Warns (CalibrationWarning) where a fit has too
-    few calibration tokens.
+    the work within a layer and comes out of here. state, recover_seconds, on_look: of training
+    after it, a folder from which it goes on after it was ended, a limit of time (with which
+    `spec_of` tells the steps that fitted in), and who is told of its looks; see `recover`. Raises
+    UnsupportedModelError if the model cannot be split, SpecError if the spec does not fit it or the
+    calibration is missing. Warns (CalibrationWarning) where a fit has too few calibration tokens.
     """
     if calibration is not None:
         warn_of_few_tokens(model, [spec], calibration)
-    return convert_all(model, [spec], calibration, on_progress, state)[0]
+    how = state, recover_seconds, on_look
+    return convert_all(model, [spec], calibration, on_progress, *how)[0]
 
 
 @torch.no_grad()
@@ -79,13 +85,18 @@ def convert_all(
     calibration: Calibration | Observed | None = None,
     on_progress: Progress | None = None,
     state: Path | None = None,
+    recover_seconds: float | None = None,
+    on_look: OnLook | None = None,
 ) -> list[PreTrainedModel]:
     """`convert` for several specs, with as few passes over the calibration text as possible: one
     for all, one more if something is found from the whole model first, and one for each that is
     calibrated progressively. With what was `observed` on the text, only these last ones."""
     report = _Report(on_progress, "converting")
+    train = partial(
+        recover, on_progress=report, state=state, seconds=recover_seconds, on_look=on_look
+    )
     with stoppable(report.again):
-        return _convert_all(model, specs, calibration, report, state)
+        return _convert_all(model, specs, calibration, report, train)
 
 
 def _convert_all(
@@ -93,7 +104,7 @@ def _convert_all(
     specs: Sequence[ConversionSpec],
     calibration: Calibration | Observed | None,
     report: _Report,
-    state: Path | None,
+    train: Callable[..., RecoveryReport],
 ) -> list[PreTrainedModel]:
     mlps = read_mlps(model)
     for spec in specs:
@@ -125,7 +136,9 @@ def _convert_all(
         setattr(new, _SPEC, spec)
         if spec.recovers and set(range(len(mlps))) - set(spec.spared_layers):
             text = calibration.calibration if isinstance(calibration, Observed) else calibration
-            setattr(new, _RECOVERY, recover(model, new, spec, text, report, state))
+            recovery = train(model, new, spec, text)
+            setattr(new, _RECOVERY, recovery)
+            setattr(new, _SPEC, recovery.done(spec))
     return converted
 
 

@@ -132,8 +132,9 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         _wire_tabs(state, fields, weights.layer, lesson.layer)
         changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
         measured = _wire_measurement(
-            handlers, state, convert, pictures, weights, spec, [*shown, fields.measured], changed
-        )
+            handlers, state, convert, pictures, weights, spec,
+            [*shown, convert.training_note, convert.training_curve, fields.measured], changed,
+        )  # fmt: skip
         # the card of compute has its figure as soon as the training is done
         after = [changed.then, cards.compute.change, *(event.then for event in measured)]
         _wire_training(TrainingHandlers(workbench), convert, spec, after)

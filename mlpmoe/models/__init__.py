@@ -22,6 +22,7 @@ from .texts import (
     named_text,
     text_digest,
 )
+from .training import host_training_seconds, recovery_folder
 
 __all__ = [
     "CALIBRATIONS",
@@ -43,6 +44,7 @@ __all__ = [
     "format_bytes",
     "format_parameters",
     "host_allows_any_model",
+    "host_training_seconds",
     "load",
     "load_checked",
     "make_ready",
@@ -52,5 +54,6 @@ __all__ = [
     "offline_models",
     "origin_of",
     "preflight",
+    "recovery_folder",
     "text_digest",
 ]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlpmoe.__main__ import main
-from mlpmoe.core.recovery import recover as recovering
+from mlpmoe.core.recovery import course as courses
 from tests.commands.common import refused, strictly
 
 FLAGS = ("--branches", "4", "--keep", "2", "--seqlen", "64", "--recover", "lora",
@@ -21,37 +21,42 @@ def cache(tmp_path, monkeypatch):
 def test_evaluate_says_what_it_brought(evaluate, stories):
     status, out, err = evaluate(*FLAGS, "--calibration", str(stories))
     assert (status, err) == (0, "")
-    line = next(line for line in out.splitlines() if line.startswith("trained lora"))
+    out_lines = out.splitlines()
+    line = next(line for line in out_lines if line.startswith("trained lora"))
     assert "held-out KL " in line and " 4 steps" in line and line.endswith(" s")
     status, out, _ = evaluate(*FLAGS, "--calibration", str(stories), "--json")
     found = strictly(out)["recovery"]
     assert found["steps"] == 4 and found["looks"][0]["step"] == 0
     assert f"{found['looks'][0]['held_out']:.4g} → " in line
+    header = next(n for n, line in enumerate(out_lines) if line.startswith("step"))
+    rows = [line.split() for line in out_lines[header + 1 :][: len(found["looks"])]]
+    assert [row[0] for row in rows] == [str(look["step"]) for look in found["looks"]]
+    assert [row[-1] for row in rows if row[-1] == "kept"] == ["kept"]
+    (kept,) = (row for row in rows if row[-1] == "kept")
+    assert kept[0] == str(found["best"]) and float(kept[-2]) == min(
+        float(f"{look['held_out']:.4g}") for look in found["looks"]
+    )
     status, out, _ = evaluate("--branches", "4", "--json")
     assert strictly(out)["recovery"] is None
 
 
-def test_a_command_that_was_killed_goes_on(evaluate, stories, cache, monkeypatch):
+def test_a_command_that_was_stopped_goes_on(evaluate, stories, cache, monkeypatch):
     flags = (*FLAGS[:-1], "30", "--calibration", str(stories), "--json")
     whole = strictly(evaluate(*flags)[1])
-    train = recovering._Course._train
+    train = courses.Course._train
 
-    class Killed(BaseException):
-        pass
-
-    def killed(course):
+    def interrupted(course):
         if course.step == 25:
-            raise Killed
+            raise KeyboardInterrupt
         return train(course)
 
-    monkeypatch.setattr(recovering._Course, "_train", killed)
-    with pytest.raises(Killed):
-        evaluate(*flags)
+    monkeypatch.setattr(courses.Course, "_train", interrupted)
+    assert evaluate(*flags)[0] == 130
     assert len(list((cache / "recovery").glob("*"))) == 1
     seen = []
-    monkeypatch.setattr(recovering._Course, "_train", lambda c: seen.append(c.step) or train(c))
+    monkeypatch.setattr(courses.Course, "_train", lambda c: seen.append(c.step) or train(c))
     again = strictly(evaluate(*flags)[1])
-    assert seen == list(range(20, 30))
+    assert seen == list(range(25, 30))
     assert again["recovery"]["looks"] == whole["recovery"]["looks"]
     assert again["converted"] == whole["converted"]
     assert not list((cache / "recovery").glob("*"))
@@ -70,6 +75,54 @@ def test_sweeps_take_it(sweep, tmp_path):
     assert strictly(sweep(*flags)[1])["runs"] == runs  # from the file
 
 
+def test_a_sweep_that_was_stopped_goes_on_within_a_training(sweep, tmp_path, cache, monkeypatch):
+    out = tmp_path / "runs.jsonl"
+    flags = ("--branches", "4", "--keep", "2", "--recover", "alpha,down", "--recover-steps", "6",
+             "--seqlen", "64", "--json")  # fmt: skip
+    whole = strictly(sweep(*flags)[1])["runs"]
+    train = courses.Course._train
+
+    def interrupted(course):
+        if course.spec.recover == "down" and course.step == 4:
+            raise KeyboardInterrupt
+        return train(course)
+
+    monkeypatch.setattr(courses.Course, "_train", interrupted)
+    assert sweep(*flags, "--out", str(out))[0] == 130
+    assert len(out.read_text().splitlines()) == 1  # measured before the second was trained
+    seen = []
+    monkeypatch.setattr(
+        courses.Course, "_train", lambda c: seen.append((c.spec.recover, c.step)) or train(c)
+    )
+    assert strictly(sweep(*flags, "--out", str(out))[1])["runs"] == whole
+    assert seen == [("down", 4), ("down", 5)]
+
+
+def test_a_limit_makes_it_the_result_of_fewer_steps(evaluate, stories, tmp_path, monkeypatch):
+    out, asked = tmp_path / "runs.jsonl", []
+    monkeypatch.setattr(
+        courses.Course, "_plan", lambda c: asked.append(c.seconds) or setattr(c, "steps", 2)
+    )
+    flags = (*FLAGS, "--calibration", str(stories), "--json")
+    limited = strictly(evaluate(*flags, "--recover-limit", "1.5", "--out", str(out))[1])
+    assert asked == [90.0]
+    assert limited["spec"]["recover_steps"] == 2 and limited["recovery"]["asked"] == 4
+    assert json.loads(out.read_text())["spec"] == limited["spec"]
+    monkeypatch.undo()
+    plain = strictly(evaluate(*flags, "--recover-steps", "2")[1])
+    assert plain["converted"] == limited["converted"] and plain["spec"] == limited["spec"]
+
+
+def test_what_the_limit_cut_short_is_no_run(evaluate, stories, tmp_path, monkeypatch):
+    out = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(courses.Course, "_plan", lambda course: None)
+    monkeypatch.setattr(courses.Course, "_is_late", lambda course: course.step == 3)
+    flags = (*FLAGS, "--calibration", str(stories), "--recover-limit", "1", "--out", str(out))
+    status, said, err = evaluate(*flags)
+    assert status == 0 and "the time limit of 60 s ended it at step 3." in said
+    assert "not added" in err and not out.exists()
+
+
 def test_convert_writes_it_and_reads_it_back(folder, text, stories, tmp_path, capsys):
     flags = [*FLAGS, "--text", str(text), "--calibration", str(stories), "--json"]
     assert main(["convert", str(folder), str(tmp_path / "a"), *flags]) == 0
@@ -84,6 +137,9 @@ def test_convert_writes_it_and_reads_it_back(folder, text, stories, tmp_path, ca
 
 def test_what_cannot_be_trained_is_refused(evaluate, stories):
     text = ("--calibration", str(stories))
+    assert refused(evaluate("--keep", "8", "--recover-limit", "1"), "is for --recover")
+    for minutes in ("0", "-1", "nan", "inf"):
+        assert refused(evaluate(*FLAGS, *text, "--recover-limit", minutes), "minutes above 0")
     assert refused(evaluate("--recover", "router", *text), "has no router")
     assert refused(evaluate("--recover", "gate", *text), "recover must be one of")
     assert refused(evaluate(*FLAGS, *text, "--nsamples", "8"), "needs 576 calibration tokens")

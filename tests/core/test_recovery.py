@@ -13,6 +13,7 @@ from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, mlp_modules, observe, recovery_of
 from mlpmoe.core.descent import BETAS, CLIP, height
 from mlpmoe.core.errors import SpecError
+from mlpmoe.core.recovery import course as courses
 from mlpmoe.core.recovery import divergence as divergences
 from mlpmoe.core.recovery import recover as recovering
 from mlpmoe.core.recovery import student as students
@@ -300,7 +301,7 @@ def test_what_was_observed_is_trained_on_too(dense, text):
 def test_small_pieces_of_a_batch_change_nothing(dense, text, monkeypatch):
     spec = SPECS["all"]
     whole = convert(dense, spec, text)
-    monkeypatch.setattr(recovering, "LOGITS", 3 * LENGTH * VOCABULARY)
+    monkeypatch.setattr(courses, "LOGITS", 3 * LENGTH * VOCABULARY)
     for a, b in zip(whole.parameters(), convert(dense, spec, text).parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
@@ -370,7 +371,7 @@ def test_experts_that_are_all_shared_have_no_router_to_train(dense, text):
 def test_a_loss_that_is_not_finite_ends_it(dense, text, monkeypatch, at):
     """What was best until then is kept; at the first step, the model as it was."""
     spec, calls = SPECS["all"], []
-    train = recovering._Course._train
+    train = courses.Course._train
 
     def poisoned(course):
         if course.step == at:
@@ -381,7 +382,7 @@ def test_a_loss_that_is_not_finite_ends_it(dense, text, monkeypatch, at):
         calls.append(course.step)
         return train(course)
 
-    monkeypatch.setattr(recovering._Course, "_train", poisoned)
+    monkeypatch.setattr(courses.Course, "_train", poisoned)
     model = convert(dense, spec, text)
     report = recovery_of(model)
     assert report.stopped == f"the loss is not finite at step {at + 1}."
@@ -411,6 +412,27 @@ def test_a_model_that_is_broken_is_left_as_it_is(dense, text):
 
 class Stopped(Exception):
     pass
+
+
+def test_every_look_is_told_with_what_was_done_so_far(dense, text, tmp_path):
+    told, spec = [], SPECS["all"]
+    report = recovery_of(convert(dense, spec, text, on_look=told.append))
+    assert [each.looks for each in told] == [report.looks[:n] for n in range(1, 8)]
+    assert [each.steps for each in told] == [0, 1, 2, 3, 4, 5, 6]
+    assert told[-1] == replace(report, seconds=told[-1].seconds)
+    for each in told:
+        assert each.after == min(look.held_out for look in each.looks)
+        assert each.planned == each.asked == 6 and each.stopped is None
+
+    def stop(so_far):
+        if so_far.steps == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(dense, spec, text, state=tmp_path, on_look=stop)
+    again = []
+    convert(dense, spec, text, state=tmp_path, on_look=again.append)
+    assert [each.looks for each in again] == [each.looks for each in told[4:]]
 
 
 def test_it_can_be_left_within_a_step(dense, text):

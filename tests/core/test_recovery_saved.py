@@ -1,9 +1,11 @@
-"""A recovery that was killed goes on where it was, and ends as if nothing had happened."""
+"""A recovery that was killed or stopped goes on where it was, and ends as if nothing had been."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, recovery_of
-from mlpmoe.core.recovery import recover as recovering
+from mlpmoe.core.recovery import course as courses
 from mlpmoe.core.recovery import saved
 from mlpmoe.core.spec import ConversionSpec
 from tests.families import VOCABULARY, build
@@ -28,6 +30,10 @@ class Killed(BaseException):
     pass
 
 
+class Stopped(Exception):
+    pass
+
+
 @pytest.fixture(scope="module")
 def text():
     generator = torch.Generator().manual_seed(5)
@@ -39,14 +45,36 @@ def dense():
     return build("llama")
 
 
-def convert_until(step, *args, **kwargs):
-    """Convert, and be killed when so many steps are done."""
+@pytest.fixture(scope="module")
+def whole(dense, text):
+    """Each of SPECS without a break."""
+    return {name: convert(dense, spec, text) for name, spec in SPECS.items()}
+
+
+def convert_until(step, *args, state, **kwargs):
+    """Convert, and be killed when so many steps are done: the disk stays as it is then."""
+    then = state.with_name("then")
 
     def tell(message, share):
-        if f"step {step} of" in message:
+        if f"step {step} of" in message and not then.exists():
+            state.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(state, then)
             raise Killed
 
     with pytest.raises(Killed):
+        convert(*args, on_progress=tell, state=state, **kwargs)
+    shutil.rmtree(state)
+    then.rename(state)
+
+
+def stop_at(step, *args, **kwargs):
+    """Convert, and stop when so many steps are done."""
+
+    def tell(message, share):
+        if f"step {step} of" in message:
+            raise Stopped
+
+    with pytest.raises(Stopped):
         convert(*args, on_progress=tell, **kwargs)
 
 
@@ -59,23 +87,71 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("killed", [(23,), (47, 41), (21, 22, 45), (5,)])
-def test_it_ends_with_the_same_bits(dense, text, tmp_path, name, killed, monkeypatch):
+def test_it_ends_with_the_same_bits(dense, text, whole, tmp_path, name, killed, monkeypatch):
     spec, folder = SPECS[name], tmp_path / "not" / "there"
-    whole = convert(dense, spec, text)
     for step in killed:
         convert_until(step, dense, spec, text, state=folder)
     assert len(list(folder.glob("*"))) == (max(killed) > 20)
-    steps, train = [], recovering._Course._train
+    steps = steps_taken(monkeypatch)
+    resumed = convert(dense, spec, text, state=folder)
+    assert steps[0] == (40 if 40 <= max(killed) else 20 if 20 <= max(killed) else 0)
+    assert_same(resumed, whole[name])
+    assert not list(folder.glob("*"))  # it is done
+
+
+def steps_taken(monkeypatch):
+    """The numbers of the steps that are taken from now on, as they come."""
+    steps, train = [], courses.Course._train
 
     def counted(course):
         steps.append(course.step)
         return train(course)
 
-    monkeypatch.setattr(recovering._Course, "_train", counted)
-    resumed = convert(dense, spec, text, state=folder)
-    assert steps[0] == (40 if 40 <= max(killed) else 20 if 20 <= max(killed) else 0)
-    assert_same(resumed, whole)
-    assert not list(folder.glob("*"))  # it is done
+    monkeypatch.setattr(courses.Course, "_train", counted)
+    return steps
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_stop_keeps_every_step(dense, text, whole, tmp_path, name, monkeypatch):
+    spec = SPECS[name]
+    for step in (5, 23, 24, 45):
+        stop_at(step, dense, spec, text, state=tmp_path)
+    steps = steps_taken(monkeypatch)
+    assert_same(convert(dense, spec, text, state=tmp_path), whole[name])
+    assert steps == [45, 46, 47]
+
+
+def test_a_stop_within_a_look_costs_the_look_only(dense, text, whole, tmp_path, monkeypatch):
+    spec, divergence = SPECS["all"], courses.Course._divergence
+
+    def stopping(course, ids):
+        if course.step == 12 and not torch.is_grad_enabled():
+            raise Stopped
+        return divergence(course, ids)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(courses.Course, "_divergence", stopping)
+        convert(dense, spec, text, state=tmp_path)
+    steps = steps_taken(monkeypatch)
+    assert_same(convert(dense, spec, text, state=tmp_path), whole["all"])
+    assert steps[0] == 12
+
+
+def test_what_breaks_within_an_update_is_not_kept(dense, text, whole, tmp_path, monkeypatch):
+    """The numbers may be of two steps then: the file of before stays."""
+    spec, step, done = SPECS["all"], torch.optim.AdamW.step, []
+
+    def breaking(optimizer, *args, **kwargs):
+        done.append(step(optimizer, *args, **kwargs))
+        if len(done) == 31:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", breaking)
+        convert(dense, spec, text, state=tmp_path)
+    steps = steps_taken(monkeypatch)
+    assert_same(convert(dense, spec, text, state=tmp_path), whole["all"])
+    assert steps[0] == 20
 
 
 @pytest.mark.parametrize("what", ["spec", "text", "dense model"])
@@ -93,12 +169,12 @@ def test_another_recovery_is_not_continued(dense, text, tmp_path, what):
 
 
 @pytest.mark.parametrize("damage", [b"", b"no file of torch", None])
-def test_a_damaged_file_is_passed_over(dense, text, tmp_path, damage):
+def test_a_damaged_file_is_passed_over(dense, text, whole, tmp_path, damage):
     spec = SPECS["all"]
     convert_until(30, dense, spec, text, state=tmp_path)
     (file,) = tmp_path.glob("*")
     file.write_bytes(file.read_bytes()[:-1000] if damage is None else damage)
-    assert_same(convert(dense, spec, text, state=tmp_path), convert(dense, spec, text))
+    assert_same(convert(dense, spec, text, state=tmp_path), whole["all"])
 
 
 def test_a_file_runs_nothing_and_holds_plain_values(dense, text, tmp_path):
@@ -108,12 +184,10 @@ def test_a_file_runs_nothing_and_holds_plain_values(dense, text, tmp_path):
     assert found["step"] == 20 and found["key"].startswith(file.stem)
 
 
-def test_a_folder_that_cannot_be_written_to_costs_the_way_back_only(dense, text, tmp_path):
+def test_a_folder_that_cannot_be_written_to_costs_the_way_back_only(dense, text, whole, tmp_path):
     blocked = tmp_path / "a file"
     blocked.write_text("")
-    assert_same(
-        convert(dense, SPECS["all"], text, state=blocked), convert(dense, SPECS["all"], text)
-    )
+    assert_same(convert(dense, SPECS["all"], text, state=blocked), whole["all"])
 
 
 def test_what_nobody_came_back_to_goes(dense, text, tmp_path):
@@ -125,3 +199,19 @@ def test_what_nobody_came_back_to_goes(dense, text, tmp_path):
     os.utime(other, (long_ago, long_ago))
     convert(dense, SPECS["all"], text, state=tmp_path)
     assert sorted(tmp_path.glob("*")) == [new, other]
+
+
+def test_few_are_kept_and_the_disk_is_not_filled(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "KEPT", 2)
+    for seed in range(4):
+        stop_at(20, dense, replace(SPECS["lora"], seed=seed), text, state=tmp_path)
+        for file in tmp_path.glob("*"):  # a second passes
+            os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 1))
+    assert len(list(tmp_path.glob("*"))) == 2
+    steps = steps_taken(monkeypatch)
+    convert(dense, replace(SPECS["lora"], seed=2), text, state=tmp_path)
+    assert steps[0] == 20  # one of the two latest
+    free = namedtuple("Usage", "free")(saved.RESERVE)
+    monkeypatch.setattr(saved.shutil, "disk_usage", lambda folder: free)
+    stop_at(30, dense, SPECS["all"], text, state=tmp_path / "full")
+    assert not list((tmp_path / "full").glob("*"))

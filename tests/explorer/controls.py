@@ -82,6 +82,8 @@ class Measured(NamedTuple):
     sentence: Any
     curve: Any
     network: Any
+    training_note: Any
+    training_curve: Any
     new: Any
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, recovery_of
 from mlpmoe.core.errors import UserError
-from mlpmoe.core.recovery import recover as recovering
+from mlpmoe.core.recovery import course as courses
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.explorer.api import add_endpoints
 from mlpmoe.explorer.plots.training_plot import training_plot
@@ -127,14 +127,14 @@ def test_a_second_visitor_waits_and_sees_the_place(demo, monkeypatch):
     first, second = (
         read_asked(demo, settings(**ASKED | {"recover": what})) for what in ("lora", "all")
     )
-    begun, go_on, train = threading.Event(), threading.Event(), recovering._Course._train
+    begun, go_on, train = threading.Event(), threading.Event(), courses.Course._train
 
     def slowly(course):
         begun.set()
         assert go_on.wait(30)
         return train(course)
 
-    monkeypatch.setattr(recovering._Course, "_train", slowly)
+    monkeypatch.setattr(courses.Course, "_train", slowly)
     worker = threading.Thread(target=lambda: list(demo.convert(first)))
     worker.start()
     assert begun.wait(30)

@@ -1,5 +1,7 @@
 """How long a sweep takes, by a clock that the test turns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -75,3 +77,12 @@ def test_the_forecast_counts_forward_passes(monkeypatch, window, stride):
     assert seconds(plain) == pytest.approx(6 * each)
     assert seconds(fitted) == pytest.approx(6 * each + 2 * 8 * 64)
     assert seconds([*fitted, alone]) == pytest.approx(7 * each + 3 * 8 * 64)
+    # trained: of both models and backwards, 512 tokens a step; nine looks at one sample of eight
+    training = 4 * 200 * 512 + 9 * 2 * 64
+    trained = ConversionSpec(keep=8, recover="alpha")
+    assert seconds([trained]) == pytest.approx(2 * each + training)
+    few = ConversionSpec(keep=8, recover="alpha", recover_steps=3)
+    assert seconds([few]) == pytest.approx(2 * each + 4 * 3 * 512 + 4 * 2 * 64)
+    both = replace(fitted[0], recover="all")  # a pass of its own
+    assert seconds([*fitted, both]) == pytest.approx(7 * each + 3 * 8 * 64 + training)
+    assert seconds([ConversionSpec(recover="all")]) == pytest.approx(2 * each)  # nothing is lost

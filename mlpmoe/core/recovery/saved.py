@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,9 +20,12 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration
 from ..spec import ConversionSpec
 
-FORMAT = 1
+FORMAT = 2
 ENDING = ".recovery"
 OLD = 7 * 24 * 3600  # seconds after which nobody comes back to a file
+KEPT = 16  # files of a folder; the one written longest ago makes room
+RESERVE = 2**29  # bytes of the disk that stay free
+COPIES = 4  # of what is trained: itself, two moments, the best so far
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,25 @@ class Saved:
 
     def write(self, values: dict[str, Any]) -> None:
         """Replace what is there, in one go. A disk that is full or may not be written to only
-        costs the way back."""
+        costs the way back. values["weights"]: what is trained, all else is as large in all."""
         partial = self.file.with_suffix(f".{os.getpid()}.partial")
+        size = COPIES * sum(tensor.nbytes for tensor in values["weights"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room()
+            if shutil.disk_usage(self.folder).free < RESERVE + size:
+                return
             torch.save(values | {"key": self.key}, partial)
             os.replace(partial, self.file)
         except (OSError, RuntimeError):  # torch's own writer raises the second
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        others = [file for file in self.folder.glob(f"*{ENDING}") if file != self.file]
+        others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in others[KEPT - 1 :]:
+            file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """It is done. Files that were left behind long ago go, too."""
@@ -68,11 +82,12 @@ class Saved:
 
 def key_of(
     model: PreTrainedModel, trained: Iterable[Tensor], spec: ConversionSpec,
-    calibration: Calibration,
+    calibration: Calibration, seconds: float | None = None,
 ) -> str:  # fmt: skip
-    """What tells recoveries apart: the spec, the text, and what they begin with. Of the model
-    beside the trained tensors a few numbers of each tensor count."""
-    digest = hashlib.sha256(f"{FORMAT} {spec.canonical().to_query()}".encode())
+    """What tells recoveries apart: the spec, the text, what they begin with, and a limit of time,
+    since that decides over how many steps the rate falls. Of the model beside the trained tensors
+    a few numbers of each tensor count."""
+    digest = hashlib.sha256(f"{FORMAT} {spec.canonical().to_query()} {seconds}".encode())
     digest.update(model.config.to_json_string().encode())
     digest.update(_bytes(calibration.samples))
     for tensor in trained:

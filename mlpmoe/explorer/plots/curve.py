@@ -29,6 +29,7 @@ from .cost_plot import (
 from .labels import ROW, SIZE, Box, Pixels, along_line, around, beside, columns
 from .ridges import finish
 from .style import CONVERTED, GREY
+from .trained import add_arrows, said_at_both, trained_pairs
 
 HEIGHT = 330  # pixels
 NARROWEST, SHORTEST = 360, 300  # pixels that the names of the lines find room in
@@ -89,6 +90,9 @@ def curve(
     expected = not placed and not mine
     found = lines([r.run for r in shipped(REAL_KEY)] if expected else [*placed, *mine], axis)
     figure = go.Figure()
+    runs = [*placed, *mine]
+    pairs = trained_pairs(runs)
+    said = {id(runs[number]): words for number, words in said_at_both(runs, pairs).items()}
     on_lines = {id(run) for some in found.values() for run in some}
     if not expected:
         for some, colour, symbol, size, opacity in (
@@ -96,9 +100,14 @@ def curve(
             (mine, CONVERTED, "circle-open", 7, 0.9),
         ):
             others = [run for run in some if id(run) not in on_lines]
-            _add_runs(figure, others, axis, queries, colour, symbol, size, opacity)
+            _add_runs(figure, others, axis, queries, said, colour, symbol, size, opacity)
     for name, some in found.items():
-        _add_line(figure, name, some, axis, queries, pale=expected)
+        _add_line(figure, name, some, axis, queries, said, pale=expected)
+    add_arrows(
+        figure,
+        [tuple(_at(runs[number], axis) for number in pair) for pair in pairs],
+        [GREY if after < len(placed) else CONVERTED for _, after in pairs],
+    )
     add_dense(figure, showlegend=False)
     if here is not None:
         _add_here(figure, here)
@@ -130,15 +139,18 @@ def curve(
 
 def _add_runs(
     figure: go.Figure, runs: Sequence[Run], axis: str, queries: Mapping[ConversionSpec, str],
-    colour: str, symbol: str, size: float, opacity: float = 1.0, errors: bool = False,
+    said: Mapping[int, str], colour: str, symbol: str, size: float, opacity: float = 1.0,
+    errors: bool = False,
 ) -> None:  # fmt: skip
+    """said: more on a run, by its id."""
     add_points(
         figure,
-        [100 * cost_of(run, axis) for run in runs],
-        [shown_increase(run.ratio) for run in runs],
+        [_at(run, axis)[0] for run in runs],
+        [_at(run, axis)[1] for run in runs],
         name="runs", colour=colour, symbol=symbol, size=size, opacity=opacity,
         texts=[
             f"perplexity {change(run.ratio, run.stderr)}<br>{wrapped(recipe_of(run.spec))}"
+            f"{said.get(id(run), '')}"
             for run in runs
         ],
         queries=[queries.get(run.spec) for run in runs],
@@ -148,7 +160,7 @@ def _add_runs(
 
 def _add_line(
     figure: go.Figure, name: str, runs: Sequence[Run], axis: str,
-    queries: Mapping[ConversionSpec, str], pale: bool,
+    queries: Mapping[ConversionSpec, str], said: Mapping[int, str], pale: bool,
 ) -> None:  # fmt: skip
     style, cheapest = LINES[name], cost_of(runs[0], axis)
     # closer together towards dense, where lines are steep
@@ -161,7 +173,11 @@ def _add_line(
         line={"color": style.colour, "width": style.width, "dash": style.dash},
     )  # fmt: skip
     if not pale:
-        _add_runs(figure, runs, axis, queries, style.colour, style.symbol, 8, errors=True)
+        _add_runs(figure, runs, axis, queries, said, style.colour, style.symbol, 8, errors=True)
+
+
+def _at(run: Run, axis: str) -> tuple[float, float]:
+    return 100 * cost_of(run, axis), shown_increase(run.ratio)
 
 
 def _add_here(figure: go.Figure, here: Here) -> None:
@@ -213,7 +229,7 @@ def _label(
         taken = [spot.box for spot in spots]
         for trace in figure.data:
             places = list(map(pixels, trace.x, trace.y))
-            taken += along_line(places) if trace.mode == "lines" else [around(p, 4) for p in places]
+            taken += along_line(places) if "lines" in trace.mode else [around(p, 4) for p in places]
         words = "here" if here.measured or here.ratio is None else "here,<br>estimated"
         names.append((f"<b>{words}</b>", at))
         spots.append(beside(names[-1][0], at, taken, Box(0, width, 0, height)))

@@ -9,6 +9,7 @@ from math import isfinite
 import plotly.graph_objects as go
 
 from ...measure.notation import change
+from ...models import default_calibration
 from ..shell.preview import preset_name
 from ..shell.records import Record
 from ..shell.run_words import recipe_of
@@ -26,6 +27,7 @@ from .cost_plot import (
 )
 from .ridges import finish
 from .style import CONVERTED, GREY
+from .trained import add_arrows, said_at_both, trained_pairs
 
 HEIGHT = 460  # pixels
 PALE = 0.35  # opacity of what another run beats
@@ -102,7 +104,8 @@ def tradeoff_plot(
     layers: dict[str, Sequence[Record]], published: Sequence[Published], x: str, y: str
 ) -> go.Figure:
     """layers: key of STYLES -> runs, all of one model on one text. Presets are squares; runs that
-    another one beats in both axes are pale. published: figures of others, which beat nothing."""
+    another one beats in both axes are pale. A conversion that was trained is joined to the same one
+    without training. published: figures of others, which beat nothing."""
     across, up = AXES[x], AXES[y]
     figure = go.Figure()
     points = [
@@ -114,6 +117,9 @@ def tradeoff_plot(
     best = front([p[2:] for p in points], across, up)
     joined = sorted({points[i][2:] for i in best})
     add_unbeaten(figure, [p[0] for p in joined], [p[1] for p in joined])
+    runs = [point[1].run for point in points]
+    pairs = trained_pairs(runs, [_calibrated_on(point[1]) for point in points])
+    said = said_at_both(runs, pairs)
     for layer, (colour, symbol, size) in STYLES.items():
         of_layer = [i for i, point in enumerate(points) if point[0] == layer]
         for pale in (True, False):
@@ -129,7 +135,7 @@ def tradeoff_plot(
                 errors_x=_errors([across.error(record) for record in records], colour),
                 errors_y=_errors([up.error(record) for record in records], colour),
                 queries=[record.query for record in records],
-                texts=[_hover(record) for record in records],
+                texts=[_hover(points[i][1]) + said.get(i, "") for i in some],
                 opacity=PALE if pale else 1,
                 colour=colour,
                 size=size,
@@ -138,6 +144,11 @@ def tradeoff_plot(
                 legendgroup=layer,
                 showlegend=bool(some) and (not pale or len(some) == len(of_layer)),
             )
+    add_arrows(
+        figure,
+        [(points[before][2:], points[after][2:]) for before, after in pairs],
+        [STYLES[points[after][0]][0] for _, after in pairs],
+    )
     _published(figure, published, across, up)
     add_dense(figure, across.dense, up.dense)
     finish(figure, HEIGHT)
@@ -204,6 +215,10 @@ def _hover(record: Record) -> str:
         f"<br>compute {100 * run.macs_share:.1f} % ({100 * run.mlp_macs_share:.1f} % of MLPs)"
     )
     return f"{wrapped(recipe_of(run.spec))}<br>{figures}"
+
+
+def _calibrated_on(record: Record) -> str:
+    return record.calibration or default_calibration(record.model)
 
 
 def _percent(share: float | None) -> float | None:

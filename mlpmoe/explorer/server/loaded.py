@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -33,7 +33,13 @@ from ...measure.quality.head import token_losses
 from ...measure.quality.perplexity import Perplexity
 from ...measure.quality.routing import LayerRouting, routing
 from ...measure.runs.sweep import Run, run_of
-from ...models import Preflight, default_calibration, default_text
+from ...models import (
+    Preflight,
+    default_calibration,
+    default_text,
+    host_training_seconds,
+    recovery_folder,
+)
 from ...models.texts import TEXTS
 from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
@@ -50,6 +56,7 @@ RESULTS_HELD = 512  # per model
 TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
 ANSWERS_HELD = 64
+TRAININGS_KNOWN = 16  # how far they came
 ROUTINGS_HELD = 4  # choices of every token and layer
 ROUTING_TOKENS = 512  # of the model's own evaluation text, that experts are watched on
 PROBE_TOKENS = 128  # length of the forward pass that predicts how long a measurement takes
@@ -80,6 +87,8 @@ class LoadedModel:
     _routing: Recent = field(default_factory=lambda: Recent(ROUTINGS_HELD))
     _observed: Recent = field(default_factory=lambda: Recent(1))
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
+    _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
+    in_training: Conversion | None = None  # at this moment
 
     def __post_init__(self) -> None:
         if self.checked.bytes_on_disk <= SMALL_BYTES:
@@ -139,6 +148,21 @@ class LoadedModel:
         made = self._conversions.get(asked) if spec_of(asked).recovers else None
         return made and recovery_of(made)
 
+    def recovery_so_far(self, asked: Conversion) -> RecoveryReport | None:
+        """The same; or what was done at the last look, of a training under way or stopped."""
+        return self.recovery(asked) or self._trainings.get(asked)
+
+    def done(self, asked: Conversion) -> ConversionSpec:
+        """The spec that gives what was made: with fewer steps of training, where this host has a
+        limit of time."""
+        report, spec = self.recovery(asked), spec_of(asked)
+        return report.done(spec) if report else spec
+
+    def is_repeatable(self, asked: Conversion) -> bool:
+        """Whether `done` gives it: not where the limit has cut a training short."""
+        report = self.recovery(asked)
+        return report is None or not report.cut_short
+
     def converted(self, asked: Conversion) -> PreTrainedModel:
         held = self._views if _only_cuts(asked) else self._conversions
         return held.get_or_make(asked, lambda: self._convert(asked))
@@ -159,10 +183,38 @@ class LoadedModel:
             calibration = self.calibration(asked.text, report)
         if not spec.recovers:
             return convert_all(self.model, [spec], calibration, report)[0]
-        with _training.turn(lambda ahead: report and report(f"{ahead} to be trained before", None)):
+
+        def wait(ahead: int) -> None:
+            if report:
+                report(f"{ahead} training{'s' if ahead > 1 else ''} before this one", None)
+
+        with _training.turn(wait):
             # who waited may have waited for the same
-            made = self._conversions.get(asked)
-            return made or convert_all(self.model, [spec], calibration, report)[0]
+            return self._conversions.get(asked) or self._train(asked, calibration, report)
+
+    def _train(
+        self, asked: Calibrated, calibration: Calibration | Observed,
+        report: Callable[[str, float], None] | None,
+    ) -> PreTrainedModel:  # fmt: skip
+        """Convert and train, from where the same was stopped before."""
+
+        def look(so_far: RecoveryReport) -> None:
+            self._trainings.put(asked, so_far)
+
+        self.in_training = asked
+        try:
+            (made,) = convert_all(
+                self.model, [asked.spec], calibration, report, recovery_folder(),
+                host_training_seconds(), look,
+            )  # fmt: skip
+        finally:
+            self.in_training = None
+        done = recovery_of(made)
+        if done and done.limited and not done.cut_short:  # it is what its own spec gives, too
+            self._conversions.put(replace(asked, spec=done.done(asked.spec)), made)
+        self._conversions.put(asked, made)
+        self._trainings.pop(asked, None)
+        return made
 
     def calibration(
         self, text: str, report: Callable[[str, float], None] | None = None
@@ -245,7 +297,7 @@ class LoadedModel:
     def run(self, asked: Conversion, text: str) -> Run:
         """What was measured and counted of a conversion; it must have been measured."""
         measured, report = self.known_evaluation(asked, text), self.structure.report(asked)
-        return run_of(spec_of(asked), measured.dense, measured.converted, self.report, report)
+        return run_of(self.done(asked), measured.dense, measured.converted, self.report, report)
 
     def evaluate(self, asked: Conversion, text: str, whole: bool = True) -> Iterator[Evaluation]:
         """Measure dense and converted model on the same windows in turn and yield what is known

@@ -86,6 +86,7 @@ def front(
         sentence=sentence(
             spec_of(asked), shares, evaluation or guess, runs, toy=loaded.key == DEMO_KEY,
             calibration=calibration_name(asked.key) if isinstance(asked, Calibrated) else "",
+            recovery=loaded.recovery(asked),
         ),
         curve=curve(
             [record.run for record in known], [record.run for record in own],

@@ -31,6 +31,7 @@ from .links import FIRST_TAB, Link
 from .preview import preset_name, snippet
 from .records import Record, measured_record, now, write_records
 from .settings import USED, arriving, parted, read_asked, set_budget, set_just_now, settle
+from .training import TrainingNews
 
 PREVIEW = USED + 5 + FRONT  # outputs of `preview`
 WINDOWS_PER_ROUND = 2  # of perplexity to one of speed: neither waits for the other to end
@@ -153,7 +154,9 @@ class Handlers:
 
     def _not_measured(self, model: str, values: Sequence[Any], message: str) -> tuple[Any, ...]:
         """The front with what is known, and the message where nothing is."""
-        return *self._chosen(model, values).front(message).outputs, gr.skip()
+        chosen = self._chosen(model, values)
+        trained = TrainingNews(chosen.loaded, chosen.asked).tell()
+        return *chosen.front(message).outputs, *trained, gr.skip()
 
     def _chosen(self, model: str, values: Sequence[Any]) -> _Chosen:
         settings, (text, axis, mine, layer) = parted(values)
@@ -194,16 +197,19 @@ class Handlers:
 
 
 def _steps(chosen: _Chosen, whole: bool, speed_anew: bool) -> Iterator[tuple[Any, ...]]:
-    """The front, as far as it changes, and the new run."""
+    """The front, as far as it changes, what training has done, and the new run."""
     loaded, asked, text, began = chosen.loaded, chosen.asked, chosen.text, now()
+    trained = TrainingNews(loaded, asked)
 
     def known(message: str) -> tuple[Any, ...]:
-        return *chosen.front(message).outputs, gr.skip()
+        return *chosen.front(message).outputs, *trained.tell(), gr.skip()
 
     def measured(message: str) -> tuple[Any, ...]:
-        return *chosen.front(message).measured, gr.skip()
+        return *chosen.front(message).measured, *trained.tell(), gr.skip()
 
-    def run() -> str:
+    def run() -> Any:
+        if not loaded.is_repeatable(asked):
+            return gr.skip()
         return write_records([measured_record(loaded, asked, text, when=began)])
 
     if not loaded.is_converted(asked):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from math import floor, hypot, isfinite, log10
 
+from ...core.recovery.report import RecoveryReport
 from ...core.routed import ROUTED_METHODS
 from ...core.spec import PROJECTIONS, ConversionSpec
 from ...core.static.scores import SCORES
@@ -36,20 +37,22 @@ def sentence(
     *,
     toy: bool = False,
     calibration: str = "",
+    recovery: RecoveryReport | None = None,
 ) -> str:
     """HTML, about two lines of 120 characters.
 
     shares: what the conversion leaves of the dense MLPs, counted or expected; None: not known yet.
     known: what was measured so far, or an estimate, or nothing yet. runs: of the same model and
     text. toy: whether the model hides most of the damage. calibration: what the page calls the
-    text that the conversion looks at.
+    text that the conversion looks at. recovery: what training did, where it was done.
     """
     if removed_by(spec) == 0:
         if spec.routed:
             return _html("Nothing is left out: every token meets all neurons.")
         return _html("Nothing is removed: the branches add up to the dense model.")
     cost = cost_axis(spec)
-    words = f"{_what(spec, shares)}{_spared(spec)}: {_damage(spec, known)}"
+    done = f"{_what(spec, shares)}{_spared(spec)}{_trained(spec, recovery)}"
+    words = f"{done}: {_damage(spec, known)}"
     # an estimate comes from runs that may have been calibrated on another text
     if spec.needs_calibration and calibration and not isinstance(known, Estimate):
         words += f", calibrated on {calibration}"
@@ -100,6 +103,16 @@ def _spared(spec: ConversionSpec) -> str:
     if len(layers) > 3:
         return f" ({len(layers)} layers kept dense)"
     return f" ({spared_in_words(spec)})" if layers else ""
+
+
+def _trained(spec: ConversionSpec, recovery: RecoveryReport | None) -> str:
+    if not spec.recovers:
+        return ""
+    steps = recovery.steps if recovery else spec.recover_steps
+    words = f"{steps:,} step{'s' if steps > 1 else ''}"
+    if recovery and recovery.best == 0:
+        return f", training for {words} won nothing"
+    return f", then trained for {words}"
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
@@ -211,8 +224,9 @@ def _ratio(run: Run) -> str:
 def _name(run: Run) -> str:
     """A recipe in few words; how much it removes is known from the budget."""
     spec = run.spec
+    trained = ["trained"] if spec.recovers else []
     if spec.routed:
-        return ROUTED_METHODS[spec.method].label
+        return ", ".join([ROUTED_METHODS[spec.method].label, *trained])
     parts = []
     if spec.kept < spec.branches:
         order = "" if spec.order == "contiguous" else f" by {spec.order.replace('-', ' ')}"
@@ -227,7 +241,7 @@ def _name(run: Run) -> str:
             parts.append(SCORES[spec.fade_score].short)
     if spec.compensation == "refit":
         parts.append("refitted")
-    return ", ".join(parts)
+    return ", ".join([*parts, *trained])
 
 
 def _percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""Training on the page: how long it takes, and its curve once it is done."""
+"""Training on the page: how long it takes, and its curve, as it grows and once it is done."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 import gradio as gr
 
-from ...core.calibration import MAX_TOKENS
+from ...core.calibration import MAX_TOKENS, SAMPLE_TOKENS
+from ...core.recovery.course import PLANNED, forward_tokens
 from ...core.recovery.kinds import NOTHING
-from ...core.recovery.recover import LOOKS
 from ...core.recovery.report import RecoveryReport
-from ...core.recovery.samples import BATCH_TOKENS, HELD_OUT_SHARE
 from ...measure.runs.pace import about
+from ...models import host_training_seconds
 from ..plots.training_plot import training_plot
-from ..server.asked import spec_of
+from ..server.asked import Conversion, spec_of
 from ..server.loaded import LoadedModel
 from ..server.workbench import Workbench
 from .settings import CONTROLS, read_asked
 
-PASSES = 4  # forward passes that a step takes as long as: of both models, and backwards
+TRAINING = 2  # outputs: a sentence as HTML, and the curve
 
 
 class TrainingHandlers:
@@ -30,38 +30,74 @@ class TrainingHandlers:
 
     def show(self, model: str, *values: Any) -> tuple[str, dict]:
         """A sentence, and the curve of what was trained; no curve before."""
-        loaded, hidden = self.workbench.loaded(model), gr.update(visible=False)
-        asked = read_asked(loaded, values)
-        spec = spec_of(asked)
+        loaded = self.workbench.loaded(model)
         if dict(zip(CONTROLS, values, strict=False))["recover"] == NOTHING:
-            return "", hidden
-        if not spec.recovers:
-            return "<p>Nothing is lost yet, so there is nothing to train.</p>", hidden
-        report = loaded.recovery(asked)
-        if report is None:
-            return f"<p>{time_needed(loaded, spec.recover_steps)}</p>", hidden
-        return f"<p>{escape(outcome(report))}</p>", gr.update(
-            value=training_plot(report), visible=True
-        )
+            return "", gr.update(visible=False)
+        return training(loaded, read_asked(loaded, values))
+
+
+class TrainingNews:
+    """What the section says of one conversion, as far as it is not on the page yet."""
+
+    def __init__(self, loaded: LoadedModel, asked: Conversion) -> None:
+        self.loaded, self.asked = loaded, asked
+        self._said: tuple = ()
+
+    def tell(self) -> tuple[Any, Any]:
+        report = self.loaded.recovery_so_far(self.asked)
+        now = report and report.looks, self.loaded.in_training == self.asked
+        if not spec_of(self.asked).recovers or report is None or now == self._said:
+            return (gr.skip(),) * TRAINING
+        self._said = now
+        return training(self.loaded, self.asked)
+
+
+def training(loaded: LoadedModel, asked: Conversion) -> tuple[str, dict]:
+    """What is known of the training of a conversion: sentence and curve."""
+    spec = spec_of(asked)
+    if not spec.recovers:
+        words = "Nothing is lost yet, so there is nothing to train."
+        return f"<p>{words}</p>", gr.update(visible=False)
+    report = loaded.recovery_so_far(asked)
+    if report is None:
+        words = time_needed(loaded, spec.recover_steps)
+        return f"<p>{escape(words)}</p>", gr.update(visible=False)
+    at = f"step {report.steps:,} of {report.planned:,}"
+    if loaded.recovery(asked):
+        words = outcome(report)
+    elif loaded.in_training == asked:
+        words = f"Training, last looked at after {at}. Stop keeps what is done."
+    else:
+        words = f"Stopped, last looked at after {at}. All steps are kept: Measure goes on there."
+    return f"<p>{escape(words)}</p>", gr.update(value=training_plot(report), visible=True)
 
 
 def time_needed(loaded: LoadedModel, steps: int) -> str:
-    """How long so many steps take here, roughly."""
-    tokens = PASSES * steps * BATCH_TOKENS
-    tokens += 2 * (min(LOOKS, steps) + 1) * (MAX_TOKENS // HELD_OUT_SHARE)  # with both models
-    seconds = tokens / loaded.tokens_per_second
-    return (
-        f"Measure begins the training: {steps:,} steps take {about(seconds)} here. Others who "
-        "train wait for it."
-    )
+    """How long so many steps take here, roughly, and how many of them this host has time for."""
+    tokens = forward_tokens(steps, MAX_TOKENS // SAMPLE_TOKENS, SAMPLE_TOKENS)
+    seconds, limit = tokens / loaded.tokens_per_second, host_training_seconds()
+    words = f"Measure begins the training: {steps:,} steps take {about(seconds)} here."
+    if limit and seconds > PLANNED * limit:
+        fitting = max(1, int(steps * PLANNED * limit / seconds))
+        words += f" This server trains for {_minutes(limit)} at most: about {fitting:,} are done."
+    return f"{words} Others who train wait for it."
+
+
+def _minutes(seconds: float) -> str:
+    return about(seconds).removeprefix("about ")
 
 
 def outcome(report: RecoveryReport) -> str:
     """What training brought, and why it ended where it did not come to its end."""
+    steps = f"{report.steps:,} steps"
+    if report.limited and not report.stopped:
+        steps = f"{report.steps:,} of {report.asked:,} steps, what this server has time for,"
     kept = "" if report.best == report.steps else f" The weights of step {report.best} are kept."
     ended = f" Stopped: {report.stopped}" if report.stopped else ""
+    if report.cut_short:
+        ended += " No settings give such a result again, so it is not among the runs."
     return (
         f"KL divergence from the dense model on text that was not trained on: {report.before:.3g} "
-        f"before, {report.after:.3g} after {report.steps:,} steps of {report.parameters:,} "
-        f"parameters, in {about(report.seconds).removeprefix('about ')}.{kept}{ended}"
+        f"before, {report.after:.3g} after {steps} of {report.parameters:,} parameters, in "
+        f"{_minutes(report.seconds)}.{kept}{ended}"
     )

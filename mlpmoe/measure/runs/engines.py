@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -38,6 +39,7 @@ class Job:
     device: str = "auto"
     window: int | None = None  # tokens, see `perplexity`
     stride: int | None = None
+    state: Path | None = None  # a folder from which training that was ended goes on
 
 
 def run_locally(
@@ -50,7 +52,7 @@ def run_locally(
     if specs:
         model, _ = load(job.model, job.dtype, job.device)
         yield from sweep(
-            model, job.text, specs, job.calibration, job.window, job.stride, report
+            model, job.text, specs, job.calibration, job.window, job.stride, report, job.state
         )  # fmt: skip
 
 
@@ -127,7 +129,9 @@ class _Worker:
             job = self.job
             device = job.device.partition(":")[0]  # cuda:1 is the first of the GPUs that Ray shows
             model, _ = self.load(job.model, job.dtype, device)
-            self.baseline = Baseline(model, job.text, job.calibration, job.window, job.stride)
+            self.baseline = Baseline(
+                model, job.text, job.calibration, job.window, job.stride, job.state
+            )
         yield from self.baseline.outcomes(specs)
 
 

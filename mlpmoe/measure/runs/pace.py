@@ -8,6 +8,7 @@ from time import monotonic, perf_counter
 from transformers import PreTrainedModel
 
 from ...core.calibration import Calibration
+from ...core.recovery.course import forward_tokens
 from ...core.spec import ConversionSpec
 from ..quality.encoding import EncodedText, windows
 from ..quality.head import token_losses
@@ -52,8 +53,9 @@ def forecast(
     """Seconds that measuring these specs may take, from one timed forward pass of the dense model.
 
     Rough: forward passes over both texts are counted, as if every conversion ran like the dense
-    model. Of what a conversion computes beside, such as fits, nothing is known. together: specs
-    that share a pass over the calibration text, where they can.
+    model, and training as its passes forwards and backwards. Of what a conversion computes beside,
+    such as fits, nothing is known. together: specs that share a pass over the calibration text,
+    where they can; who is trained is converted alone.
     """
     if not specs:
         return 0.0
@@ -65,8 +67,10 @@ def forecast(
     passes = 1 + len(specs)  # the dense model's too
     tokens = passes * sum(len(part.ids) for part in parts)
     if calibration is not None:
-        calibrated = [spec for spec in specs if spec.needs_calibration]
-        alone = sum(spec.progressive for spec in calibrated)
+        calibrated = [spec for spec in specs if spec.converts_by_text]
+        alone = sum(spec.progressive or spec.recovers for spec in calibrated)
         passes = alone + -(-(len(calibrated) - alone) // together)
         tokens += passes * calibration.samples.numel()
+        trained = (spec.recover_steps for spec in specs if spec.recovers)
+        tokens += sum(forward_tokens(steps, *calibration.samples.shape) for steps in trained)
     return each * tokens

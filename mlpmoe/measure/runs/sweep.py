@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from math import inf, isfinite, isnan
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -114,7 +116,7 @@ class Baseline:
     """A dense model, measured once, that conversions are measured against.
 
     text: what perplexity is measured on. calibration: what methods may look at. window, stride:
-    see `perplexity`.
+    see `perplexity`. state: a folder from which training that was ended goes on.
     """
 
     def __init__(
@@ -124,22 +126,24 @@ class Baseline:
         calibration: Calibration | Observed | None = None,
         window: int | None = None,
         stride: int | None = None,
+        state: Path | None = None,
     ) -> None:
         self.model, self.text, self.calibration = model, text, calibration
-        self.window, self.stride = window, stride
+        self.window, self.stride, self.state = window, stride, state
         self.dense, self.report = measure(model, text, window, stride), parameter_report(model)
 
     def outcomes(
         self, specs: Sequence[ConversionSpec], report: Report = lambda doing: None
     ) -> Generator[Run | SpecError, None, None]:
-        """A run for each spec, or why there is none. AT_ONCE specs are converted together."""
-        for start in range(0, len(specs), AT_ONCE):
-            some = specs[start : start + AT_ONCE]
+        """A run for each spec, or why there is none, in their order. AT_ONCE specs are converted
+        together."""
+        for some in _together(specs):
             self._observe(some, report)
             try:
                 converted = convert_all(
-                    self.model, some, self.calibration, lambda what, share: report(what)
-                )
+                    self.model, some, self.calibration, lambda what, share: report(what),
+                    self.state,
+                )  # fmt: skip
             except SpecError as error:
                 if len(some) == 1:
                     yield SpecError(f"{some[0].to_flags()}: {error}")
@@ -163,6 +167,14 @@ class Baseline:
             self.calibration = observe(self.model, self.calibration, lambda what, _: report(what))
 
 
+def _together(specs: Sequence[ConversionSpec]) -> Iterator[Sequence[ConversionSpec]]:
+    """Neighbours that are converted together, AT_ONCE at most. Who is trained is alone, and so is
+    measured before another training begins."""
+    for trained, group in groupby(specs, lambda spec: spec.recovers):
+        some, size = list(group), 1 if trained else AT_ONCE
+        yield from (some[start : start + size] for start in range(0, len(some), size))
+
+
 def sweep(
     model: PreTrainedModel,
     text: EncodedText,
@@ -171,12 +183,14 @@ def sweep(
     window: int | None = None,
     stride: int | None = None,
     report: Report = lambda message: None,
+    state: Path | None = None,
 ) -> Iterator[Run]:
     """Measure each spec against the dense model; yields runs as they are known.
 
     text: what perplexity is measured on. calibration: what methods may look at. report: told what
     is being done, how much of it and how long the rest takes, again and again; what it raises ends
-    the work within a layer or a window. Raises SpecError at once where a spec does not fit the
+    the work within a layer or a window. state: a folder from which training that was ended goes on.
+    Raises SpecError at once where a spec does not fit the
     model or misses its calibration; where it shows only in converting, after all others are
     measured.
     """
@@ -184,7 +198,7 @@ def sweep(
         return
     check_fit(model, specs, calibration is not None)
     with stoppable(lambda: report("perplexity, dense")):
-        baseline = Baseline(model, text, calibration, window, stride)
+        baseline = Baseline(model, text, calibration, window, stride, state)
     pace = Pace(len(specs))
     outcomes = baseline.outcomes(specs, lambda doing: report(f"{doing}, {pace}"))
     yield from runs_first(outcomes, pace)
