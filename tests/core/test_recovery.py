@@ -267,7 +267,7 @@ def test_thresholds_tell_what_runs_after_training(dense, text):
     for method in ("random", "neurons", "inputs"):
         spec = ConversionSpec(
             method=method, active=0.5, selection="threshold", recover="all", recover_steps=6,
-            recover_rate=1e-3, **({"experts": 4} if method == "random" else {}),
+            recover_rate=3e-3, **({"experts": 4} if method == "random" else {}),
         )  # fmt: skip
         plain, model = convert(dense, untrained(spec), text), convert(dense, spec, text)
         assert recovery_of(model).best > 0
