@@ -113,7 +113,7 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], place: Place) -
             f'<polyline class="curve" stroke="{colour}" stroke-dasharray="{dashes}" '
             f'points="{path}"/>'
         )
-        yield _text(ends[name][0] + 8, heights[name], name, "start", f' style="fill: {colour}"')
+        yield _text(ends[name][0] + 8, heights[name], name, "start")
 
 
 def _text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:
