@@ -51,11 +51,13 @@ def sentence(
             return _html("Nothing is left out: every token meets all neurons.")
         return _html("Nothing is removed: the branches add up to the dense model.")
     cost = cost_axis(spec)
-    done = f"{_what(spec, shares)}{_spared(spec)}{_trained(spec, recovery)}"
-    words = f"{done}: {_damage(spec, known)}"
     # an estimate comes from runs that may have been calibrated on another text
-    if spec.needs_calibration and calibration and not isinstance(known, Estimate):
-        words += f", calibrated on {calibration}"
+    named = spec.needs_calibration and not isinstance(known, Estimate)
+    text = calibration if named and not (spec.recovers and known is None) else ""
+    trained = _trained(spec, recovery, text)
+    words = f"{_what(spec, shares)}{_spared(spec)}{trained}: {_damage(spec, known)}"
+    if text and not trained:
+        words += f", calibrated on {text}"
     found = [f"{words}."]
     if shares is not None:
         found += _others(spec, known, runs, cost, shares.of(cost))
@@ -105,14 +107,13 @@ def _spared(spec: ConversionSpec) -> str:
     return f" ({spared_in_words(spec)})" if layers else ""
 
 
-def _trained(spec: ConversionSpec, recovery: RecoveryReport | None) -> str:
+def _trained(spec: ConversionSpec, recovery: RecoveryReport | None, text: str) -> str:
+    """text: that was trained on, "" where it is not said."""
     if not spec.recovers:
         return ""
     steps = recovery.steps if recovery else spec.recover_steps
-    words = f"{steps:,} step{'s' if steps > 1 else ''}"
-    if recovery and recovery.best == 0:
-        return f", training for {words} won nothing"
-    return f", then trained for {words}"
+    words = f"trained for {steps:,} step{'s' if steps > 1 else ''}{f' on {text}' if text else ''}"
+    return f", {words} in vain" if recovery and recovery.best == 0 else f", then {words}"
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
