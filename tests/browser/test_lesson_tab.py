@@ -99,7 +99,7 @@ def test_a_lesson(open_page, take_picture):
     page.wait_for_function(
         "document.querySelector('#query textarea').value.includes('recover=all&recover_steps=20')"
     )
-    wait_for_text(page, "#lesson-whole", "then trained for 20 steps: what that costs is not")
+    wait_for_text(page, "#lesson-whole", "then trained for 20 steps: not")
     assert page.inner_text("#lesson-train-numbers").count("?") == 2
     page.locator("#lesson-train-question label").last.click()
     wait_for_text(page, "#lesson-train-feedback", "Recorded after 40 steps")

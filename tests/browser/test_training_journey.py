@@ -50,7 +50,7 @@ def test_a_student_trains_what_is_left(open_page, take_picture):
     page.press("#recover-steps input[type=number]", "Tab")
     choose(page, "recover", "down *")
     wait_for_text(page, "#training-note", "24 steps take about")
-    wait_for_text(page, "#sentence", "then trained for 24 steps: what that costs is not measured")
+    wait_for_text(page, "#sentence", "then trained for 24 steps: not measured yet")
     assert page.evaluate(LOOKS) == 0
 
     page.click("#measure")

@@ -156,7 +156,7 @@ def test_the_curve_grows_on_axes_that_stay(handlers, visitor, demo):
 def test_the_sentence_says_that_it_was_trained(handlers, visitor, monkeypatch):
     somebody = visitor()
     shown = Previewed(*handlers.preview(somebody, *preview_values(**ASKED)))
-    assert "then trained for 4 steps: what that costs is not measured yet" in shown.sentence
+    assert "then trained for 4 steps: not measured yet" in shown.sentence
     *_, last = handlers.measure(somebody, *shown_values(**ASKED))
     assert ", then trained for 4 steps on " in Measured(*last).sentence
     assert (

@@ -179,10 +179,8 @@ def training_lines(found: Mapping[str, Mapping[int, Run]], steps: int) -> go.Fig
             hovertemplate=f"{name}, %{{x}} steps: × %{{y:.3f}}<extra></extra>",
         )  # fmt: skip
     every = [run for runs in found.values() for run in runs.values()]
-    last, top = (
-        max(max(runs) for runs in found.values()),
-        max(run.ratio + run.stderr for run in every),
-    )
+    last = max(max(runs) for runs in found.values())
+    top = max(run.ratio + run.stderr for run in every)
     untrained = next(iter(found.values()))[0].ratio
     for height, colour, words in ((untrained, GREY, "not trained"), (1.0, DENSE, "dense model")):
         figure.add_scatter(

@@ -27,6 +27,7 @@ from ...measure.words import capital, joined, spared_in_words
 
 TOO_MUCH = 1e5  # a ratio of perplexity beyond which a model says nothing any more
 SURE = 2.0  # standard errors
+LONGEST = 270  # characters: two lines
 
 
 def sentence(
@@ -63,7 +64,10 @@ def sentence(
         found += _others(spec, known, runs, cost, shares.of(cost))
     if toy:
         found.append("A toy model hides most of the damage.")
-    return _html(" ".join(found))
+    said = " ".join(found)
+    if trained and len(said) > LONGEST:
+        said = said.replace(f" on {text}", "", 1)  # which the controls say, too
+    return _html(said)
 
 
 def cost_axis(spec: ConversionSpec) -> str:
@@ -119,7 +123,7 @@ def _trained(spec: ConversionSpec, recovery: RecoveryReport | None, text: str) -
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
     """What it costs in perplexity, and how sure that is."""
     if known is None:
-        return "what that costs is not measured yet"
+        return "not measured yet" if spec.recovers else "what that costs is not measured yet"
     measured = _measured(spec, known)
     if measured is None:
         return (
