@@ -107,7 +107,12 @@ def suggest(page: Page) -> None:
 
 
 def lesson(page: Page) -> None:
-    page.wait_for_selector("#lesson svg")
+    page.wait_for_selector("#lesson svg.mlp")
+
+
+def training(page: Page) -> None:
+    answered(page)
+    page.wait_for_selector("#training-curve .legendtext")
 
 
 def export(page: Page) -> None:
@@ -129,12 +134,13 @@ PICTURES = {
     "runs": ("model=demo&keep=12&order=least-squares&compensation=refit", "runs", trade_offs),
     "suggest": ("model=demo&keep=12", "suggest", suggest),
     "lesson": ("fade=0.9", "lesson", lesson),
+    "training": ("model=demo&keep=8&recover=down&recover_steps=40", "weights", training),
     "export": ("model=demo&keep=12&fade=0.5", "export", export),
 }  # fmt: skip
 # of the first screen; the others show a tab
 SCREENS = {
     "page": (WIDTH, HEIGHT), "page-dark": (WIDTH, HEIGHT), "page-phone": (360, 1500),
-    "page-projector": (1280, 720), "routed": (WIDTH, HEIGHT),
+    "page-projector": (1280, 720), "routed": (WIDTH, HEIGHT), "training": (WIDTH, HEIGHT),
 }  # fmt: skip
 
 
@@ -146,7 +152,7 @@ def take(page: Page, name: str, url: str) -> None:
     theme = "dark" if name.endswith("dark") else "light"
     page.goto(f"{url}/?{query}&tab={tab}&__theme={theme}")
     page.wait_for_selector("#measure")
-    if "refit" in query:
+    if "refit" in query or "recover" in query:
         page.click("#measure")
     page.wait_for_function(MEASURED)
     page.mouse.move(0, 0)

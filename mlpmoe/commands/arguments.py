@@ -19,6 +19,7 @@ from ..core.static.compensation import FILLS
 from ..core.written import SPARSITY, flag_of
 from ..measure.quality.encoding import PROTOCOLS
 from ..models import CALIBRATIONS, TEXTS, recovery_folder
+from .terminal import TrainingProgress
 
 MODEL_HELP = (
     "short name, hub id, folder, or a GGUF file: its path, or owner/name/FILE.gguf on the hub"
@@ -171,15 +172,20 @@ def add_training_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def training_ways(arguments: argparse.Namespace, spec: ConversionSpec) -> dict[str, Any]:
-    """How `convert` is to train, after --recover-limit and where training is kept."""
+def conversion_ways(arguments: argparse.Namespace, spec: ConversionSpec) -> dict[str, Any]:
+    """How `convert` is to go: who is told of it, where training is kept, and --recover-limit."""
     minutes = arguments.recover_limit
     if minutes is not None and not spec.recovers:
         raise UserError("--recover-limit is for --recover: nothing is trained here.")
     if minutes is not None and not 0 < minutes < inf:
         raise UserError("--recover-limit must be a number of minutes above 0.")
-    seconds = None if minutes is None else 60 * minutes
-    return {"state": recovery_folder(), "recover_seconds": seconds}
+    told = TrainingProgress()
+    return {
+        "on_progress": told,
+        "on_look": told.look,
+        "state": recovery_folder(),
+        "recover_seconds": None if minutes is None else 60 * minutes,
+    }
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -21,8 +21,8 @@ from .arguments import (
     add_spec,
     add_texts,
     add_training_limit,
+    conversion_ways,
     read_spec,
-    training_ways,
 )
 from .terminal import print_json, print_recovery, print_table, progress
 from .texts import EvaluationText, calibration_text_for, evaluation_text
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
-    ways = training_ways(arguments, spec)
+    ways = conversion_ways(arguments, spec)
     check_target(arguments.folder)
     text = evaluation_text(arguments)
     made = None
@@ -104,7 +104,7 @@ def _from_memory(
         arguments.model, arguments.compute, arguments.device, on_progress=progress
     )
     calibration = seen.encode(tokenizer, dense) if seen else None
-    model = convert(dense, spec, calibration, on_progress=progress, **ways)
+    model = convert(dense, spec, calibration, **ways)
     return export(
         model, arguments.folder, tokenizer=tokenizer,
         text=text.encode(tokenizer, dense)[0], text_name=text.name, dense=dense,

@@ -30,8 +30,8 @@ from .arguments import (
     add_spec,
     add_training_limit,
     at_least,
+    conversion_ways,
     read_spec,
-    training_ways,
 )
 from .terminal import (
     parameter_rows,
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
-    ways = training_ways(arguments, spec)
+    ways = conversion_ways(arguments, spec)
     tasks = _tasks(arguments)
     text = evaluation_text(arguments)
     seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts = windows(dense, encoded, window, stride)
     progress("converting")
     calibration = seen.encode(tokenizer, dense) if seen else None
-    converted = convert(dense, spec, calibration, on_progress=progress, **ways)
+    converted = convert(dense, spec, calibration, **ways)
     recovery, spec = recovery_of(converted), spec_of(converted)
     perplexities = [
         _perplexity(name, model, parts)

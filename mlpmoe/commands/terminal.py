@@ -37,6 +37,19 @@ def progress(message: str, fraction: float | None = None) -> None:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
+class TrainingProgress:
+    """`progress` of a conversion, with what training has come to behind its steps."""
+
+    def __init__(self) -> None:
+        self.seen = ""
+
+    def __call__(self, message: str, fraction: float | None = None) -> None:
+        progress(f"{message}{self.seen}", fraction)
+
+    def look(self, report: RecoveryReport) -> None:
+        self.seen = f", held-out KL {report.looks[-1].held_out:.4g} (before {report.before:.4g}),"
+
+
 def perplexity_rows(
     dense: Perplexity, converted: Perplexity, changed: PerplexityChange
 ) -> Iterator[list[str]]:

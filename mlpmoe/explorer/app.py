@@ -26,6 +26,7 @@ from .shell.links import FIRST_TAB, TABS
 from .shell.opening import OpeningHandlers
 from .shell.settings import within_reach
 from .shell.training import TrainingHandlers
+from .shell.training_panel import training_panel
 from .tabs.export_panel import export_panel, wire_export
 from .tabs.exporting import ExportHandlers
 from .tabs.lesson import LessonHandlers
@@ -101,6 +102,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             with gr.Column(scale=4, min_width=320, elem_id="front"):
                 pictures = pictures_panel()
                 cards = cards_panel()
+                training = training_panel()
                 answer = answer_panel()
         with gr.Tabs(elem_id="tabs") as tabs:
             opened = {key: gr.Tab(name, id=key) for key, name in TABS.items()}
@@ -131,18 +133,19 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         _wire_address(state, picker, convert, opened)
         _wire_tabs(state, fields, weights.layer, lesson.layer)
         changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
+        trained = [convert.training_note, training.says, training.curve]
         measured = _wire_measurement(
             handlers, state, convert, pictures, weights, spec,
-            [*shown, convert.training_note, convert.training_curve, fields.measured], changed,
+            [*shown, *trained, fields.measured], changed,
         )  # fmt: skip
         # the card of compute has its figure as soon as the training is done
         after = [changed.then, cards.compute.change, *(event.then for event in measured)]
-        _wire_training(TrainingHandlers(workbench), convert, spec, after)
+        _wire_training(TrainingHandlers(workbench), spec, trained, after)
         _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
         another_model.add(handlers.another_model, [model], [pictures.network])
         wire_answer(
             AnswerHandlers(workbench, looks), answer, model, spec, convert.text, weights.layer,
-            pictures.network, changed, another_model,
+            pictures.network, [changed.success, measured[1].success], another_model,
         )  # fmt: skip
         wire_weights(
             WeightsHandlers(workbench), weights, model, spec, state.told["weights"],
@@ -332,14 +335,11 @@ def _wire_measurement(
 
 
 def _wire_training(
-    handlers: TrainingHandlers, convert: ConvertPanel, spec: list, after: Sequence[Callable]
+    handlers: TrainingHandlers, spec: list, shown: list, after: Sequence[Callable]
 ) -> None:
     """How long training takes, and what it did once it is done."""
     for event in after:
-        event(
-            readable(handlers.show), spec, [convert.training_note, convert.training_curve],
-            trigger_mode="always_last", **QUIET,
-        )  # fmt: skip
+        event(readable(handlers.show), spec, shown, trigger_mode="always_last", **QUIET)
 
 
 def _wire_pictures(

@@ -15,7 +15,7 @@ from tests.browser.on_the_page import (
 
 pytestmark = pytest.mark.browser
 
-STEPS = ("cut", "fade", "keep", "route", "turn")
+STEPS = ("cut", "fade", "keep", "route", "train", "turn")
 SLIDE = {"width": 1280, "height": 720}
 LEAST_TYPE = 20  # pixels, on a projector
 # What is beyond the window, scrolls, or is small, of what is seen of the lesson.
@@ -73,7 +73,7 @@ def test_a_lesson(open_page, take_picture):
     open_step(page, 2)
     wait_for_spec(page, branches=16, fade=0.9, keep=16)
     wait_for_text(page, "#lesson-whole", "Fade zeroes 28.2")
-    assert page.evaluate("document.activeElement.innerText") == "Step 2 of 5 · Fade"
+    assert page.evaluate("document.activeElement.innerText") == "Step 2 of 6 · Fade"
     slider(page, "lesson-fade-control").focus()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
@@ -95,9 +95,21 @@ def test_a_lesson(open_page, take_picture):
     assert page.inner_text("#lesson-route-numbers").count("?") == 3
 
     open_step(page, 5)
+    wait_for_spec(page, branches=16, keep=8)
+    page.wait_for_function(
+        "document.querySelector('#query textarea').value.includes('recover=all&recover_steps=20')"
+    )
+    wait_for_text(page, "#lesson-whole", "then trained for 20 steps: not")
+    assert page.inner_text("#lesson-train-numbers").count("?") == 2
+    page.locator("#lesson-train-question label").last.click()
+    wait_for_text(page, "#lesson-train-feedback", "Recorded after 40 steps")
+    take_picture(page, "train")
+
+    open_step(page, 6)
     page.click("#lesson-turn-published")
     wait_for_spec(page, branches=16, keep=12)
     page.wait_for_function("document.querySelector('#query textarea').value.includes('keep=12')")
+    assert "recover" not in query(page)
     page.click("#lesson-turn-check")
     wait_for_text(page, "#lesson-turn-verdict", "at most 52")
     take_picture(page, "turn")
@@ -148,8 +160,9 @@ def test_a_lecture(open_page, take_picture):
         wait_until_it_fits(page, look)
     page.locator("#lesson-look label", has_text="This step").click()
 
-    page.keyboard.press("PageUp")
-    page.wait_for_selector("#lesson-route-words p")
+    for step in ("train", "route"):
+        page.keyboard.press("PageUp")
+        page.wait_for_selector(f"#lesson-{step}-words p")
     page.locator("#lesson-route .lesson-ask").click()
     page.locator("#lesson-route-question label").first.click()
     wait_for_text(page, "#lesson-route-feedback", "Measured at layer")

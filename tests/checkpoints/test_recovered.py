@@ -12,6 +12,7 @@ from mlpmoe.checkpoints.forms.form import EXACT
 from mlpmoe.checkpoints.forms.moe import moe_form
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import recovery_of
+from mlpmoe.core.recovery import course as courses
 from tests.checkpoints.test_dense_form import difference, reloaded
 from tests.families import VOCABULARY, build
 from tests.tiny import byte_tokenizer, tiny_model
@@ -60,4 +61,15 @@ def test_an_export_says_what_was_trained(tmp_path):
     assert record["recovery"] == json.loads(json.dumps(recovery_of(model).to_dict()))
     card = (tmp_path / "made" / "README.md").read_text()
     assert "trained a little (lora, 4 steps)" in card and "without training" not in card
-    assert "nats per token" in card
+    assert "nats per token" in card and "time limit" not in card
+
+
+def test_a_card_says_that_the_limit_cut_it_short(tmp_path, monkeypatch):
+    spec = ConversionSpec(branches=8, keep=6, recover="lora", recover_steps=4)
+    samples = torch.randint(1, 257, (20, 32), generator=GENERATOR)
+    monkeypatch.setattr(courses.Course, "_plan", lambda course: None)
+    monkeypatch.setattr(courses.Course, "_is_late", lambda course: course.step == 3)
+    model = convert(tiny_model(), spec, Calibration(samples), recover_seconds=60)
+    export(model, tmp_path / "made", tokenizer=byte_tokenizer(), text=TEXT)
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "A time limit ended the training at step 3 of 4" in card

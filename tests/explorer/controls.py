@@ -83,6 +83,7 @@ class Measured(NamedTuple):
     curve: Any
     network: Any
     training_note: Any
+    training_says: Any
     training_curve: Any
     new: Any
 

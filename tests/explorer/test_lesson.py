@@ -11,8 +11,9 @@ import gradio as gr
 import pytest
 import torch
 
-from mlpmoe import ConversionSpec, convert
+from mlpmoe import ConversionSpec, convert, load
 from mlpmoe.core.errors import UserError
+from mlpmoe.core.recovery.student import places
 from mlpmoe.explorer.server.events import Together
 from mlpmoe.explorer.server.loaded import LoadedModel
 from mlpmoe.explorer.shell.convert_panel import convert_panel
@@ -24,9 +25,10 @@ from mlpmoe.explorer.tabs.lesson_steps.cut import addition
 from mlpmoe.explorer.tabs.lesson_steps.fade import faded
 from mlpmoe.explorer.tabs.lesson_steps.keep import kept
 from mlpmoe.explorer.tabs.lesson_steps.route import routed
+from mlpmoe.explorer.tabs.lesson_steps.train import ASKED, KINDS, recorded, won
 from mlpmoe.explorer.tabs.lesson_turn import PUBLISHED
 
-CUT, FADE, KEEP, ROUTE = STEPS
+CUT, FADE, KEEP, ROUTE, TRAIN = STEPS
 MOST_WORDS = 65  # of running text in a step
 LAYER = 1
 
@@ -317,6 +319,55 @@ def test_the_verdict_on_routing_follows_the_errors(reading, monkeypatch, error, 
     assert ROUTE.judge(reading)[0] == answer
 
 
+# 5: train
+
+
+def test_training_is_recorded_for_every_value_of_the_control():
+    steps = [0, *range(10, 41, 10)]
+    assert {kind: list(runs) for kind, runs in recorded().items()} == dict.fromkeys(KINDS, steps)
+    for kind, runs in recorded().items():
+        assert runs[0].spec.canonical() == ConversionSpec(keep=8)
+        for n, run in list(runs.items())[1:]:
+            assert run.spec == ConversionSpec(keep=8, recover=kind, recover_steps=n)
+            assert run.mlp_macs_share == runs[0].mlp_macs_share == pytest.approx(0.5)
+            assert 1 < run.ratio < runs[0].ratio
+        assert won(kind, 40) > won(kind, 10) > 0 == won(kind, 0)
+
+
+def test_so_many_numbers_are_trained():
+    dense, _ = load("demo")
+    for kind, (_, count) in KINDS.items():
+        spec = ConversionSpec(keep=8, recover=kind)
+        found = places(convert(dense, replace(spec, recover="none")), spec)
+        assert sum(place.tensor.numel() for place in found) == count
+
+
+def test_the_curves_of_the_question_come_with_the_answer(reading):
+    before, after = (TRAIN.view(reading, 20, answered) for answered in (False, True))
+    names = {KINDS[kind][0] for kind in ASKED}
+    assert {t.name for t in after.figure.data} - {t.name for t in before.figure.data} == names
+    assert before.numbers.count("<td>?</td>") == 2 and "?" not in after.numbers
+    ratio = f"{recorded()['all'][20].ratio:.3g}"
+    assert ratio in before.numbers.replace("\N{NO-BREAK SPACE}", " ")
+    lines = {t.name: t for t in after.figure.data}
+    for name, _ in KINDS.values():
+        kind = next(k for k in KINDS if KINDS[k][0] == name)
+        assert lines[name].x == (0, 10, 20, 30, 40)
+        assert lines[name].y == tuple(run.ratio for run in recorded()[kind].values())
+    assert lines["dense model"].y == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("factors", "down", "answer"), [(0.5, 0.2, 0), (0.2, 0.24, 1), (0.24, 0.2, 1), (0.1, 0.6, 2)]
+)
+def test_the_verdict_on_training_follows_the_gains(reading, monkeypatch, factors, down, answer):
+    gains = {"alpha": factors, "down": down, "all": 0.7}
+    monkeypatch.setattr(
+        "mlpmoe.explorer.tabs.lesson_steps.train.won", lambda kind, steps: gains[kind]
+    )
+    assert TRAIN.judge(reading)[0] == answer
+
+
 # the events
 
 
@@ -329,15 +380,15 @@ DEFAULTS = [step.control["value"] for step in STEPS]
 
 
 def test_show_fills_all_steps_and_keeps_answers(lesson):
-    shown = lesson.show("demo", 0, False, *DEFAULTS, None, 0, None, 2)
+    shown = lesson.show("demo", 0, False, *DEFAULTS, None, 0, None, 2, None)
     assert len(shown) == 5 * len(STEPS)
-    assert [bool(text) for text in shown[3::5]] == [False, True, False, True]
+    assert [bool(text) for text in shown[3::5]] == [False, True, False, True, False]
     assert [type(figure) is str for figure in shown[1::5]] == [not step.plots for step in STEPS]
 
 
 def test_a_control_gives_what_show_gave(lesson):
-    shown = lesson.show("demo", 1, False, *DEFAULTS, None, 0, None, 2)
-    for index, (step, answer) in enumerate(zip(STEPS, (None, 0, None, 2), strict=True)):
+    shown = lesson.show("demo", 1, False, *DEFAULTS, None, 0, None, 2, None)
+    for index, (step, answer) in enumerate(zip(STEPS, (None, 0, None, 2, None), strict=True)):
         of_step = shown[5 * index : 5 * index + 5]
         _, figure, numbers, said, planned = of_step
         assert lesson.view(step, "demo", 1, False, DEFAULTS[index], answer) == (
@@ -354,6 +405,8 @@ def test_a_control_gives_what_show_gave(lesson):
         (KEEP, 7, ConversionSpec(branches=16, keep=7)),
         (KEEP, 16, ConversionSpec(branches=16)),
         (ROUTE, 4, ConversionSpec(method="contiguous", experts=16, active=0.25)),
+        (TRAIN, 0, ConversionSpec(keep=8)),
+        (TRAIN, 30, ConversionSpec(keep=8, recover="all", recover_steps=30)),
     ],
     ids=lambda value: getattr(value, "key", None),
 )
@@ -379,7 +432,7 @@ def test_starts_can_be_asked_for_again(lesson):
 
 
 def test_large_figures_are_larger(lesson):
-    for step in (FADE, KEEP, ROUTE):
+    for step in (FADE, KEEP, ROUTE, TRAIN):
         value = step.control["value"]
         small, *_ = lesson.view(step, "demo", 0, False, value, None)
         large, *_ = lesson.view(step, "demo", 0, True, value, None)
@@ -393,7 +446,7 @@ def test_the_button_says_where_it_leads(lesson):
 
 
 def test_the_model_reads_the_text_once(lesson, workbench, monkeypatch):
-    lesson.show("demo", 0, False, *DEFAULTS, *[None] * 4)
+    lesson.show("demo", 0, False, *DEFAULTS, *[None] * len(STEPS))
     monkeypatch.setattr(workbench.loaded("demo"), "model", None)
     lesson.view(KEEP, "demo", 1, False, 3, None)
     assert "Right" in lesson.answer(CUT, "demo", 1, False, 4, 1)[-1]

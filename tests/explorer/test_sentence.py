@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from math import inf, nan
 from types import SimpleNamespace
 
@@ -154,3 +155,55 @@ def test_nothing_removed_costs_nothing():
 def test_texts_are_escaped():
     spec = ConversionSpec(method="cmoe")
     assert "<b>" not in sentence(spec, None, None, calibration="<b>mine</b>")
+
+
+# training
+
+
+def report(steps: int, best: int) -> SimpleNamespace:
+    return SimpleNamespace(steps=steps, best=best)
+
+
+@pytest.mark.parametrize("model", RUNS)
+def test_two_lines_at_most_with_training(model):
+    for run in RUNS[model]:
+        spec = replace(run.spec, recover="all", recover_steps=1000)
+        for known, done in (
+            (evaluation(run.ratio, run.stderr), report(1000, 875)),
+            (evaluation(run.ratio, run.stderr), report(1000, 0)), (None, None),
+        ):  # fmt: skip
+            text = text_of(sentence(
+                spec, shares_of(run), known, RUNS[model], toy=model == "demo",
+                calibration="WikiText-2", recovery=done,
+            ))  # fmt: skip
+            assert len(text) <= 270, text
+            assert ("1,000 steps" in text) == spec.recovers
+
+
+def test_the_steps_are_those_that_were_done():
+    spec = ConversionSpec(keep=8, recover="lora", recover_steps=40)
+    known, shares = evaluation(1.4, 0.02), expected_shares(spec)
+
+    def said(done):
+        measured = known if done else None
+        return text_of(sentence(spec, shares, measured, calibration="tales", recovery=done))
+
+    assert ", then trained for 40 steps: not measured yet." in said(None)
+    assert ", then trained for 17 steps on tales: perplexity × 1.40 ± 0.02." in said(report(17, 10))
+    assert ", then trained for 1 step on tales: " in said(report(1, 1))
+    assert ", trained for 40 steps on tales in vain: perplexity × 1.40" in said(report(40, 0))
+
+
+def test_what_does_better_is_said_to_be_trained():
+    spec = ConversionSpec(keep=12)
+    shares = Shares(0.75, 0.75)
+    for best, name in (
+        (
+            ConversionSpec(keep=12, order="norm", recover="all"),
+            "12 of 16 branches by norm",
+        ),
+        (ConversionSpec(method="cmoe", active=0.75, recover="down"), "CMoE"),
+    ):
+        run = made_run(best, ratio=1.1, mlp_macs_share=0.75)
+        text = text_of(sentence(spec, shares, evaluation(2.0, 0.01), [run]))
+        assert f"Best at this compute: {name}, trained, × 1.10 (calibrated)." in text

@@ -221,6 +221,11 @@ class Record:
                 f"dense model on another part of it {self.recovery.before:.4g} before, "
                 f"{self.recovery.after:.4g} after, in nats per token."
             )
+        if self.recovery and self.recovery.cut_short:
+            lines.append(
+                f"A time limit ended the training at step {self.recovery.steps} of "
+                f"{self.recovery.planned}, so these settings alone do not give it again."
+            )
         return "\n\n".join(lines)
 
     def _settings(self) -> str:

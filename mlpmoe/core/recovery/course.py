@@ -128,10 +128,6 @@ class Course:
     def tell(self) -> None:
         """Say how far it is, which may end it."""
         message = f"training {self.spec.recover}, step {self.step} of {self.steps}"
-        if self.looks:
-            message += f", held-out KL {self.looks[-1].held_out:.4g}"
-        if len(self.looks) > 1:
-            message += f" (before {self.looks[0].held_out:.4g})"
         self.on_progress(message, self.step / self.steps)
 
     def _begin(self) -> str | None:

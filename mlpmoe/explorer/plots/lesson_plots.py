@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from math import sqrt
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from ...measure.runs.sweep import Run
 from .ridges import finish, ticks
 from .style import CONVERTED, DAMAGE, DENSE, GREY
 
@@ -155,6 +156,44 @@ def routed_words(words: Sequence[str], size: Tensor, chosen: Tensor) -> go.Figur
         },
         margin={"l": 76},
         hovermode="closest",
+    )  # fmt: skip
+    return figure
+
+
+def training_lines(found: Mapping[str, Mapping[int, Run]], steps: int) -> go.Figure:
+    """Perplexity to dense by steps of training, a line for each thing that is trained, between the
+    untrained and the dense model. found: name -> steps -> run. steps: that is marked."""
+    figure = go.Figure()
+    for (name, runs), dash in zip(found.items(), ("solid", "dash", "dot"), strict=False):
+        figure.add_scatter(
+            x=list(runs), y=[run.ratio for run in runs.values()], mode="lines+markers", name=name,
+            line={"color": CONVERTED, "dash": dash, "width": 2},
+            marker={
+                "size": [11 if n == steps else 5 for n in runs], "color": CONVERTED, "opacity": 1,
+                "line": {"width": 0},
+            },
+            error_y={
+                "array": [run.stderr for run in runs.values()], "color": CONVERTED, "thickness": 1,
+                "width": 0,
+            },
+            hovertemplate=f"{name}, %{{x}} steps: × %{{y:.3f}}<extra></extra>",
+        )  # fmt: skip
+    every = [run for runs in found.values() for run in runs.values()]
+    last = max(max(runs) for runs in found.values())
+    top = max(run.ratio + run.stderr for run in every)
+    untrained = next(iter(found.values()))[0].ratio
+    for height, colour, words in ((untrained, GREY, "not trained"), (1.0, DENSE, "dense model")):
+        figure.add_scatter(
+            x=[0, last], y=[height] * 2, mode="lines", name=words, hoverinfo="skip",
+            line={"color": colour, "width": 1.5, "dash": "longdash"},
+        )  # fmt: skip
+    finish(figure, HEIGHT)
+    figure.add_vline(x=steps, line={"color": GREY, "width": 1})
+    room = 0.08 * (top - 1)
+    figure.update_layout(
+        legend={**LEGEND, "traceorder": "normal"}, margin={"l": 64}, hovermode="closest",
+        xaxis={"title": "steps of training", "range": [-0.03 * last, 1.03 * last], **PLAIN},
+        yaxis={"title": "perplexity, × dense", "range": [1 - room, top + room]},
     )  # fmt: skip
     return figure
 

@@ -13,8 +13,8 @@ from ...core.spec import ConversionSpec
 from ...measure.notation import change
 from ...measure.runs.sweep import Run
 
-HEAD, WIDTH = 9, 1.2  # pixels
-STANDOFF = 5  # pixels between the head and the middle of its point
+HEAD, WIDTH = 10, 1.2  # pixels
+STANDOFF = 8  # pixels between the head and the middle of its point, which may be where one is
 MOST_SAID = 3  # trainings, at the point that they begin from
 Point = tuple[float, float]
 
@@ -73,7 +73,7 @@ def add_arrows(
             line={"color": colour, "width": WIDTH},
             marker={
                 "color": colour, "symbol": ["circle", "arrow"], "size": [0, HEAD], "opacity": 1,
-                "angleref": "previous", "standoff": [0, STANDOFF],
+                "angleref": "previous", "standoff": [0, STANDOFF], "line": {"width": 0},
             },
         )  # fmt: skip
         drawn += 1

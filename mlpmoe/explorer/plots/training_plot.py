@@ -12,9 +12,10 @@ from ...core.recovery.report import Look, RecoveryReport
 from .ridges import finish
 from .style import CONVERTED, DENSE, GREY
 
-HEIGHT = 280  # pixels
-SIZE = 12  # of the letters; the plot stands in the narrow column of the controls
-ROOM = 0.12  # of the axis, above and below: for the names of the lines
+HEIGHT = 224  # pixels
+SIZE = 13  # of the letters
+BELOW = 0.12  # of the axis, for the name of the lowest line
+HIGHEST = 1.25  # times what it was before training: so that the axis stays as it is
 
 
 def training_plot(report: RecoveryReport) -> go.Figure:
@@ -55,14 +56,15 @@ def training_plot(report: RecoveryReport) -> go.Figure:
         hovertemplate="best, step %{x}: %{y:.4g}<extra></extra>",
     )  # fmt: skip
     finish(figure, HEIGHT)
-    top = max([untrained, *(look.held_out for look in looks), *means])
+    top = max([HIGHEST * untrained, *(1.05 * look.held_out for look in looks), *means])
     figure.update_layout(
-        xaxis={"title": {"text": "step", "standoff": 6}, "range": [0, 1.03 * last]},
-        yaxis={"title": "KL, nats per token", "range": [-ROOM * top, (1 + ROOM) * top]},
+        xaxis={"title": {"text": "step", "standoff": 4}, "range": [0, 1.03 * last]},
+        yaxis={"title": "KL, nats per token", "range": [-BELOW * top, top]},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": SIZE}},
-        margin={"l": 52, "r": 8, "t": 30, "b": 44},
-        font={"size": SIZE}, hovermode="closest",
+        margin={"l": 52, "r": 8, "t": 30, "b": 44}, hovermode="closest",
     )  # fmt: skip
+    for axes in (figure.update_xaxes, figure.update_yaxes):
+        axes(tickfont={"size": SIZE}, title={"font": {"size": SIZE}})
     return figure
 
 

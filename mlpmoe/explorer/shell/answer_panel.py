@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import gradio as gr
-from gradio.events import Dependency
 
 from ..server.events import QUIET, Together, readable
 from .inputs import LimitedSlider
@@ -94,9 +94,9 @@ def answer_panel() -> AnswerPanel:
 
 def wire_answer(
     handlers: AnswerHandlers, panel: AnswerPanel, model: gr.State, spec: list, text: gr.Dropdown,
-    layer: gr.Slider, network: gr.HTML, changed: Dependency, another_model: Together,
+    layer: gr.Slider, network: gr.HTML, settled: Sequence[Callable], another_model: Together,
 ) -> None:  # fmt: skip
-    """changed: after which the page shows another setting."""
+    """settled: after these the page shows another setting, or has measured one that was stopped."""
     shown = [panel.dense, panel.converted, panel.report]
     another_model.add(
         handlers.another_model, [model, panel.prompt],
@@ -108,8 +108,9 @@ def wire_answer(
         readable(handlers.write), inputs, [*shown, network],
         trigger_mode="multiple", **WRITING, **QUIET,
     )  # fmt: skip
-    changed.success(
-        readable(handlers.write_by_itself), [panel.follow, *inputs], [*shown, network],
-        trigger_mode="multiple", **WRITING, **QUIET,
-    )  # fmt: skip
+    for event in settled:
+        event(
+            readable(handlers.write_by_itself), [panel.follow, *inputs], [*shown, network],
+            trigger_mode="multiple", **WRITING, **QUIET,
+        )  # fmt: skip
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.report, **QUIET)

@@ -71,7 +71,6 @@ class ConvertPanel:
     recover: gr.Dropdown
     recover_steps: gr.Slider
     training_note: gr.HTML
-    training_curve: gr.Plot
     calibration: gr.Dropdown
     text: gr.Dropdown
     own_text: gr.Textbox
@@ -283,14 +282,7 @@ def _training() -> dict[str, object]:
             elem_id="recover-steps", info="of 512 tokens each",
         )  # fmt: skip
         note = gr.HTML("", elem_id="training-note")
-        curve = gr.Plot(
-            label="Held-out KL divergence by step", show_label=False, visible=False,
-            elem_id="training-curve",
-        )  # fmt: skip
-    return {
-        "recover": recover, "recover_steps": steps, "training_note": note,
-        "training_curve": curve,
-    }  # fmt: skip
+    return {"recover": recover, "recover_steps": steps, "training_note": note}
 
 
 def _texts() -> dict[str, object]:

@@ -17,6 +17,9 @@ perplexity is measured on.
 * **Checkpoint**: a folder with a model's weights and settings, which other software opens.
 * **Down refitted**: down is computed anew, by least squares, so that the neurons that stay say \
 as nearly as possible what all said.
+* **Training, distillation**: the converted model learns to predict what the dense model does. \
+**KL divergence** says how far the two predictions are apart, 0 for none; **held out** is text \
+that is never trained on.
 * **Wanda, SparseGPT, FLAP**: published ways to choose what to remove by looking at activations.
 * **Squared weights**: the share of the sum of w², in which large weights count more.
 * **Run**: settings with what was measured for them. **Front**: the runs that no other beats.

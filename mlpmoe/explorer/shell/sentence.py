@@ -27,6 +27,7 @@ from ...measure.words import capital, joined, spared_in_words
 
 TOO_MUCH = 1e5  # a ratio of perplexity beyond which a model says nothing any more
 SURE = 2.0  # standard errors
+LONGEST = 270  # characters: two lines
 
 
 def sentence(
@@ -51,17 +52,22 @@ def sentence(
             return _html("Nothing is left out: every token meets all neurons.")
         return _html("Nothing is removed: the branches add up to the dense model.")
     cost = cost_axis(spec)
-    done = f"{_what(spec, shares)}{_spared(spec)}{_trained(spec, recovery)}"
-    words = f"{done}: {_damage(spec, known)}"
     # an estimate comes from runs that may have been calibrated on another text
-    if spec.needs_calibration and calibration and not isinstance(known, Estimate):
-        words += f", calibrated on {calibration}"
+    named = spec.needs_calibration and not isinstance(known, Estimate)
+    text = calibration if named and not (spec.recovers and known is None) else ""
+    trained = _trained(spec, recovery, text)
+    words = f"{_what(spec, shares)}{_spared(spec)}{trained}: {_damage(spec, known)}"
+    if text and not trained:
+        words += f", calibrated on {text}"
     found = [f"{words}."]
     if shares is not None:
         found += _others(spec, known, runs, cost, shares.of(cost))
     if toy:
         found.append("A toy model hides most of the damage.")
-    return _html(" ".join(found))
+    said = " ".join(found)
+    if trained and len(said) > LONGEST:
+        said = said.replace(f" on {text}", "", 1)  # which the controls say, too
+    return _html(said)
 
 
 def cost_axis(spec: ConversionSpec) -> str:
@@ -105,20 +111,19 @@ def _spared(spec: ConversionSpec) -> str:
     return f" ({spared_in_words(spec)})" if layers else ""
 
 
-def _trained(spec: ConversionSpec, recovery: RecoveryReport | None) -> str:
+def _trained(spec: ConversionSpec, recovery: RecoveryReport | None, text: str) -> str:
+    """text: that was trained on, "" where it is not said."""
     if not spec.recovers:
         return ""
     steps = recovery.steps if recovery else spec.recover_steps
-    words = f"{steps:,} step{'s' if steps > 1 else ''}"
-    if recovery and recovery.best == 0:
-        return f", training for {words} won nothing"
-    return f", then trained for {words}"
+    words = f"trained for {steps:,} step{'s' if steps > 1 else ''}{f' on {text}' if text else ''}"
+    return f", {words} in vain" if recovery and recovery.best == 0 else f", then {words}"
 
 
 def _damage(spec: ConversionSpec, known: Evaluation | Estimate | None) -> str:
     """What it costs in perplexity, and how sure that is."""
     if known is None:
-        return "what that costs is not measured yet"
+        return "not measured yet" if spec.recovers else "what that costs is not measured yet"
     measured = _measured(spec, known)
     if measured is None:
         return (

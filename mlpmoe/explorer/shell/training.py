@@ -19,7 +19,14 @@ from ..server.loaded import LoadedModel
 from ..server.workbench import Workbench
 from .settings import CONTROLS, read_asked
 
-TRAINING = 2  # outputs: a sentence as HTML, and the curve
+TRAINING = 3  # outputs: what is said in the section, and beside the curve; the curve
+HEAD = "<h3>A little training</h3>"
+ABOUT = (
+    '<p class="note">The converted model learns to predict what the dense model predicts. KL '
+    "divergence is how far its predictions are from those: 0 where both say the same. It counts "
+    "on text that is held out, which is never trained on.</p>"
+)
+BEGUN = "The curve stands under the cards."
 
 
 class TrainingHandlers:
@@ -28,11 +35,11 @@ class TrainingHandlers:
     def __init__(self, workbench: Workbench) -> None:
         self.workbench = workbench
 
-    def show(self, model: str, *values: Any) -> tuple[str, dict]:
-        """A sentence, and the curve of what was trained; no curve before."""
+    def show(self, model: str, *values: Any) -> tuple[str, str, dict]:
+        """How long it takes, or what was done, with its curve."""
         loaded = self.workbench.loaded(model)
         if dict(zip(CONTROLS, values, strict=False))["recover"] == NOTHING:
-            return "", gr.update(visible=False)
+            return "", "", gr.update(visible=False)
         return training(loaded, read_asked(loaded, values))
 
 
@@ -43,7 +50,7 @@ class TrainingNews:
         self.loaded, self.asked = loaded, asked
         self._said: tuple = ()
 
-    def tell(self) -> tuple[Any, Any]:
+    def tell(self) -> tuple[Any, ...]:
         report = self.loaded.recovery_so_far(self.asked)
         now = report and report.looks, self.loaded.in_training == self.asked
         if not spec_of(self.asked).recovers or report is None or now == self._said:
@@ -52,16 +59,16 @@ class TrainingNews:
         return training(self.loaded, self.asked)
 
 
-def training(loaded: LoadedModel, asked: Conversion) -> tuple[str, dict]:
-    """What is known of the training of a conversion: sentence and curve."""
+def training(loaded: LoadedModel, asked: Conversion) -> tuple[str, str, dict]:
+    """What is known of the training of a conversion."""
     spec = spec_of(asked)
     if not spec.recovers:
         words = "Nothing is lost yet, so there is nothing to train."
-        return f"<p>{words}</p>", gr.update(visible=False)
+        return said(words), "", gr.update(visible=False)
     report = loaded.recovery_so_far(asked)
     if report is None:
         words = time_needed(loaded, spec.recover_steps)
-        return f"<p>{escape(words)}</p>", gr.update(visible=False)
+        return said(words), HEAD + said(words) + ABOUT, gr.update(visible=False)
     at = f"step {report.steps:,} of {report.planned:,}"
     if loaded.recovery(asked):
         words = outcome(report)
@@ -69,7 +76,12 @@ def training(loaded: LoadedModel, asked: Conversion) -> tuple[str, dict]:
         words = f"Training, last looked at after {at}. Stop keeps what is done."
     else:
         words = f"Stopped, last looked at after {at}. All steps are kept: Measure goes on there."
-    return f"<p>{escape(words)}</p>", gr.update(value=training_plot(report), visible=True)
+    curve = gr.update(value=training_plot(report), visible=True)
+    return said(BEGUN), HEAD + said(words) + ABOUT, curve
+
+
+def said(words: str) -> str:
+    return f"<p>{escape(words)}</p>"
 
 
 def time_needed(loaded: LoadedModel, steps: int) -> str:
@@ -97,7 +109,7 @@ def outcome(report: RecoveryReport) -> str:
     if report.cut_short:
         ended += " No settings give such a result again, so it is not among the runs."
     return (
-        f"KL divergence from the dense model on text that was not trained on: {report.before:.3g} "
-        f"before, {report.after:.3g} after {steps} of {report.parameters:,} parameters, in "
+        f"KL divergence from the dense model on held-out text: {report.before:.3g} before, "
+        f"{report.after:.3g} after {steps} of {report.parameters:,} parameters, in "
         f"{_minutes(report.seconds)}.{kept}{ended}"
     )

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MATHS = [{"left": "$$", "right": "$$", "display": True}]
 INTRO = (
-    "One MLP of this model, cut and thinned in five steps. Each step also moves the controls at "
-    "the top of the page, which show what it costs the whole model."
+    "One MLP of this model, cut, thinned and routed, and then a little training: six steps. Each "
+    "also moves the controls at the top of the page, which show what it costs the whole model."
 )
 TURN = "Your turn"
 TITLES = (*(step.title for step in STEPS), TURN)

@@ -113,7 +113,7 @@ def judge(reading: Reading) -> tuple[int, str]:
         f"experts: the router misses {100 * found.error:.0f} % of the output, the same experts for "
         f"all {100 * found.fixed_error:.0f} %, the oracle {100 * found.oracle_error:.0f} %. "
         "Routing pays only if the router knows in advance who has something to say: try other "
-        "layers here, and better methods in the next step."
+        "layers here, and better methods in the last step."
     )
 
 
