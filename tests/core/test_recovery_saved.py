@@ -21,6 +21,8 @@ SPECS = {
     "lora": ConversionSpec(branches=4, keep=2, recover="lora", recover_steps=48),
     "router": ConversionSpec(method="random", experts=4, active=0.5, recover="router", seed=2,
                              recover_steps=48),
+    "masks": ConversionSpec(method="tokenclusters", experts=4, active=0.5, recover="masks", seed=2,
+                            recover_steps=48),
 }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def convert_until(step, *args, **kwargs):
 
 
 def assert_same(one, other):
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     mine, theirs = (recovery_of(m) for m in (one, other))
     assert replace(mine, seconds=0) == replace(theirs, seconds=0)

@@ -22,11 +22,13 @@ from ..spec import ConversionSpec
 from ..stopping import may_stop, stoppable
 from .divergence import AT_ONCE, divergence
 from .kinds import RECOVERIES
+from .masks import MaskStudent
 from .recount import recount
 from .report import Look, RecoveryReport
 from .samples import Samples
 from .saved import Saved, key_of
 from .student import Student, frozen_twin
+from .tensors import TensorStudent
 
 LOOKS = 8  # at the held-out text, beside the first
 SAVE_EVERY = 20  # steps
@@ -34,7 +36,8 @@ LOGITS = 2**25  # of a piece of a batch
 FLOAT16_SCALE = 2.0**10  # of the loss: float16 has no room for small gradients
 # Bytes of each trained number in float32: itself, its gradient, two moments, the best so far.
 BYTES_EACH = 20
-STATES, NEURONS = 12, 4  # numbers per token that a layer keeps for its gradient: by d_model, d_ff
+STATES = 12  # numbers per token and d_model that a layer keeps for its gradient
+STUDENTS: dict[str, type[Student]] = {"masks": MaskStudent}  # others train tensors
 
 
 @torch.no_grad()
@@ -47,7 +50,8 @@ def recover(
     state: Path | None = None,
 ) -> RecoveryReport:
     """Train what `spec.recover` names in `converted`, in place, so that it predicts the next token
-    as `dense` does: the least KL(dense ‖ converted) on the calibration text.
+    as `dense` does: the least KL(dense ‖ converted) on the calibration text, and of what the
+    student adds to it.
 
     AdamW without weight decay, the rate warmed up and then lowered along a cosine, BATCH_TOKENS
     tokens per step, gradients cut to length 1. The text's last samples are never trained on; the
@@ -60,16 +64,15 @@ def recover(
     Raises SpecError where there is nothing to train, the text is too short, or memory is.
     """
     samples = Samples.of(calibration, spec.recover_steps, spec.seed)
-    student = Student(converted, spec)
+    student = STUDENTS.get(spec.recover, TensorStudent)(converted, spec)
     _check_memory(spec, student, samples, converted)
     saved = None
     if state is not None:
-        begun_with = [place.tensor for place in student.places]
-        saved = Saved(state, key_of(converted, begun_with, spec, calibration))
+        saved = Saved(state, key_of(converted, student.begins_with, spec, calibration))
     course = _Course(dense, student, samples, spec, on_progress or (lambda *said: None), saved)
     with stoppable(course.tell):
         report = course.run()
-    if report.best:
+    if report.best or student.draft:
         student.write(converted)
         recount(converted, calibration.samples)
     if saved:
@@ -101,13 +104,9 @@ class _Course:
         self.at_once = max(1, LOGITS // (vocabulary * self.samples.train.shape[1]))
         self.looked_at = {round(self.steps * part / LOOKS) for part in range(1, LOOKS + 1)}
         rate = self.spec.recover_rate or RECOVERIES[self.spec.recover].rate
-        if self.spec.recover == "router":
-            sizes = [float(p.square().mean().sqrt()) or 1.0 for p in self.student.trained]
-        else:
-            sizes = [1.0] * len(self.student.trained)
         groups = [
-            {"params": [p], "lr": rate * size, "most": rate * size}
-            for p, size in zip(self.student.trained, sizes, strict=True)
+            {"params": [p], "lr": rate * pace, "most": rate * pace}
+            for p, pace in zip(self.student.trained, self.student.paces, strict=True)
         ]
         half = self.dense.dtype == torch.float16
         self.scale = FLOAT16_SCALE if half else 1.0
@@ -145,6 +144,7 @@ class _Course:
             looks=tuple(self.looks),
             best=self.best,
             stopped=stopped,
+            active=self._plain().active,
         )
 
     def _train(self) -> bool:
@@ -154,9 +154,11 @@ class _Course:
         for some in ids.split(self.at_once):
             may_stop()
             with torch.enable_grad():
-                loss = self._divergence(some) / ids.numel()
+                found = loss = self._divergence(some, self.step) / ids.numel()
+                if (penalty := self._plain().penalty) is not None:
+                    loss = found + penalty * (some.numel() / ids.numel())
                 self.accelerator.backward(self.scale * loss.float())
-            total += float(loss)
+            total += float(found)
         for parameter in self._trained():
             parameter.grad.div_(self.scale)
         length = self.accelerator.clip_grad_norm_(self._trained(), CLIP)
@@ -169,12 +171,13 @@ class _Course:
         self.optimizer.zero_grad()
         return fine
 
-    def _divergence(self, ids: Tensor) -> Tensor:
-        """Σ KL over the tokens of (samples, tokens)."""
+    def _divergence(self, ids: Tensor, step: int | None = None) -> Tensor:
+        """Σ KL over the tokens of (samples, tokens); of the model as it is now, or as a step of
+        the training sees it."""
         ids = ids.to(self.dense.device)
         with torch.no_grad():
             wanted = self.teacher(ids, use_cache=False).logits
-        return divergence(self.student(ids), wanted)
+        return divergence(self.student(ids, step), wanted)
 
     def _look(self) -> bool:
         """At the held-out text, keeping the weights if they are the best so far; False if the
@@ -203,8 +206,11 @@ class _Course:
             message += f" (before {self.looks[0].held_out:.4g})"
         self.on_progress(message, self.step / self.steps)
 
+    def _plain(self) -> Student:
+        return self.accelerator.unwrap_model(self.student)
+
     def _trained(self) -> list[torch.nn.Parameter]:
-        return self.accelerator.unwrap_model(self.student).trained
+        return self._plain().trained
 
     def _save(self) -> None:
         if self.saved:
@@ -222,8 +228,8 @@ class _Course:
             )
 
     def _resume(self) -> bool:
-        """Go on from the file, if there is one. Nothing is drawn on the way, so there is no state
-        of a random generator to restore."""
+        """Go on from the file, if there is one. What is drawn on the way depends on the seed and
+        the step only, so there is no state of a random generator to restore."""
         values: dict[str, Any] | None = self.saved.read() if self.saved else None
         if values is None:
             return False
@@ -248,12 +254,10 @@ def _check_memory(
     tokens, size = samples.train.shape[1], model.dtype.itemsize
     pieces = max(1, LOGITS // (config.vocab_size * tokens)) * tokens
     pieces = min(pieces, samples.order.shape[1] * tokens)  # tokens that are run at a time
-    weights = sum(place.tensor.numel() for place in student.places)
-    widest = max(max(place.tensor.shape) for place in student.places)
-    kept = STATES * config.hidden_size + NEURONS * widest
+    kept = STATES * config.hidden_size + student.kept_per_neuron * student.widest
     needed = (
         BYTES_EACH * sum(p.numel() for p in student.trained)
-        + 2 * weights * size  # as rounded, with their gradients
+        + student.bytes_of_a_pass()
         + 4 * pieces * config.vocab_size * size  # logits of both, gradients
         + 16 * AT_ONCE
         + pieces * config.num_hidden_layers * kept * size

@@ -27,6 +27,7 @@ class RecoveryReport:
     looks: tuple[Look, ...]
     best: int  # the step whose weights the model has; 0: as it was before
     stopped: str | None = None  # why it ended before its last step
+    active: float | None = None  # share of the neurons that a token runs, where that is trained
 
     @property
     def before(self) -> float:
@@ -45,8 +46,9 @@ class RecoveryReport:
     def __str__(self) -> str:
         kept = "" if self.best == self.steps else f", of which step {self.best} was best"
         ended = f". Stopped: {self.stopped}" if self.stopped else ""
+        runs = "" if self.active is None else f", a token runs {self.active:.4g} of the neurons"
         return (
             f"trained {self.what} ({self.parameters:,} parameters): held-out KL "
             f"{self.before:.4g} → {self.after:.4g} nats per token, {self.steps} steps{kept}, "
-            f"{self.seconds:.0f} s{ended}"
+            f"{self.seconds:.0f} s{runs}{ended}"
         )
