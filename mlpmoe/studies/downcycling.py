@@ -22,7 +22,7 @@ from ..core.descent import descend
 from ..core.errors import UserError
 from ..core.mlps import read_mlps
 from ..core.recovery.samples import reading_order
-from ..core.recovery.student import SoftlyRouted
+from ..core.recovery.soft import SoftlyRouted
 from ..core.routed import RoutedMLP
 from ..core.spec import ConversionSpec
 from .domains import DOMAINS, Domain

@@ -20,7 +20,7 @@ from mlpmoe import ConversionSpec, convert
 from mlpmoe.checkpoints.forms.branches import MODELING, branch_form
 from mlpmoe.checkpoints.forms.form import EXACT, FormError
 from mlpmoe.core.calibration import Calibration
-from mlpmoe.core.conversion import mlp_modules
+from mlpmoe.core.conversion import mlp_modules, recovery_of
 from tests.families import FAMILIES, VOCABULARY, build
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -132,6 +132,19 @@ def test_every_family_comes_back(family, spec, tmp_path):
 @pytest.mark.parametrize("spec", STATIC + ROUTED, ids=lambda spec: spec.to_flags())
 def test_every_kind_of_conversion_comes_back(spec, tmp_path):
     model = convert(dense("llama-bias"), spec, CALIBRATION)
+    assert difference(reopened(written(model, tmp_path)), model) <= EXACT
+
+
+def test_trained_masks_come_back(tmp_path):
+    """With layers whose experts differ in size."""
+    generator = torch.Generator().manual_seed(5)
+    text = Calibration(torch.randint(2, VOCABULARY, (160, 32), generator=generator))
+    spec = ConversionSpec(
+        method="tokenclusters", experts=3, active=0.5, recover="masks", recover_steps=6
+    )
+    model = convert(dense("llama"), spec, text)
+    sizes = [mlp.size for mlp in mlp_modules(model)]
+    assert recovery_of(model).best > 0 and sum(sizes) == 44 and len(set(sizes)) > 1
     assert difference(reopened(written(model, tmp_path)), model) <= EXACT
 
 

@@ -40,6 +40,16 @@ def test_evaluate_says_what_it_brought(evaluate, stories):
     assert strictly(out)["recovery"] is None
 
 
+def test_trained_masks_say_what_a_token_runs(evaluate, stories):
+    flags = ("--method", "tokenclusters", "--experts", "3", "--active", "0.5", "--recover", "masks",
+             "--recover-steps", "4", "--seqlen", "64", "--calibration", str(stories))  # fmt: skip
+    status, out, err = evaluate(*flags)
+    assert (status, err) == (0, "")
+    line = next(line for line in out.splitlines() if line.startswith("trained masks"))
+    assert line.endswith(", a token runs 0.5 of the neurons")
+    assert strictly(evaluate(*flags, "--json")[1])["recovery"]["active"] == 0.5
+
+
 def test_a_command_that_was_stopped_goes_on(evaluate, stories, cache, monkeypatch):
     flags = (*FLAGS[:-1], "30", "--calibration", str(stories), "--json")
     whole = strictly(evaluate(*flags)[1])
@@ -142,5 +152,6 @@ def test_what_cannot_be_trained_is_refused(evaluate, stories):
         assert refused(evaluate(*FLAGS, *text, "--recover-limit", minutes), "minutes above 0")
     assert refused(evaluate("--recover", "router", *text), "has no router")
     assert refused(evaluate("--recover", "gate", *text), "recover must be one of")
+    assert refused(evaluate("--recover", "masks", *text), "for the method tokenclusters")
     short = ("--nsamples", "8", "--seqlen", "64")
     assert refused(evaluate(*FLAGS, *text, *short), "calibration tokens, a batch and some")

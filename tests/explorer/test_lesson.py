@@ -13,7 +13,7 @@ import torch
 
 from mlpmoe import ConversionSpec, convert, load
 from mlpmoe.core.errors import UserError
-from mlpmoe.core.recovery.student import places
+from mlpmoe.core.recovery.tensors import places
 from mlpmoe.explorer.server.events import Together
 from mlpmoe.explorer.server.loaded import LoadedModel
 from mlpmoe.explorer.shell.convert_panel import convert_panel

@@ -55,6 +55,8 @@ def test_the_controls_make_the_spec_and_show_it_again(tiny):
     assert read_spec(chosen(show_spec(SPEC, tiny))) == SPEC
     routed = ConversionSpec(method="random", active=0.5, recover="router", recover_steps=7)
     assert read_spec(chosen(show_spec(routed, tiny))) == routed
+    masks = ConversionSpec(method="tokenclusters", active=0.5, experts=4, recover="masks")
+    assert read_spec(chosen(show_spec(masks, tiny))) == masks
     assert read_spec(controls(recover="all")) == ConversionSpec()  # nothing is lost
     with pytest.raises(UserError, match="at most 1,000 steps"):
         check_shown(ConversionSpec(keep=8, recover="all", recover_steps=1001))
@@ -65,6 +67,7 @@ def test_the_controls_make_the_spec_and_show_it_again(tiny):
     [
         ({"method": "cmoe", "recover": "alpha"}, "Only branches have an α"),
         ({"keep": 8, "recover": "router"}, "has no router"),
+        ({"method": "cmoe", "recover": "masks"}, "Only experts that overlap have masks"),
         ({"method": "cmoe", "selection": "threshold", "recover": "router"}, "more experts"),
     ],
 )

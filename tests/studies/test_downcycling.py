@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mlpmoe.core.conversion import convert, mlp_modules
 from mlpmoe.core.errors import UserError
-from mlpmoe.core.recovery.student import SoftlyRouted
+from mlpmoe.core.recovery.soft import SoftlyRouted
 from mlpmoe.core.routed import RoutedMLP
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.studies import downcycling

@@ -79,13 +79,9 @@ class Course:
         vocabulary = self.dense.config.get_text_config(decoder=True).vocab_size
         self.at_once = at_once(vocabulary, self.samples.train.shape[1])
         rate = self.spec.recover_rate or RECOVERIES[self.spec.recover].rate
-        if self.spec.recover == "router":
-            sizes = [float(p.square().mean().sqrt()) or 1.0 for p in self.student.trained]
-        else:
-            sizes = [1.0] * len(self.student.trained)
         groups = [
-            {"params": [p], "lr": rate * size, "most": rate * size}
-            for p, size in zip(self.student.trained, sizes, strict=True)
+            {"params": [p], "lr": rate * pace, "most": rate * pace}
+            for p, pace in zip(self.student.trained, self.student.paces, strict=True)
         ]
         half = self.dense.dtype == torch.float16
         self.scale = FLOAT16_SCALE if half else 1.0
@@ -123,6 +119,7 @@ class Course:
             best=self.best,
             stopped=stopped,
             cut_short=self.cut_short,
+            active=self._plain().active,
         )
 
     def tell(self) -> None:
@@ -199,25 +196,28 @@ class Course:
         return fine
 
     def _gradients(self) -> float:
-        """Those of the next step's samples; returns the loss."""
+        """Those of the next step's samples; returns the divergence per token."""
         ids = self.samples.train[self.samples.order[self.step]]
         total = 0.0
         for some in ids.split(self.at_once):
             may_stop()
             with torch.enable_grad():
-                loss = self._divergence(some) / ids.numel()
+                found = loss = self._divergence(some, self.step) / ids.numel()
+                if (penalty := self._plain().penalty) is not None:
+                    loss = found + penalty * (some.numel() / ids.numel())
                 self.accelerator.backward(self.scale * loss.float())
-            total += float(loss)
+            total += float(found)
         for parameter in self._trained():
             parameter.grad.div_(self.scale)
         return total
 
-    def _divergence(self, ids: Tensor) -> Tensor:
-        """Σ KL over the tokens of (samples, tokens)."""
+    def _divergence(self, ids: Tensor, step: int | None = None) -> Tensor:
+        """Σ KL over the tokens of (samples, tokens); of the model as it is now, or as a step of
+        the training sees it."""
         ids = ids.to(self.dense.device)
         with torch.no_grad():
             wanted = self.teacher(ids, use_cache=False).logits
-        return divergence(self.student(ids), wanted)
+        return divergence(self.student(ids, step), wanted)
 
     def _look(self) -> bool:
         """At the held-out text, keeping the weights if they are the best so far; False if the
@@ -241,8 +241,11 @@ class Course:
         self.tell()
         return isfinite(found)
 
+    def _plain(self) -> Student:
+        return self.accelerator.unwrap_model(self.student)
+
     def _trained(self) -> list[torch.nn.Parameter]:
-        return self.accelerator.unwrap_model(self.student).trained
+        return self._plain().trained
 
     def _save(self) -> None:
         if self.saved:
@@ -262,8 +265,8 @@ class Course:
             )
 
     def _resume(self) -> bool:
-        """Go on from the file, if there is one. Nothing is drawn on the way, so there is no state
-        of a random generator to restore."""
+        """Go on from the file, if there is one. What is drawn on the way depends on the seed and
+        the step only, so there is no state of a random generator to restore."""
         values: dict[str, Any] | None = self.saved.read() if self.saved else None
         if values is None:
             return False

@@ -38,6 +38,12 @@ RECOVERIES: dict[str, Recovery] = {
         "the routers", "trains what chooses the experts", short="routers trained",
         calibrated=True, rate=5e-2,
     ),
+    # of the generator's numbers; ToMoE's is 1e-3, for a hundred times as many steps
+    "masks": Recovery(
+        "neurons of the experts, and routers (ToMoE)",
+        "trains which neurons the experts have, and what chooses the experts",
+        short="masks and routers trained", calibrated=True, rate=3e-3,
+    ),
     "down": Recovery(
         "down", "trains down", short="down trained", calibrated=True, rate=1e-3
     ),
@@ -72,12 +78,25 @@ def check_recovery(spec: ConversionSpec) -> None:
     if spec.recover == "router":
         if reason := _untrainable(spec):
             raise SpecError(f"recover router: {reason}; take down, lora or all.")
+    if spec.recover == "masks":
+        if spec.method != "tokenclusters":
+            raise SpecError(
+                "only experts that overlap have masks to train: recover masks is for the method "
+                "tokenclusters; take down, lora or all."
+            )
+        if spec.router == "oracle":
+            raise SpecError(
+                "recover masks: the router oracle is a bound, and has nothing to train; take "
+                "another router."
+            )
 
 
 def _untrainable(spec: ConversionSpec) -> str | None:
     """Why there is no router that could be trained."""
     if not spec.routed:
         return f"the method {spec.method} has no router"
+    if spec.method == "tokenclusters":
+        return "the routers of tokenclusters are trained together with its masks (recover masks)"
     if spec.routed.partition is None:
         return f"the method {spec.method} chooses by its own weights, not by a router"
     if spec.router == "oracle":

@@ -42,7 +42,7 @@ def recount(model: PreTrainedModel, samples: Tensor) -> None:
 def _by_threshold(module: nn.Module) -> bool:
     if isinstance(module, InputMLP):
         return module.thresholds is not None
-    return isinstance(module, ROUTED_TYPES) and module.threshold is not None
+    return isinstance(module, ROUTED_TYPES) and getattr(module, "threshold", None) is not None
 
 
 def _running(module: nn.Module, x: Tensor) -> Tensor:

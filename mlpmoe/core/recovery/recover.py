@@ -18,16 +18,19 @@ from ..stopping import stoppable
 from .course import Course, at_once
 from .divergence import AT_ONCE
 from .kinds import RECOVERIES
+from .masks import MaskStudent
 from .recount import recount
 from .report import RecoveryReport
 from .samples import Samples
 from .saved import Saved, key_of
 from .student import Student
+from .tensors import TensorStudent
 
 # Bytes of each trained number in float32: itself, its gradient, two moments, the best so far.
 BYTES_EACH = 20
-STATES, NEURONS = 12, 4  # numbers per token that a layer keeps for its gradient: by d_model, d_ff
+STATES = 12  # numbers per token and d_model that a layer keeps for its gradient
 LONGEST = 1e7  # seconds that a limit may be
+STUDENTS: dict[str, type[Student]] = {"masks": MaskStudent}  # others train tensors
 
 
 @torch.no_grad()
@@ -42,7 +45,8 @@ def recover(
     on_look: Callable[[RecoveryReport], None] | None = None,
 ) -> RecoveryReport:
     """Train what `spec.recover` names in `converted`, in place, so that it predicts the next token
-    as `dense` does: the least KL(dense ‖ converted) on the calibration text.
+    as `dense` does: the least KL(dense ‖ converted) on the calibration text, and of what the
+    student adds to it.
 
     AdamW without weight decay, the rate warmed up and then lowered along a cosine, BATCH_TOKENS
     tokens per step, gradients cut to length 1. Some rows of the text are never trained on; the
@@ -66,17 +70,17 @@ def recover(
         seconds = real("the time limit of training", seconds, 0, LONGEST)
     steps, seed = spec.recover_steps, spec.seed
     samples = Samples.of(calibration, steps, seed, context_length(dense))
-    student = Student(converted, spec)
+    student = STUDENTS.get(spec.recover, TensorStudent)(converted, spec)
     _check_memory(spec, student, samples, converted)
     saved = None
     if state is not None:
-        begun_with = [place.tensor for place in student.places]
-        saved = Saved(state, key_of(converted, begun_with, spec, calibration, seconds))
+        key = key_of(converted, student.begins_with, spec, calibration, seconds)
+        saved = Saved(state, key)
     tell = on_progress or _tell_nobody, on_look or _tell_nobody
     course = Course(dense, student, samples, spec, *tell, saved, seconds)
     with stoppable(course.tell):
         report = course.run()
-    if report.best:
+    if report.best or student.draft:
         student.write(converted)
         recount(converted, calibration.samples)
     if saved:
@@ -96,12 +100,10 @@ def _check_memory(
     tokens, size = samples.train.shape[1], model.dtype.itemsize
     pieces = at_once(config.vocab_size, tokens) * tokens
     pieces = min(pieces, samples.order.shape[1] * tokens)  # tokens that are run at a time
-    weights = sum(place.tensor.numel() for place in student.places)
-    widest = max(max(place.tensor.shape) for place in student.places)
-    kept = STATES * config.hidden_size + NEURONS * widest
+    kept = STATES * config.hidden_size + student.kept_per_neuron * student.widest
     needed = (
         BYTES_EACH * sum(p.numel() for p in student.trained)
-        + 2 * weights * size  # as rounded, with their gradients
+        + student.bytes_of_a_pass()
         + 4 * pieces * config.vocab_size * size  # logits of both, gradients
         + 16 * AT_ONCE
         + pieces * config.num_hidden_layers * kept * size

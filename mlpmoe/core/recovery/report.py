@@ -34,6 +34,7 @@ class RecoveryReport:
     best: int  # the step whose weights the model has; 0: as it was before
     stopped: str | None = None  # why it ended before its last step
     cut_short: bool = False  # by the time limit, so that no spec gives the same again
+    active: float | None = None  # share of the neurons that a token runs, where that is trained
 
     @property
     def before(self) -> float:
@@ -63,8 +64,9 @@ class RecoveryReport:
         kept = "" if self.best == self.steps else f", of which step {self.best} was best"
         limit = f" (of {self.asked}, what the time limit had room for)" if self.limited else ""
         ended = f". Stopped: {self.stopped}" if self.stopped else ""
+        runs = "" if self.active is None else f", a token runs {self.active:.4g} of the neurons"
         return (
             f"trained {self.what} ({self.parameters:,} parameters): held-out KL "
             f"{self.before:.4g} → {self.after:.4g} nats per token, {self.steps} steps{limit}"
-            f"{kept}, {self.seconds:.0f} s{ended}"
+            f"{kept}, {self.seconds:.0f} s{runs}{ended}"
         )

@@ -23,6 +23,8 @@ class ClusterMLP(NeuronRows):
 
     weights: the neurons that some expert has. members: (experts, size) int64, rows of each expert,
     ascending. router: (tokens, d_model) -> scores (tokens, experts). neurons: of the dense MLP.
+    importance: (experts, d_ff), how much each neuron matters to each expert: a draft, whose neurons
+    are still to be chosen, until `settle` says which.
     """
 
     def __init__(
@@ -32,10 +34,26 @@ class ClusterMLP(NeuronRows):
         router: nn.Module,
         neurons: int,
         idle_mean: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> None:
         super().__init__(weights, idle_mean)
         self.register_buffer("members", members)
+        self.register_buffer("importance", importance, persistent=False)
         self.router, self.neurons = router, neurons
+
+    @torch.no_grad()
+    def settle(self, members: Tensor) -> None:
+        """Give the experts other neurons, in place. Rows that none of them has are dropped.
+
+        members: (experts, size) int64, rows of each expert, ascending; any size."""
+        used, rows = members.unique(return_inverse=True)
+        if len(used) < self.d_ff:
+            for name in ("gate", "up", "down", "gate_bias", "up_bias"):
+                if (tensor := getattr(self, name)) is not None:
+                    setattr(self, name, nn.Parameter(tensor[used], tensor.requires_grad))
+            if self.idle_mean is not None:  # of what goes, the mean is in the bias
+                self.idle_mean = self.idle_mean[used]
+        self.members, self.importance = rows, None
 
     @property
     def experts(self) -> int:

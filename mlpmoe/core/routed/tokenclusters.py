@@ -28,7 +28,8 @@ def build(weights: MLPWeights, spec, layer: LayerActivations) -> nn.Module:
     linear router picks one for each token, with weight 1, and the model's own weights. What it
     trains for that (masks from a generator, the router, losses for budget and balance) is computed
     here: k-means of the calibration tokens by their MLP input at length 1, and in each cluster the
-    neurons of largest mean h_j² · ‖down_j‖² over its tokens. Attention is left alone.
+    neurons of largest mean h_j² · ‖down_j‖² over its tokens. Attention is left alone. Where masks
+    are to be trained afterwards, this is a draft that still has all neurons.
     """
     size = max(1, round(spec.active * weights.d_ff))
     if size == weights.d_ff:
@@ -39,7 +40,8 @@ def build(weights: MLPWeights, spec, layer: LayerActivations) -> nn.Module:
     nobody = torch.empty(0, dtype=torch.long)
     partition = Partition(nobody, members.to(weights.up.device), centres=centres)
     router = ROUTERS[spec.router].make(weights, partition, layer)
-    return _of_experts(weights, members, router, spec, layer)
+    draft = score if spec.recover == "masks" else None
+    return _of_experts(weights, members, router, spec, layer, draft)
 
 
 def _clusters(layer: LayerActivations, experts: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -52,18 +54,29 @@ def _clusters(layer: LayerActivations, experts: int, seed: int) -> tuple[Tensor,
 
 
 def _of_experts(
-    weights: MLPWeights, members: Tensor, router: nn.Module, spec, layer: LayerActivations
+    weights: MLPWeights,
+    members: Tensor,
+    router: nn.Module,
+    spec,
+    layer: LayerActivations,
+    importance: Tensor | None,
 ) -> ClusterMLP:
     """Without the neurons that no expert has; of these only the mean stays, as a bias.
 
-    members: (experts, size) int64, neurons of each expert, ascending."""
+    members: (experts, size) int64, neurons of each expert, ascending. importance: (experts, d_ff),
+    of a draft, which has all neurons; or if down is fitted again, those that it is fitted for."""
+    device = weights.up.device
     used, rows = members.unique(return_inverse=True)  # ascending
-    kept = permute(weights, used.to(weights.up.device))
-    built = ClusterMLP(kept, rows.to(weights.up.device), router, weights.d_ff)
+    if importance is not None:
+        if spec.compensation != "refit":
+            used, rows = torch.arange(weights.d_ff), members
+        importance = importance[:, used].to(device)
+    kept = permute(weights, used.to(device))
+    built = ClusterMLP(kept, rows.to(device), router, weights.d_ff, importance=importance)
     if spec.compensation == "none":
         return built
     runs = torch.zeros(len(members), weights.d_ff, dtype=torch.bool).scatter_(1, members, True)
-    runs = runs.to(weights.up.device)
+    runs = runs.to(device)
     mean = layer.idle_mean(lambda x, gated: runs[built.expert_of(x)])
     gone = mean.clone()
     gone[used] = 0
@@ -72,7 +85,7 @@ def _of_experts(
     if kept.down_bias is not None:
         bias = bias + kept.down_bias.detach()
     kept = replace(kept, down_bias=bias)
-    return ClusterMLP(kept, built.members, router, weights.d_ff, mean[used])
+    return ClusterMLP(kept, built.members, router, weights.d_ff, mean[used], importance)
 
 
 METHOD = RoutedMethod(
