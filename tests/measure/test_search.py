@@ -361,7 +361,7 @@ def test_an_interrupted_search_leaves_nothing_behind(text, observed, tmp_path, m
     runs.close()
 
     assert list(tmp_path.iterdir()) == []
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads  # one of another test may have ended
     assert branched_mlps() == converted
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     for module in modules:

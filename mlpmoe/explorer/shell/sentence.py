@@ -78,7 +78,7 @@ def cost_axis(spec: ConversionSpec) -> str:
 
 
 def _html(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{escape(text).replace('× ', f'×{NBSP}')}</p>"
 
 
 def _what(spec: ConversionSpec, shares: Shares | None) -> str:
