@@ -12,6 +12,9 @@ from ...measure.cost.magnitudes import Magnitudes
 from .style import CONVERTED, DAMAGE, GREY, GRID
 
 RIDGES_HEIGHT = 520  # pixels; fixed, so the page does not jump
+SIZE = 14  # pixels, of the letters; titles of axes are not larger than their numbers
+TITLE = {"title": {"font": {"size": SIZE}}}
+PLAIN = go.layout.Template(layout={"xaxis": TITLE, "yaxis": TITLE})
 RIDGE_REACH = 0.95  # how far the tallest ridge rises, in rows
 Point = tuple[float | None, float | None, str]
 
@@ -140,12 +143,12 @@ def even_scale(colours: Sequence[str]) -> list[list]:
 
 def finish(figure: go.Figure, height: int) -> None:
     figure.update_layout(
-        template="none",
+        template=PLAIN,
         height=height,
         margin={"l": 56, "r": 12, "t": 36, "b": 56},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": GREY, "size": 14},
+        font={"color": GREY, "size": SIZE},
     )
     figure.update_xaxes(gridcolor=GRID, zeroline=False, fixedrange=True)
     figure.update_yaxes(gridcolor=GRID, zeroline=False, fixedrange=True)
