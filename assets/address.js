@@ -36,12 +36,14 @@
     }
   };
 
-  // The link to what the page shows; tab: its key, first: of the tab that needs no name.
-  const address = (query, tab, first) => {
+  // The link to what the page shows; tab: its key, first: of the tab that needs no name, trained:
+  // what is said of a training, with its result.
+  const address = (query, tab, first, trained) => {
     if (!query) return "";
-    last = [query, tab, first];
+    last = [query, tab, first, trained];
     const search = `?${query}${tab === first ? "" : `&tab=${tab}`}`;
-    const link = location.origin + location.pathname + search;
+    const [, result] = trained?.match(/ data-result="(\w+)"/) ?? [];
+    const link = location.origin + location.pathname + search + (result ? `&result=${result}` : "");
     if (restored && (query !== restored.query || (restored.tab ?? tab) !== tab)) return link; // on the way
     restored = null;
     remember(query);

@@ -48,7 +48,7 @@ from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 # this many instead.
 NEVER = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**12)}
 QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
-ADDRESS = f"(query, tab) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}')"
+ADDRESS = f"(query, tab, says) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}', says)"
 TOLD = ("weights", "lesson", "tokens", "runs", "export")
 TELL = f"(...shown) => mlpmoe.tell({json.dumps(TOLD)}, '{FIRST_TAB}', ...shown)"
 # Values set from here reach sliders later than other components, and long before this ends.
@@ -72,6 +72,7 @@ class PageState:
     tab: gr.Textbox  # key of the open tab
     budget: gr.Textbox  # that the visitor has set last, in per cent, and when: see page.js
     told: dict[str, gr.Textbox]  # by tab: changes with what it shows, while it is open: see tabs.js
+    linked: gr.State  # the result of a training that a link names: `Linked`, or None
     mine: gr.State  # the runs that the browser keeps, as records
 
 
@@ -81,7 +82,7 @@ def _page_state() -> PageState:
         for name in ("share-kept", "arrived", "taken", "query", "open-tab", "budget-asked")
     )
     told = {key: gr.Textbox("", visible="hidden", elem_id=f"told-{key}") for key in TOLD}
-    return PageState(gr.State(""), *fields, told, gr.State([]))
+    return PageState(gr.State(""), *fields, told, gr.State(None), gr.State([]))
 
 
 def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
@@ -130,7 +131,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
             pictures.network,
         ]  # fmt: skip
         _wire_opening(demo, OpeningHandlers(workbench, first), state, picker, convert, tabs)
-        _wire_address(state, picker, convert, opened)
+        _wire_address(state, picker, convert, training.says, opened)
         _wire_tabs(state, fields, weights.layer, lesson.layer)
         changed = _wire_preview(handlers, state, convert, pictures, weights, spec, shown)
         trained = [convert.training_note, training.says, training.curve]
@@ -140,7 +141,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         )  # fmt: skip
         # the card of compute has its figure as soon as the training is done
         after = [changed.then, cards.compute.change, *(event.then for event in measured)]
-        _wire_training(TrainingHandlers(workbench), spec, trained, after)
+        _wire_training(TrainingHandlers(workbench), [*spec, state.linked], trained, after)
         _wire_pictures(handlers, state, convert, pictures, weights, spec, tabs)
         another_model.add(handlers.another_model, [model], [pictures.network])
         wire_answer(
@@ -201,7 +202,7 @@ def _wire_opening(
     controls = [*convert.settings[:-1], state.share]
     texts = [convert.text, convert.calibration]
     shown = [picker.status, state.model, picker.note]
-    restored = [picker.name, *texts, *controls, tabs]
+    restored = [picker.name, *texts, *controls, tabs, state.linked]
     asked = [state.model, convert.branches, convert.keep, *texts]
     loads = [*shown, convert.branches, convert.keep, state.share, *texts]
     loading = {"concurrency_id": "load", **QUIET}
@@ -260,14 +261,16 @@ def _wire_opening(
 
 
 def _wire_address(
-    state: PageState, picker: ModelPanel, convert: ConvertPanel, tabs: dict[str, gr.Tab]
-) -> None:
-    """The address follows the settings and the open tab; undo and redo go through what it was."""
+    state: PageState, picker: ModelPanel, convert: ConvertPanel, trained: gr.HTML,
+    tabs: dict[str, gr.Tab],
+) -> None:  # fmt: skip
+    """The address follows the settings and the open tab; undo and redo go through what it was. The
+    link names the result of a training, too."""
     for key, tab in tabs.items():
         tab.select(None, None, state.tab, js=f"() => '{key}'", **PRIVATE)
     gr.on(
-        [state.query.change, state.tab.change], None, [state.query, state.tab], convert.link,
-        js=ADDRESS, **PRIVATE,
+        [state.query.change, state.tab.change, trained.change], None,
+        [state.query, state.tab, trained], convert.link, js=ADDRESS, **PRIVATE,
     )  # fmt: skip
     picker.undo.click(None, js="() => mlpmoe.step(-1)", **PRIVATE)
     picker.redo.click(None, js="() => mlpmoe.step(1)", **PRIVATE)
@@ -335,11 +338,11 @@ def _wire_measurement(
 
 
 def _wire_training(
-    handlers: TrainingHandlers, spec: list, shown: list, after: Sequence[Callable]
+    handlers: TrainingHandlers, inputs: list, shown: list, after: Sequence[Callable]
 ) -> None:
     """How long training takes, and what it did once it is done."""
     for event in after:
-        event(readable(handlers.show), spec, shown, trigger_mode="always_last", **QUIET)
+        event(readable(handlers.show), inputs, shown, trigger_mode="always_last", **QUIET)
 
 
 def _wire_pictures(

@@ -34,6 +34,10 @@ ARROWS = """id => document.querySelector(`#${id} .js-plotly-plot`).data
     .filter(trace => Array.isArray(trace.marker?.symbol) && trace.marker.symbol.includes('arrow'))
     .map(({x, y}) => [[x[0], y[0]], [x[1], y[1]]])"""
 
+# Whether the link names the result of the training.
+LINKED = """() => /&result=[0-9a-f]{12}$/.test(
+    document.querySelector('#link input, #link textarea').value)"""
+
 
 def test_a_student_trains_what_is_left(open_page, take_picture):
     """Half of the branches are dropped, and a few steps of training win something back: the curve
@@ -76,6 +80,7 @@ def test_a_student_trains_what_is_left(open_page, take_picture):
     page.wait_for_function(f"({ARROWS})('curve').length === 1")
     ((start, end),) = page.evaluate(ARROWS, "curve")
     assert start[0] == pytest.approx(end[0], abs=0.1) and start[1] > end[1]
+    page.wait_for_function(LINKED)
     assert page.locator("#training-curve .scatterlayer .trace").count() >= 4
     take_picture(page, "trained", full_page=False)
 

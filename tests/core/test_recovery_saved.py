@@ -101,6 +101,13 @@ def test_it_ends_with_the_same_bits(dense, text, whole, tmp_path, name, killed, 
     assert not list(folder.glob("*"))  # it is done
 
 
+def test_a_fingerprint_is_of_every_bit(dense, text, whole):
+    mine = recovery_of(whole["all"]).result
+    again = recovery_of(convert(dense, SPECS["all"], text)).result
+    other = recovery_of(convert(dense, replace(SPECS["all"], seed=1), text)).result
+    assert mine == again != other and len(mine) == 12
+
+
 def steps_taken(monkeypatch):
     """The numbers of the steps that are taken from now on, as they come."""
     steps, train = [], courses.Course._train

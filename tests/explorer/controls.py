@@ -101,13 +101,14 @@ class Opened(NamedTuple):
     controls: dict
     share: Any
     tab: Any
+    linked: Any
 
 
 def opened_link(step: tuple) -> Opened:
     """The outputs of `open_link`, with the controls put together."""
-    *rest, share, tab = step
+    *rest, share, tab, linked = step
     assert len(rest) == 7 + len(CONTROLS)
-    return Opened(*rest[:7], dict(zip(CONTROLS, rest[7:], strict=True)), share, tab)
+    return Opened(*rest[:7], dict(zip(CONTROLS, rest[7:], strict=True)), share, tab, linked)
 
 
 def chosen(shown: tuple) -> tuple:

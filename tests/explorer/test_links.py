@@ -224,6 +224,14 @@ def test_a_routed_link_sets_the_controls(opening, visitor, notices):
     assert notices == []
 
 
+def test_a_result_that_is_none_is_said(opening, visitor, notices):
+    for wrong in ("", "0123456789a", "0123456789aB", "<img src=x>"):
+        notices.clear()
+        assert opened(opening, visitor, branches="16", keep="8", result=wrong).linked is None
+        ((kind, message),) = notices
+        assert kind == "Warning" and "12 hexadecimal digits" in message
+
+
 def test_a_link_to_another_model_of_the_list_is_loaded_first(opening, visitor, notices):
     found = opened(opening, visitor, model=CATALOGUE[1].key, branches="8", text="proxy")
     assert found.share == gr.skip()  # the page is filled in once the model is there
@@ -248,8 +256,8 @@ def test_a_taken_run_of_another_model_is_loaded_and_then_restored(
     *_, (status, key, *_) = opening.load_taken(taken, "demo", *BEFORE)
     assert "gateless" in status
     assert key == str(gateless_folder)
-    name, text, calibration, *shown, tab = opening.restore_taken(taken, key)
-    assert (name, text["value"], tab) == (key, "proxy", gr.skip())
+    name, text, calibration, *shown, tab, linked = opening.restore_taken(taken, key)
+    assert (name, text["value"], tab, linked) == (key, "proxy", gr.skip(), None)
     assert calibration["value"] == "prose"  # of the model's kind
     assert read_spec(chosen(tuple(shown))) == spec
     assert notices == []

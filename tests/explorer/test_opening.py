@@ -73,7 +73,7 @@ def test_a_model_of_few_neurons_starts_with_as_many_branches(workbench, notices,
     opening = OpeningHandlers(workbench)
     list(workbench.load(folder))
     shown = opening.restore_taken(f"{Link(folder).to_query()} 1", folder)
-    values = chosen(shown[3:-1])
+    values = chosen(shown[3:-2])
     assert read_spec(values) == ConversionSpec(branches=12)
     workbench.loaded(folder).check_fits(read_spec(values))
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from urllib.parse import parse_qsl
 
 import gradio as gr
 import pytest
@@ -23,13 +24,16 @@ from mlpmoe.explorer.server import loaded as loading
 from mlpmoe.explorer.server.events import readable
 from mlpmoe.explorer.server.workbench import Workbench
 from mlpmoe.explorer.shell.handlers import TO_TRAIN, Handlers
+from mlpmoe.explorer.shell.links import Link
+from mlpmoe.explorer.shell.opening import OpeningHandlers
 from mlpmoe.explorer.shell.settings import check_shown, read_asked, read_spec, show_spec
-from mlpmoe.explorer.shell.training import TrainingHandlers
+from mlpmoe.explorer.shell.training import Linked, TrainingHandlers
 from tests.explorer.controls import (
     Measured,
     Previewed,
     chosen,
     controls,
+    opened_link,
     preview_values,
     settings,
     shown_values,
@@ -88,14 +92,14 @@ def test_only_the_button_begins_it(handlers, visitor, demo, training):
     assert TO_TRAIN in shown.perplexity
     assert "recover=lora&recover_steps=4" in shown.query and "recover='lora'" in shown.code
     assert list(handlers.measure_live(somebody, *shown_values(**ASKED))) == []
-    note, says, curve = training.show("demo", *settings(**ASKED))
+    note, says, curve = training.show("demo", *settings(**ASKED), None)
     assert "4 steps take about " in note and note in says and curve == gr.update(visible=False)
     *steps, last = handlers.measure(somebody, *shown_values(**ASKED))
     assert any("training lora, step" in Measured(*step).perplexity for step in steps)
     assert json.loads(last[-1])[0]["run"]["spec"].endswith("recover=lora&recover_steps=4")
     report = demo.recovery(read_asked(demo, settings(**ASKED)))
     assert report.steps == 4
-    _, note, curve = training.show("demo", *settings(**ASKED))
+    _, note, curve = training.show("demo", *settings(**ASKED), None)
     assert f"{report.before:.3g} before, {report.after:.3g} after 4 steps" in note
     assert curve["visible"] and curve["value"] == training_plot(report)
     # once trained, it is measured by itself like any other
@@ -113,9 +117,30 @@ def test_the_result_is_that_of_the_library(handlers, visitor, demo):
 
 
 def test_without_a_choice_nothing_is_said(training):
-    assert training.show("demo", *settings(keep=8)) == ("", "", gr.update(visible=False))
-    note, *_ = training.show("demo", *settings(recover="all"))
+    assert training.show("demo", *settings(keep=8), None) == ("", "", gr.update(visible=False))
+    note, *_ = training.show("demo", *settings(recover="all"), None)
     assert "Nothing is lost yet" in note
+
+
+def test_a_link_to_a_result_says_whether_it_is_the_same(handlers, training, visitor, demo):
+    list(handlers.measure(visitor(), *shown_values(**ASKED)))
+    asked = read_asked(demo, settings(**ASKED))
+    result = demo.recovery(asked).result
+    query = Link("demo", SPEC, result=result).to_query()
+    opening = OpeningHandlers(training.workbench)
+    *_, last = opening.open_link(visitor(**dict(parse_qsl(query))))
+    linked = opened_link(last).linked
+    assert linked == Linked(asked, result)
+    _, says, _ = training.show("demo", *settings(**ASKED), linked)
+    assert f'data-result="{result}"' in says and "the same as in the link" in says
+    other = replace(linked, result="0123456789ab")
+    _, says, _ = training.show("demo", *settings(**ASKED), other)
+    assert "in the link it is 0123456789ab" in says
+    # what the visitor asks for instead is not what the link was about
+    changed = ASKED | {"recover": "down"}
+    list(handlers.measure(visitor("b"), *shown_values(**changed)))
+    _, says, _ = training.show("demo", *settings(**changed), other)
+    assert "data-result" in says and "link" not in says
 
 
 def traces(figure):
@@ -249,7 +274,7 @@ def test_after_a_stop_it_goes_on(handlers, visitor, demo, training, cache, monke
     stopped = stopped_at(handlers, visitor(), 9, **change)
     assert "Stopped, last looked at after step 8 of 30." in stopped.training_says
     assert len(traces(stopped.training_curve["value"])["held out"].x) == 3
-    assert training.show("demo", *settings(**change))[1] == stopped.training_says
+    assert training.show("demo", *settings(**change), None)[1] == stopped.training_says
     done = max(taken)
     assert done >= 9 and len(list(cache.glob("*"))) == 1
     taken.clear()
@@ -270,7 +295,7 @@ def test_a_host_has_a_limit(handlers, visitor, demo, training, monkeypatch):
     monkeypatch.setenv("MLPMOE_TRAINING_MINUTES", "2")
     change = ASKED | {"recover_steps": 40}
     monkeypatch.setattr(type(demo), "tokens_per_second", property(lambda self: 4 * 512 * 40 / 300))
-    note, *_ = training.show("demo", *settings(**change))
+    note, *_ = training.show("demo", *settings(**change), None)
     assert "This server trains for 2 min at most: about " in note
     assert int(note.split("about ")[-1].split()[0]) in range(8, 15)  # 108 of 300 s and more
     asked, seconds = read_asked(demo, settings(**change)), []
@@ -283,7 +308,7 @@ def test_a_host_has_a_limit(handlers, visitor, demo, training, monkeypatch):
     # the run is that of what was done, and so whoever restores it gets it again
     assert json.loads(last.new)[0]["run"]["spec"].endswith("recover=lora&recover_steps=3")
     assert "then trained for 3 steps" in last.sentence
-    _, note, _ = training.show("demo", *settings(**change))
+    _, note, _ = training.show("demo", *settings(**change), None)
     assert "after 3 of 40 steps, what this server has time for," in note
     fewer = read_asked(demo, settings(**change | {"recover_steps": 3}))
     assert demo.is_converted(fewer) and demo.converted(fewer) is demo.converted(asked)
@@ -296,7 +321,7 @@ def test_what_the_limit_cut_short_is_shown_and_not_kept(handlers, visitor, train
     monkeypatch.setattr(courses.Course, "_is_late", lambda course: course.step == 2)
     *_, last = handlers.measure(visitor(), *shown_values(**ASKED))
     assert Measured(*last).new == gr.skip() and "…" not in Measured(*last).perplexity
-    _, note, curve = training.show("demo", *settings(**ASKED))
+    _, note, curve = training.show("demo", *settings(**ASKED), None)
     assert "Stopped: the time limit of 120 s ended it at step 2. No settings give such" in note
     assert curve["visible"]
 
@@ -348,7 +373,7 @@ def test_a_loss_that_is_not_finite_is_said(handlers, visitor, demo, training, mo
 
     monkeypatch.setattr(courses.Course, "_train", poisoned)
     *_, last = handlers.measure(visitor(), *shown_values(**ASKED))
-    _, note, curve = training.show("demo", *settings(**ASKED))
+    _, note, curve = training.show("demo", *settings(**ASKED), None)
     assert "The weights of step " in note or " after 2 steps " in note
     assert "Stopped: the loss is not finite at step 3." in note
     assert all(y == y for y in traces(curve["value"])["held out"].y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,6 +81,7 @@ def recover(
     course = Course(dense, student, samples, spec, *tell, saved, seconds)
     with stoppable(course.tell):
         report = course.run()
+    report = replace(report, result=student.fingerprint())
     if report.best or student.draft:
         student.write(converted)
         recount(converted, calibration.samples)

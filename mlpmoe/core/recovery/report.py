@@ -35,6 +35,7 @@ class RecoveryReport:
     stopped: str | None = None  # why it ended before its last step
     cut_short: bool = False  # by the time limit, so that no spec gives the same again
     active: float | None = None  # share of the neurons that a token runs, where that is trained
+    result: str | None = None  # fingerprint of what the model has of it, once it is done
 
     @property
     def before(self) -> float:
@@ -65,8 +66,9 @@ class RecoveryReport:
         limit = f" (of {self.asked}, what the time limit had room for)" if self.limited else ""
         ended = f". Stopped: {self.stopped}" if self.stopped else ""
         runs = "" if self.active is None else f", a token runs {self.active:.4g} of the neurons"
+        result = f", result {self.result}" if self.result else ""
         return (
             f"trained {self.what} ({self.parameters:,} parameters): held-out KL "
             f"{self.before:.4g} → {self.after:.4g} nats per token, {self.steps} steps{limit}"
-            f"{kept}, {self.seconds:.0f} s{runs}{ended}"
+            f"{kept}, {self.seconds:.0f} s{runs}{result}{ended}"
         )

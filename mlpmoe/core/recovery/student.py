@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,15 @@ class Student(ABC, nn.Module):
     def active(self) -> float | None:
         """The share of the neurons that a token runs, where that is trained."""
         return None
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of the tensors that the model has or gets, to the last bit."""
+        found = sha256()
+        for name, value in self.values():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()[:12]
 
     @abstractmethod
     def write(self, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from urllib.parse import parse_qsl, urlencode
@@ -29,6 +30,7 @@ FORMER_TABS = {  # of older links
 }  # fmt: skip
 # What a page shows that no link asks anything of: a conversion, not the model as it was.
 START = PRESETS["Fractal Fade (paper)"]
+RESULT = "[0-9a-f]{12}"  # see RecoveryReport; page.js writes it into the link
 LONGEST = 4000  # characters of a query that is read
 SPEC_NAMES = (*(f.name for f in fields(ConversionSpec)), SPARSITY)
 
@@ -42,6 +44,7 @@ class Link:
     text: str | None = None  # None: the default of the model
     tab: str | None = None  # None: where it makes sense
     calibration: str | None = None  # None: the default of the model
+    result: str | None = None  # what training came to where the link was made: a fingerprint
 
     @property
     def measured_on(self) -> str:
@@ -60,6 +63,8 @@ class Link:
         other = self.calibrated_on != default_calibration(self.model)
         if self.spec.needs_calibration and other:
             query += f"&{urlencode({'calibration': self.calibration})}"
+        if self.result:
+            query += f"&result={self.result}"
         return f"{query}&{urlencode({'tab': self.tab})}" if self.tab else query
 
 
@@ -84,4 +89,8 @@ def read_link(
         notices.append(f"there is no tab {tab!r:.40}; tabs are {', '.join(TABS)}.")
         tab = None
     model = query.get("model", "").strip() or default_model
-    return Link(model, spec, query.get("text"), tab, query.get("calibration")), notices
+    result = query.get("result")
+    if result is not None and not re.fullmatch(RESULT, result):
+        notices.append("the result in a link is 12 hexadecimal digits; this one is passed over.")
+        result = None
+    return Link(model, spec, query.get("text"), tab, query.get("calibration"), result), notices

@@ -35,10 +35,11 @@ from .settings import (
     show_branches,
     show_spec,
 )
+from .training import Linked
 
 MODEL = 3  # outputs of `_model`
 LOADED = MODEL + 5  # outputs of `load`
-RESTORED = 3 + len(CONTROLS) + 1 + 1  # outputs of `_restored`
+RESTORED = 3 + len(CONTROLS) + 1 + 1 + 1  # outputs of `_restored`
 
 
 class OpeningHandlers:
@@ -89,7 +90,8 @@ class OpeningHandlers:
         return self._restored(link, self.workbench.loaded(model), model)
 
     def _restored(self, link: Link, loaded: LoadedModel, name: str) -> tuple:
-        """Name of the model, text, calibration text, controls with the share of K, tab."""
+        """Name of the model, text, calibration text, controls with the share of K, tab, and the
+        result of a training that the link names."""
         text = self._known_text(link.text, loaded, "text")
         calibration = self._known_text(link.calibration, loaded, "calibration")
         spec = link.spec
@@ -104,6 +106,7 @@ class OpeningHandlers:
             show_calibration(calibration),
             *show_spec(spec, loaded),
             gr.update(selected=link.tab) if link.tab else gr.skip(),
+            Linked(loaded.asked(spec, calibration), link.result) if link.result else None,
         )
 
     def _known_text(self, key: str | None, loaded: LoadedModel, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -29,6 +30,14 @@ ABOUT = (
 BEGUN = "The curve stands under the cards."
 
 
+@dataclass(frozen=True)
+class Linked:
+    """What training came to where a link was made."""
+
+    asked: Conversion
+    result: str  # see RecoveryReport
+
+
 class TrainingHandlers:
     """The events of the section over one workbench."""
 
@@ -36,11 +45,13 @@ class TrainingHandlers:
         self.workbench = workbench
 
     def show(self, model: str, *values: Any) -> tuple[str, str, dict]:
-        """How long it takes, or what was done, with its curve."""
+        """How long it takes, or what was done, with its curve, and how that compares with the
+        result that a link names."""
+        *values, linked = values
         loaded = self.workbench.loaded(model)
         if dict(zip(CONTROLS, values, strict=False))["recover"] == NOTHING:
             return "", "", gr.update(visible=False)
-        return training(loaded, read_asked(loaded, values))
+        return training(loaded, read_asked(loaded, values), linked)
 
 
 class TrainingNews:
@@ -59,7 +70,9 @@ class TrainingNews:
         return training(self.loaded, self.asked)
 
 
-def training(loaded: LoadedModel, asked: Conversion) -> tuple[str, str, dict]:
+def training(
+    loaded: LoadedModel, asked: Conversion, linked: Linked | None = None
+) -> tuple[str, str, dict]:
     """What is known of the training of a conversion."""
     spec = spec_of(asked)
     if not spec.recovers:
@@ -70,18 +83,35 @@ def training(loaded: LoadedModel, asked: Conversion) -> tuple[str, str, dict]:
         words = time_needed(loaded, spec.recover_steps)
         return said(words), HEAD + said(words) + ABOUT, gr.update(visible=False)
     at = f"step {report.steps:,} of {report.planned:,}"
+    result = ""
     if loaded.recovery(asked):
         words = outcome(report)
+        result = _result(report, linked if linked and linked.asked == asked else None)
     elif loaded.in_training == asked:
         words = f"Training, last looked at after {at}. Stop keeps what is done."
     else:
         words = f"Stopped, last looked at after {at}. All steps are kept: Measure goes on there."
     curve = gr.update(value=training_plot(report), visible=True)
-    return said(BEGUN), HEAD + said(words) + ABOUT, curve
+    return said(BEGUN), HEAD + said(words) + result + ABOUT, curve
 
 
 def said(words: str) -> str:
     return f"<p>{escape(words)}</p>"
+
+
+def _result(report: RecoveryReport, linked: Linked | None) -> str:
+    """The fingerprint of the result, which page.js writes into the link; settings that a clock
+    decided on are not those of the link."""
+    words = f"Result {report.result}"
+    if linked and linked.result == report.result:
+        words += ", the same as in the link, to the last bit."
+    elif linked:
+        words += (
+            f"; in the link it is {linked.result}. Another kind of processor, or another version of "
+            "what computes here, rounds otherwise."
+        )
+    named = "" if report.limited or report.cut_short else f' data-result="{report.result}"'
+    return f'<p class="note"{named}>{escape(words)}</p>'
 
 
 def time_needed(loaded: LoadedModel, steps: int) -> str:
