@@ -49,7 +49,7 @@ def test_routed_ones_come_back_as_stock_mixtures(recover, tmp_path):
 def test_an_export_says_what_was_trained(tmp_path):
     """With the proof by a fresh process that it repeats the model in memory."""
     spec = ConversionSpec(branches=8, keep=6, recover="lora", recover_steps=4)
-    samples = torch.randint(1, 257, (20, 32), generator=GENERATOR)
+    samples = torch.randint(1, 257, (32, 32), generator=GENERATOR)
     dense = tiny_model()
     model = convert(dense, spec, Calibration(samples))
     done = export(
@@ -66,7 +66,7 @@ def test_an_export_says_what_was_trained(tmp_path):
 
 def test_a_card_says_that_the_limit_cut_it_short(tmp_path, monkeypatch):
     spec = ConversionSpec(branches=8, keep=6, recover="lora", recover_steps=4)
-    samples = torch.randint(1, 257, (20, 32), generator=GENERATOR)
+    samples = torch.randint(1, 257, (32, 32), generator=GENERATOR)
     monkeypatch.setattr(courses.Course, "_plan", lambda course: None)
     monkeypatch.setattr(courses.Course, "_is_late", lambda course: course.step == 3)
     model = convert(tiny_model(), spec, Calibration(samples), recover_seconds=60)
