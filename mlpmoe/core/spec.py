@@ -335,8 +335,7 @@ class ConversionSpec(Written):
         draws = "seed" in self.routed.fields if self.routed else ORDERS[self.order].seeded
         if self.recover == NOTHING or "recover" in idle:
             return set(RECOVERY_FIELDS) if draws else {*RECOVERY_FIELDS, "seed"}
-        usual = self.recover_rate == RECOVERIES[self.recover].rate
-        return {"recover_rate"} if usual else set()
+        return {"recover_rate"} if RECOVERIES[self.recover].is_usual(self.recover_rate) else set()
 
     def check_fits(self, d_ff: int, layers: int | None = None) -> None:
         """Raise SpecError if an MLP of `d_ff` neurons cannot be cut into this many branches, or

@@ -17,6 +17,7 @@ from mlpmoe.core.recovery import course as courses
 from mlpmoe.core.recovery import divergence as divergences
 from mlpmoe.core.recovery import recover as recovering
 from mlpmoe.core.recovery import student as students
+from mlpmoe.core.recovery.kinds import RECOVERIES
 from mlpmoe.core.recovery.recover import recover
 from mlpmoe.core.recovery.samples import Samples
 from mlpmoe.core.recovery.tensors import TensorStudent
@@ -34,7 +35,9 @@ SPECS = {
     "all": replace(STATIC, recover="all"),
     "router": replace(ROUTED, recover="router", recover_rate=0.1),
     "down, routed": replace(ROUTED, recover="down"),
-    "lora, routed": replace(ROUTED, recover="lora", selection="threshold", compensation="mean"),
+    "lora, routed": replace(
+        ROUTED, recover="lora", selection="threshold", compensation="mean", recover_rate=1e-3
+    ),
     "all, routed": replace(ROUTED, recover="all"),
     "all, neurons": ConversionSpec(method="neurons", active=0.5, recover="all", recover_steps=6),
     "lora, inputs": ConversionSpec(method="inputs", active=0.25, recover="lora", recover_steps=6),
@@ -172,6 +175,21 @@ def test_two_steps_by_hand(dense, text):
     assert recovery_of(made).best == 2
     for expected, found in zip(model.parameters(), made.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_who_is_near_learns_slower(dense, text):
+    near = ConversionSpec(branches=4, fade=0.3, recover="all", recover_steps=2)
+    report = recovery_of(convert(dense, near, text))
+    assert report.before < 0.3
+    assert report.rate == pytest.approx(3e-4 * report.before / 0.35)
+    assert RECOVERIES["all"].rate_at(0.36) == RECOVERIES["all"].rate_at(9.0) == 3e-4
+    asked = replace(near, recover_rate=3e-4)
+    assert asked.canonical() != near.canonical()  # as in `recover all`, unlike in the next
+    assert recovery_of(convert(dense, asked, text)).rate == 3e-4
+    routers = SPECS["router"]
+    usual = replace(routers, recover_rate=None)
+    assert replace(routers, recover_rate=5e-2).canonical() == usual.canonical()
+    assert recovery_of(convert(dense, usual, text)).rate == 5e-2
 
 
 def test_the_rate_goes_up_and_down():
@@ -430,7 +448,7 @@ def test_every_look_is_told_with_what_was_done_so_far(dense, text, tmp_path):
     report = recovery_of(convert(dense, spec, text, on_look=told.append))
     assert [each.looks for each in told] == [report.looks[:n] for n in range(1, 8)]
     assert [each.steps for each in told] == [0, 1, 2, 3, 4, 5, 6]
-    assert told[-1] == replace(report, seconds=told[-1].seconds)
+    assert told[-1] == replace(report, seconds=told[-1].seconds, result=None)
     for each in told:
         assert each.after == min(look.held_out for look in each.looks)
         assert each.planned == each.asked == 6 and each.stopped is None

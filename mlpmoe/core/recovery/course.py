@@ -65,6 +65,7 @@ class Course:
     step: int = 0  # that are done
     looks: list[Look] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # since the last look
+    rate: float = 0.0  # at its highest
     best: int = 0
     best_weights: list[Tensor] = field(default_factory=list)
     before: float = 0.0  # seconds, of the process that was stopped
@@ -78,9 +79,8 @@ class Course:
         self.teacher = frozen_twin(self.dense)
         vocabulary = self.dense.config.get_text_config(decoder=True).vocab_size
         self.at_once = at_once(vocabulary, self.samples.train.shape[1])
-        rate = self.spec.recover_rate or RECOVERIES[self.spec.recover].rate
         groups = [
-            {"params": [p], "lr": rate * pace, "most": rate * pace}
+            {"params": [p], "pace": pace}
             for p, pace in zip(self.student.trained, self.student.paces, strict=True)
         ]
         half = self.dense.dtype == torch.float16
@@ -111,6 +111,7 @@ class Course:
             steps=self.step,
             planned=self.steps,
             asked=self.spec.recover_steps,
+            rate=self.rate,
             parameters=sum(p.numel() for p in self._trained()),
             seconds=self._elapsed(),
             tokens=self.step * self.samples.order.shape[1] * self.samples.train.shape[1],
@@ -130,6 +131,8 @@ class Course:
     def _begin(self) -> str | None:
         if not self._look():
             return "the converted model's outputs are not finite."
+        before = self.looks[0].held_out
+        self.rate = self.spec.recover_rate or RECOVERIES[self.spec.recover].rate_at(before)
         self._plan()
         return self._go_on()
 
@@ -187,7 +190,7 @@ class Course:
         if fine:
             self.whole = False
             for group in self.optimizer.param_groups:
-                group["lr"] = group["most"] * height(self.step, self.steps)
+                group["lr"] = self.rate * group["pace"] * height(self.step, self.steps)
             self.optimizer.step()
             self.losses.append(total)
             self.step += 1
@@ -258,6 +261,7 @@ class Course:
                     "optimizer": self.optimizer.state_dict(),
                     "looks": [tuple(look) for look in self.looks],
                     "losses": self.losses,
+                    "rate": self.rate,
                     "best": self.best,
                     "best_weights": self.best_weights,
                     "seconds": self._elapsed(),
@@ -275,7 +279,7 @@ class Course:
             parameter.copy_(value)
         self.optimizer.load_state_dict(values["optimizer"])
         self.looks = [Look(*look) for look in values["looks"]]
-        self.losses, self.best = values["losses"], values["best"]
+        self.losses, self.best, self.rate = values["losses"], values["best"], values["rate"]
         self.step, self.steps, self.kept = values["step"], values["steps"], values["step"]
         pairs = zip(values["best_weights"], own, strict=True)
         self.best_weights = [value.to(parameter.device) for value, parameter in pairs]

@@ -26,6 +26,7 @@ class RecoveryReport:
     steps: int  # that were done
     planned: int  # that the rate falls over: those asked for, or as many as fit into a time limit
     asked: int  # steps of the spec
+    rate: float  # of learning, at its highest
     parameters: int  # numbers that were trained
     seconds: float
     tokens: int  # trained on, each time they were read

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration
 from ..spec import ConversionSpec
 
-FORMAT = 2
+FORMAT = 3
 ENDING = ".recovery"
 OLD = 7 * 24 * 3600  # seconds after which nobody comes back to a file
 KEPT = 16  # files of a folder; the one written longest ago makes room

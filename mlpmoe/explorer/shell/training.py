@@ -107,8 +107,8 @@ def _result(report: RecoveryReport, linked: Linked | None) -> str:
         words += ", the same as in the link, to the last bit."
     elif linked:
         words += (
-            f"; in the link it is {linked.result}. Another kind of processor, or another version of "
-            "what computes here, rounds otherwise."
+            f"; in the link it is {linked.result}. Another kind of processor, or another version "
+            "of what computes here, rounds otherwise."
         )
     named = "" if report.limited or report.cut_short else f' data-result="{report.result}"'
     return f'<p class="note"{named}>{escape(words)}</p>'
