@@ -372,3 +372,9 @@ def test_the_spec_is_written_and_read(dense):
     assert ConversionSpec.from_query(SPEC.to_query()) == SPEC
     assert "--recover masks" in SPEC.to_flags() and SPEC.recovers
     assert SPEC.canonical().seed == 0 and replace(SPEC, seed=3).canonical().seed == 3
+
+
+def test_experts_that_have_their_neurons_are_not_trained(dense, text):
+    model = convert(dense, untrained(SPEC), text)
+    with pytest.raises(SpecError, match="was converted without it"):
+        recover(dense, model, SPEC, text)

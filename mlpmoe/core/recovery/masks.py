@@ -47,6 +47,11 @@ class MaskStudent(Student):
         }
         if not self.mlps:
             raise SpecError(f"recover {spec.recover}: this conversion has none to train.")
+        if any(mlp.importance is None for mlp in self.mlps.values()):
+            raise SpecError(
+                f"recover {spec.recover}: this model was converted without it, so its experts "
+                "have their neurons already; convert with it."
+            )
         self.total = sum(mlp.size for mlp in self.mlps.values())
         self.seed = spec.seed
         starts = [start(mlp.importance, mlp.members) for mlp in self.mlps.values()]
