@@ -26,6 +26,7 @@ from .checkpoint import check_headers, folder_checkpoint, small_files, total_byt
 from .errors import ModelError, format_bytes, shorten
 from .gguf_header import read_header
 from .origin import note_origin
+from .places import tell_own_head, without_place
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
 
@@ -81,7 +82,7 @@ def load_checked(
     Progress(on_progress).report("reading weights")
     tokenizer = tokenizer or _gguf_tokenizer(folder, checked)
     model = _read_model(folder, checked)
-    _check_tokenizer(tokenizer, model, checked.name)
+    check_tokenizer(tokenizer, model, checked.name)
     note_origin(model, checked.origin)
     return model, tokenizer
 
@@ -201,10 +202,13 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
             output_loading_info=True,
             **files,
         )
-        problem = _missing_tensors(info, checked.name) or _not_finite(
-            model.named_parameters(), checked
+        problem = (
+            _missing_tensors(info, checked.name)
+            or without_place(info["unexpected_keys"], folder, checked.weight_files, checked.name)
+            or _not_finite(model.named_parameters(), checked)
         )
         if problem is None:
+            tell_own_head(model)
             return model.eval()
     except Exception as error:
         logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)
@@ -261,11 +265,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    ids = tokenizer(PROBE)["input_ids"]
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError if it makes tokens that the model has no row for, or none at all."""
     rows = model.get_input_embeddings().num_embeddings
-    if not ids or max(ids) >= rows:
+    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= rows}
+    if beyond:
+        first = min(beyond)
         raise ModelError(
-            f"The tokenizer of {name} does not fit its weights: it uses token "
-            f"{max(ids, default=0)}, the model knows {rows}."
+            f"The tokenizer of {name} does not fit its weights: {len(beyond)} of its tokens, from "
+            f"{first} ({shorten(beyond[first])}), have no row in the embedding, which has {rows:,}."
         )
+    if not tokenizer(PROBE)["input_ids"]:
+        raise ModelError(f"The tokenizer of {name} makes nothing of a plain sentence.")
