@@ -238,10 +238,12 @@ def _not_finite(parameters: Iterable[tuple[str, nn.Parameter]], checked: Preflig
         # One pass and no temporary tensor: NaN and infinity both reach the extremes.
         if parameter.numel() and not all(x.isfinite() for x in parameter.detach().aminmax()):
             dtype = str(checked.dtype).removeprefix("torch.")
-            return (
+            said = (
                 f"The weights of {checked.name} hold values that are not finite numbers in "
                 f"{dtype} ({shorten(key)})."
             )
+            narrow = checked.dtype == torch.float16 != checked.saved_dtype
+            return f"{said} Choose bfloat16 or float32." if narrow else said
     return None
 
 
