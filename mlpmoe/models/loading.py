@@ -29,6 +29,7 @@ from .origin import note_origin
 from .places import tell_own_head, without_place
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
+from .quiet_dtype import default_dtype_stays
 
 PROBE = "Once upon a time, 3 cats didn't sleep."  # what a tokenizer is tried on
 
@@ -193,15 +194,16 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
     if checked.reads_gguf:
         files = gguf_reading.weights_from(folder, checked.gguf, checked.name)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=checked.dtype,
-            device_map={"": checked.device},
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **files,
-        )
+        with default_dtype_stays():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=checked.dtype,
+                device_map={"": checked.device},
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **files,
+            )
         problem = (
             _missing_tensors(info, checked.name)
             or without_place(info["unexpected_keys"], folder, checked.weight_files, checked.name)
