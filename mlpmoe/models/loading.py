@@ -30,6 +30,7 @@ from .places import tell_own_head, without_place
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
 from .quiet_dtype import default_dtype_stays
+from .stored_config import read_stored_config
 
 PROBE = "Once upon a time, 3 cats didn't sleep."  # what a tokenizer is tried on
 
@@ -190,9 +191,10 @@ def _agree(tokenizer: PreTrainedTokenizerBase, as_saved: Tokenizer) -> bool:
 
 def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
     """The weights on their device. Errors leave nothing behind that refers to a tensor."""
-    files = {"use_safetensors": True}
     if checked.reads_gguf:
         files = gguf_reading.weights_from(folder, checked.gguf, checked.name)
+    else:
+        files = {"use_safetensors": True, "config": read_stored_config(folder)}
     try:
         with default_dtype_stays():
             model, info = AutoModelForCausalLM.from_pretrained(

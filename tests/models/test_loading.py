@@ -242,6 +242,17 @@ def test_other_failures_name_their_kind_and_no_path(tiny_folder, monkeypatch):
     assert "The weights of tiny cannot be read (OSError)" in refusal(tiny_folder)
 
 
+@pytest.mark.parametrize("setting", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["flash_attention_2", "owner/kernels", "flex_attention", "none"])
+def test_kernels_are_those_of_this_machine(folder, setting, value):
+    """Whatever config.json names: a package that is not here, or code to download."""
+    config = json.loads((folder / "config.json").read_text())
+    expected = load(folder, device="cpu")[0].config._attn_implementation
+    (folder / "config.json").write_text(json.dumps(config | {setting: value}))
+    model, _ = load(folder, device="cpu")
+    assert model.config._attn_implementation == expected == "sdpa"
+
+
 def test_repository_code_is_never_run(folder):
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {

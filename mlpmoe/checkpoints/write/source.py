@@ -11,11 +11,12 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...core.errors import UserError
 from ...core.mlps import MLPWeights, decoder_layers, located_mlps, read_mlp
 from ...models.places import is_computed, untie
+from ...models.stored_config import read_stored_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,7 +37,7 @@ class Source:
     """
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = read_stored_config(folder)
         files = tuple(files)
         self._find(config, folder, files)
         if any(self._differs(name) for name in self._tied):
