@@ -45,22 +45,23 @@ class Workbench:
         self._models.move_to_end(key)
         return self._models[key]
 
-    def load(self, name: str) -> Iterator[str | LoadedModel]:
+    def load(self, name: str, by_host: bool = False) -> Iterator[str | LoadedModel]:
         """Load a model by catalogue key, label, hub id or folder; yields what is being done, then
-        the model. Raises UserError if it cannot be loaded; closing the iterator gives up."""
+        the model. by_host: see `preflight`. Raises UserError if it cannot be loaded; closing the
+        iterator gives up."""
         key = model_key(name)
         yield "checking"
         with self._loading:
             if key not in self._models:
-                yield from self._load(key)
+                yield from self._load(key, by_host)
         self._models.move_to_end(key)
         yield self._models[key]
 
-    def _load(self, key: str) -> Iterator[str]:
+    def _load(self, key: str, by_host: bool) -> Iterator[str]:
         guests = [k for k in self._models if k not in self.staying]
         leaving = [] if key in self.staying else guests[: max(0, len(guests) + 1 - MAX_GUESTS)]
         freed = sum(self._models[k].checked.memory_needed for k in leaving)
-        checked = preflight(key, reclaimable=freed)
+        checked = preflight(key, by_host=by_host, reclaimable=freed)
         if checked.memory_needed > (checked.memory_available or 0) - freed:
             for old in leaving:  # only together they are too large
                 del self._models[old]
