@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from time import perf_counter
 from typing import Any
 
@@ -53,6 +54,7 @@ SMALL_CONVERSIONS_HELD = 6  # of a model of at most SMALL_BYTES
 SMALL_BYTES = 2**27
 VIEWS_HELD = 16  # conversions that only cut, and so hold no weights of their own
 RESULTS_HELD = 512  # per model
+LOSSES_BYTES = 2**28  # per model: of WikiText-2, some two hundred conversions
 TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
 ANSWERS_HELD = 64
@@ -79,7 +81,9 @@ class LoadedModel:
     _views: Recent = field(default_factory=lambda: Recent(VIEWS_HELD))
     _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _plans: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
-    _losses: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _losses: Recent = field(
+        default_factory=lambda: Recent(RESULTS_HELD, LOSSES_BYTES, attrgetter("nbytes"))
+    )
     _shapes: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     turns: Turns = field(default_factory=Turns)  # of all that runs the models
