@@ -93,10 +93,16 @@ class LoadedModel:
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
     _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
     in_training: Conversion | None = None  # at this moment
+    _converting: int = 0  # conversions under way
 
     def __post_init__(self) -> None:
         if self.checked.bytes_on_disk <= SMALL_BYTES:
             self._conversions.size = SMALL_CONVERSIONS_HELD
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is run or converted at this moment."""
+        return self.turns.taken or self._converting > 0 or self.in_training is not None
 
     @cached_property
     def mlps(self) -> list[DenseMLP]:
@@ -176,7 +182,11 @@ class LoadedModel:
         progress."""
         if asked in self._conversions:
             return
-        made = yield from in_thread(lambda report: self._convert(asked, report))
+        self._converting += 1
+        try:
+            made = yield from in_thread(lambda report: self._convert(asked, report))
+        finally:
+            self._converting -= 1
         self._conversions.put(asked, made)
 
     def _convert(
