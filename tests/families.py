@@ -105,6 +105,24 @@ FAMILIES: dict[str, Family] = {
     "phi3": fused("phi3"),
     "glm": fused("glm"),
     "glm4": fused("glm4"),
+    "qwen2_moe-dense": gated("qwen2_moe", mlp_only_layers=[*range(LAYERS)]),
+    "granitemoehybrid-dense": Family(
+        "granitemoehybrid",
+        mlp="model.layers.{}.shared_mlp",
+        gate=None,
+        up="input_linear",
+        down="output_linear",
+        activation="activation",
+        fused=True,
+        config={
+            "shared_intermediate_size": D_FF,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "layer_types": ["attention"] * LAYERS,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 4,
+        },
+    ),
     "gpt2": plain("gpt2", BLOCK, "c_fc", "c_proj", biases=True, config=INNER),
     "gpt_neox": plain("gpt_neox", "gpt_neox.layers.{}.mlp", *IN_4H, biases=True),
     "phi": plain("phi", LAYER, "fc1", "fc2", "activation_fn", biases=True),
@@ -191,7 +209,9 @@ REFUSED_FAMILIES: dict[str, RefusedFamily] = {
         "model.decoder.layers.0",
         "without an MLP module",
     ),
-    "mixtral": RefusedFamily(Family("mixtral", config=EXPERTS), "model.layers.0", ALREADY_MIXED),
+    "mixtral": RefusedFamily(
+        Family("mixtral", config=EXPERTS), "model.layers.0.mlp.experts", ALREADY_MIXED
+    ),
     "qwen2_moe": RefusedFamily(
         Family(
             "qwen2_moe",
@@ -202,18 +222,20 @@ REFUSED_FAMILIES: dict[str, RefusedFamily] = {
                 "shared_expert_intermediate_size": 12,
             },
         ),
-        "model.layers.0",
+        "model.layers.0.mlp.experts",
         ALREADY_MIXED,
     ),
     "granitemoe": RefusedFamily(
-        Family("granitemoe", config=EXPERTS), "model.layers.0", ALREADY_MIXED
+        Family("granitemoe", config=EXPERTS),
+        "model.layers.0.block_sparse_moe.experts",
+        ALREADY_MIXED,
     ),
     "gpt_oss": RefusedFamily(
         Family(
             "gpt_oss",
             config=EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         ),
-        "model.layers.0",
+        "model.layers.0.mlp.experts",
         ALREADY_MIXED,
     ),
 }

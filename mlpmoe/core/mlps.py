@@ -83,13 +83,14 @@ LAYOUTS = (
     Layout(gate="gate_proj", up="up_proj", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, ...
     Layout(gate="w1", up="w3", down="w2"),  # LFM2
     Layout(up="gate_up_proj", down="down_proj", fused=True),  # Phi-3, GLM
+    Layout(up="input_linear", down="output_linear", fused=True),  # Granite 4
     Layout(up="up_proj", down="down_proj"),  # Arcee, Apertus, MPT
     Layout(up="c_fc", down="c_proj"),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
     Layout(up="fc1", down="fc2"),  # Phi, NanoChat
     Layout(up="fc_in", down="fc_out"),  # GPT-J, CodeGen
     Layout(up="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM, Persimmon
 )
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "gelu_impl")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "activation", "act", "gelu_impl")
 CONVERTED = (
     "BranchedMLP",
     "LoopedMLP",
@@ -219,7 +220,8 @@ def _locate(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
                 raise UnsupportedModelError(
                     f"{child} is converted already. Convert the dense model instead."
                 )
-            if child.endswith(".experts") or re.search(r"moe|experts", kind, re.IGNORECASE):
+            # not by "moe" in a class's name, which dense layers of such models have, too
+            if child.endswith(".experts") or re.search("experts", kind, re.IGNORECASE):
                 raise UnsupportedModelError(
                     f"{child} ({kind}) is a mixture of experts already; only dense MLPs can be "
                     "converted."

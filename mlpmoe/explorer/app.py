@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import gradio as gr
 from gradio.events import Dependency
 
-from ..models import host_allows_any_model
+from ..models import host_allows_any_model, open_page_to
 from .api import add_endpoints
 from .server.events import IN_TURNS, PRIVATE, QUIET, Together, readable
 from .server.first_model import FirstModel
@@ -88,6 +88,8 @@ def _page_state() -> PageState:
 def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     """The page over a workbench. Its first model is loaded meanwhile, see `FirstModel`."""
     os.environ.update(NEVER)
+    shared = os.environ.get("GRADIO_SHARE", "").lower() == "true"
+    open_page_to(os.environ.get("GRADIO_SERVER_NAME"), shared)
     workbench = workbench or Workbench()
     first = FirstModel(workbench)
     first.start()

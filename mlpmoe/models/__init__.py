@@ -6,7 +6,7 @@ from .errors import ModelError, format_bytes, format_parameters
 from .hub import offline_models
 from .loading import load, load_checked, make_ready
 from .memory import memory_needed
-from .names import host_allows_any_model
+from .names import host_allows_any_model, open_page_to
 from .origin import Origin, origin_of
 from .preflight import Preflight, preflight
 from .texts import (
@@ -52,6 +52,7 @@ __all__ = [
     "named_calibration",
     "named_text",
     "offline_models",
+    "open_page_to",
     "origin_of",
     "preflight",
     "recovery_folder",

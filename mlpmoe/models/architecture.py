@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mlpmoe.core.errors import UserError
@@ -19,6 +19,7 @@ from mlpmoe.core.mlps import check_structure, located_mlps
 from .checkpoint import CONFIG, Checkpoint, read_config
 from .errors import ModelError, shorten
 from .refusals import quantisation_in, refuse_quantised, refuse_unknown_type, refuse_wrapper
+from .stored_config import read_stored_config
 
 MAX_REPEATS = 1000  # layers, or experts per layer; the deepest published models have about 200
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -114,9 +115,7 @@ def _parse(config: dict, folder: Path, name: str) -> PreTrainedConfig:
     try:
         known = model_type in transformers.CONFIG_MAPPING
         if known:
-            return AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+            return read_stored_config(folder)
     except Exception as error:
         logger.debug("%s: config.json cannot be parsed", name, exc_info=True)
         raise ModelError(

@@ -43,7 +43,7 @@ from .checkpoint import (
 )
 from .errors import ModelError
 from .gguf_choice import is_gguf
-from .names import on_space
+from .names import serves_visitors
 
 SHIPPED, PACKAGED = "shipped", "from its package"
 IN_CACHE, FROM_HUB = "in the hub's cache", "from the hub"
@@ -299,7 +299,7 @@ def _access(token: str | None) -> Any:
     A Space is different: the token in its environment is the owner's, and must not open the
     owner's private and gated models to every visitor.
     """
-    return False if token is None and on_space() else token
+    return False if token is None and serves_visitors() else token
 
 
 def _is_transport(error: BaseException) -> bool:

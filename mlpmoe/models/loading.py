@@ -26,8 +26,11 @@ from .checkpoint import check_headers, folder_checkpoint, small_files, total_byt
 from .errors import ModelError, format_bytes, shorten
 from .gguf_header import read_header
 from .origin import note_origin
+from .places import tell_own_head, without_place
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
+from .quiet_dtype import default_dtype_stays
+from .stored_config import read_stored_config
 
 PROBE = "Once upon a time, 3 cats didn't sleep."  # what a tokenizer is tried on
 
@@ -81,7 +84,7 @@ def load_checked(
     Progress(on_progress).report("reading weights")
     tokenizer = tokenizer or _gguf_tokenizer(folder, checked)
     model = _read_model(folder, checked)
-    _check_tokenizer(tokenizer, model, checked.name)
+    check_tokenizer(tokenizer, model, checked.name)
     note_origin(model, checked.origin)
     return model, tokenizer
 
@@ -188,23 +191,28 @@ def _agree(tokenizer: PreTrainedTokenizerBase, as_saved: Tokenizer) -> bool:
 
 def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
     """The weights on their device. Errors leave nothing behind that refers to a tensor."""
-    files = {"use_safetensors": True}
     if checked.reads_gguf:
         files = gguf_reading.weights_from(folder, checked.gguf, checked.name)
+    else:
+        files = {"use_safetensors": True, "config": read_stored_config(folder)}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=checked.dtype,
-            device_map={"": checked.device},
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **files,
-        )
-        problem = _missing_tensors(info, checked.name) or _not_finite(
-            model.named_parameters(), checked
+        with default_dtype_stays():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=checked.dtype,
+                device_map={"": checked.device},
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **files,
+            )
+        problem = (
+            _missing_tensors(info, checked.name)
+            or without_place(info["unexpected_keys"], folder, checked.weight_files, checked.name)
+            or _not_finite(model.named_parameters(), checked)
         )
         if problem is None:
+            tell_own_head(model)
             return model.eval()
     except Exception as error:
         logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)
@@ -234,10 +242,12 @@ def _not_finite(parameters: Iterable[tuple[str, nn.Parameter]], checked: Preflig
         # One pass and no temporary tensor: NaN and infinity both reach the extremes.
         if parameter.numel() and not all(x.isfinite() for x in parameter.detach().aminmax()):
             dtype = str(checked.dtype).removeprefix("torch.")
-            return (
+            said = (
                 f"The weights of {checked.name} hold values that are not finite numbers in "
                 f"{dtype} ({shorten(key)})."
             )
+            narrow = checked.dtype == torch.float16 != checked.saved_dtype
+            return f"{said} Choose bfloat16 or float32." if narrow else said
     return None
 
 
@@ -261,11 +271,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    ids = tokenizer(PROBE)["input_ids"]
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError if it makes tokens that the model has no row for, or none at all."""
     rows = model.get_input_embeddings().num_embeddings
-    if not ids or max(ids) >= rows:
+    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= rows}
+    if beyond:
+        first = min(beyond)
         raise ModelError(
-            f"The tokenizer of {name} does not fit its weights: it uses token "
-            f"{max(ids, default=0)}, the model knows {rows}."
+            f"The tokenizer of {name} does not fit its weights: {len(beyond)} of its tokens, from "
+            f"{first} ({shorten(beyond[first])}), have no row in the embedding, which has {rows:,}."
         )
+    if not tokenizer(PROBE)["input_ids"]:
+        raise ModelError(f"The tokenizer of {name} makes nothing of a plain sentence.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from .packaged import Package
 MAX_NAME_CHARACTERS = 500
 MAX_REVISION_CHARACTERS = 200
 ALLOW_ANY_VARIABLE = "MLPMOE_ALLOW_ANY_MODEL"
+_page_reaches_beyond = False  # see open_page_to
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -48,25 +50,49 @@ def on_space() -> bool:
     return bool(os.environ.get("SPACE_ID"))
 
 
+def serves_visitors() -> bool:
+    """Whether this process serves others than whoever started it: a Space, or a page that can be
+    opened from other machines. To these, nothing but models is shown: not what lies on the disk,
+    nor what the owner's hub token opens."""
+    return on_space() or _page_reaches_beyond
+
+
+def open_page_to(address: str | None, shared: bool = False) -> None:
+    """Say that this process is a page, at which address (None: of this machine only), and whether
+    under a public link too."""
+    global _page_reaches_beyond
+    _page_reaches_beyond = shared or not _is_loopback(address)
+
+
+def _is_loopback(address: str | None) -> bool:
+    if not address or address == "localhost":
+        return True
+    try:
+        return ip_address(address.strip("[]")).is_loopback
+    except ValueError:  # the name of a host
+        return False
+
+
 def host_allows_any_model() -> bool:
     """Whether models outside the catalogue may be loaded.
 
-    Yes on one's own machine, no on a Space; MLPMOE_ALLOW_ANY_MODEL=1 or =0 decides otherwise.
+    Yes for whoever started this process, no for visitors; MLPMOE_ALLOW_ANY_MODEL=1 or =0 decides
+    otherwise.
     """
     answer = os.environ.get(ALLOW_ANY_VARIABLE, "").strip().lower()
     if answer in ("1", "true", "yes", "on"):
         return True
     if answer in ("0", "false", "no", "off"):
         return False
-    return not on_space()
+    return not serves_visitors()
 
 
-def identify(name: str | os.PathLike[str], *, allow_any: bool) -> Place:
+def identify(name: str | os.PathLike[str], *, allow_any: bool, by_host: bool = False) -> Place:
     """Where the model lies that was asked for.
 
     The catalogue comes first, so that a folder which happens to be called like one of its models
     is not read by accident. Without `allow_any` nothing else passes, and the disk is not looked
-    at. Raises ModelError.
+    at, nor is it for a visitor. by_host: whoever started this process asks. Raises ModelError.
     """
     text = _clean(name)
     entry = find_entry(text) if isinstance(name, str) else None
@@ -75,10 +101,11 @@ def identify(name: str | os.PathLike[str], *, allow_any: bool) -> Place:
         entry = find_entry(text)
     if entry is not None:
         return _catalogue_place(entry, text)
-    if not allow_any:
+    if not (allow_any or by_host):
         keys = ", ".join(entry.key for entry in CATALOGUE)
         raise ModelError(f"This host loads only the models of its catalogue: {keys}.")
-    return _anywhere(text, is_path=not isinstance(name, str))
+    on_disk = by_host or not serves_visitors()
+    return _anywhere(text, is_path=not isinstance(name, str), on_disk=on_disk)
 
 
 def check_revision(revision: str | None) -> str | None:
@@ -150,9 +177,8 @@ def _catalogue_place(entry: CatalogueEntry, text: str) -> Place:
     return entry.source
 
 
-def _anywhere(text: str, *, is_path: bool) -> Place:
-    # A Space is open to everyone: what lies on its disk is nobody's business.
-    if not on_space():
+def _anywhere(text: str, *, is_path: bool, on_disk: bool) -> Place:
+    if on_disk:
         path = os.path.expanduser(text)
         if os.path.isdir(path) or (is_gguf(path) and os.path.isfile(path)):
             return Path(path)

@@ -24,6 +24,7 @@ from .gguf_header import read_header
 from .gguf_reading import read_tokenizer, weights_from
 from .host import free_disk
 from .progress import Progress
+from .quiet_dtype import default_dtype_stays
 
 CACHE_VARIABLE = "MLPMOE_CACHE"
 FORMAT = 1  # of what is written; another one makes converted models of old versions unused
@@ -124,14 +125,15 @@ def _convert(package: Package, file: Path, folder: Path, progress: Progress) -> 
     progress.report("converting the packaged model, once")
     try:
         tokenizer = read_tokenizer(file.parent, file.name, header)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            dtype=DTYPE,
-            device_map={"": "cpu"},
-            local_files_only=True,
-            output_loading_info=True,
-            **weights_from(file.parent, file.name, package.file),
-        )
+        with default_dtype_stays():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                dtype=DTYPE,
+                device_map={"": "cpu"},
+                local_files_only=True,
+                output_loading_info=True,
+                **weights_from(file.parent, file.name, package.file),
+            )
         if info["missing_keys"]:
             raise ModelError(f"{package.file} cannot be read by the installed transformers.")
         progress.report("keeping the converted model")

@@ -73,6 +73,7 @@ def preflight(
     revision: str | None = None,
     token: str | None = None,
     allow_any: bool | None = None,
+    by_host: bool = False,
     reclaimable: int = 0,
     in_memory: bool = True,
 ) -> Preflight:
@@ -84,9 +85,10 @@ def preflight(
     and no safetensors needs one of them to be named. revision: branch, tag or commit on the hub.
     token: for gated and private models; without one, that of the person who is signed in, except
     on a Space. allow_any: whether models outside the catalogue are allowed; None lets the host
-    decide (`host_allows_any_model`). reclaimable: bytes that the caller will free before loading;
-    they count as available. in_memory: whether the model will be held in memory as a whole, and so
-    has to fit.
+    decide (`host_allows_any_model`). by_host: whether whoever started this process asks, where it
+    serves others too: then any model and any folder is allowed. reclaimable: bytes that the caller
+    will free before loading; they count as available. in_memory: whether the model will be held in
+    memory as a whole, and so has to fit.
 
     Needs no network for what is on this machine. Raises ModelError, UnsupportedModelError (its
     MLPs cannot be split) or UserError (no such dtype or device), each with a message for the
@@ -96,7 +98,7 @@ def preflight(
     revision = check_revision(revision)
     if allow_any is None:
         allow_any = host_allows_any_model()
-    place = identify(source, allow_any=allow_any)
+    place = identify(source, allow_any=allow_any, by_host=by_host)
     checkpoint, wanted = _find(place, revision, token)
     licence = checkpoint.licence
     gguf = choose_gguf(checkpoint, wanted)

@@ -6,11 +6,11 @@ import os
 from math import inf
 from pathlib import Path
 
-from .names import on_space
+from .names import serves_visitors
 from .packaged import cache_folder
 
 MINUTES_VARIABLE = "MLPMOE_TRAINING_MINUTES"
-MINUTES_ON_A_SPACE = 10.0
+MINUTES_FOR_VISITORS = 10.0
 
 
 def recovery_folder() -> Path:
@@ -21,10 +21,10 @@ def recovery_folder() -> Path:
 def host_training_seconds() -> float | None:
     """How long one training on the page may take; None: as long as it wants.
 
-    MLPMOE_TRAINING_MINUTES decides, with 0 for no limit. By default one's own machine has none,
-    and a Space MINUTES_ON_A_SPACE.
+    MLPMOE_TRAINING_MINUTES decides, with 0 for no limit. By default there is none for
+    whoever started the page, and MINUTES_FOR_VISITORS where it serves others.
     """
-    usual = MINUTES_ON_A_SPACE if on_space() else 0.0
+    usual = MINUTES_FOR_VISITORS if serves_visitors() else 0.0
     try:
         minutes = float(os.environ.get(MINUTES_VARIABLE, "").strip() or usual)
     except ValueError:

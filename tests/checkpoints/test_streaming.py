@@ -300,6 +300,19 @@ def test_specs_that_look_at_more_than_a_layer(base, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_head_of_its_own_is_kept_and_said(tmp_path):
+    """Whatever the flag of the base says: a reader that obeys it would drop the head."""
+    base = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    made = export_files(preflight(str(base)), tmp_path / "made", NARROW, encode=encode)
+    assert made.record.verification.passed
+    assert json.loads((made.folder / "config.json").read_text())["tie_word_embeddings"] is False
+    found = load_file(made.folder / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], tensors["lm_head.weight"])
+
+
 def test_too_little_space_is_known_before(base, tmp_path, monkeypatch):
     monkeypatch.setattr(target, "free_disk", lambda folder: 110_000_000)
     with pytest.raises(ExportError, match="the checkpoint takes"):

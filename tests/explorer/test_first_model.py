@@ -24,7 +24,7 @@ class Loading:
         self.calls: list[str] = []
         self.staying = workbench.staying
 
-    def load(self, name: str):
+    def load(self, name: str, by_host: bool = False):
         self.calls.append(name)
         yield "reading weights (10%)"
         self.begun.set()
@@ -102,7 +102,7 @@ def module_spec():
 def test_where_it_cannot_be_loaded_the_demo_model_says_why(
     workbench, demo, monkeypatch, visitor, error, reason
 ):
-    def fails(name):
+    def fails(name, by_host=False):
         yield "checking"
         raise error
 
@@ -144,7 +144,7 @@ def test_a_default_that_cannot_be_found_out_is_the_demo_model(workbench, demo, m
 def test_where_there_is_no_model_at_all_nobody_waits_for_one(workbench, monkeypatch):
     """As in an installation without the demo model."""
 
-    def fails(name):
+    def fails(name, by_host=False):
         raise ModelError("the demo model is not there.")
         yield
 

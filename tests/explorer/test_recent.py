@@ -78,3 +78,15 @@ def test_what_fails_is_tried_again():
 def test_making_may_ask_for_what_is_made():
     recent = Recent(4)
     assert recent.get_or_make("a", lambda: recent.get_or_make("b", lambda: 1) + 1) == 2
+
+
+def test_what_takes_too_many_bytes_makes_room():
+    recent = Recent(100, most_bytes=10, bytes_of=len)
+    for name in ("aaaa", "bbbb", "cc"):
+        recent.put(name, name)
+    assert list(recent) == ["aaaa", "bbbb", "cc"]
+    recent.get_or_make("aaaa", lambda: "")  # used again
+    recent.put("d", "d")
+    assert list(recent) == ["cc", "aaaa", "d"]
+    recent.put("large", "x" * 50)  # the newest stays in any case
+    assert list(recent) == ["large"]

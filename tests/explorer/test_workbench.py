@@ -141,12 +141,49 @@ def test_load_says_what_it_does(workbench, one_layer_folder):
     assert load_all(workbench, one_layer_folder) == ["checking", loaded]
 
 
-def test_the_demo_model_stays_and_a_guest_makes_room(workbench, one_layer_folder, gateless_folder):
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Whoever does not run a model has left it."""
+    monkeypatch.setattr(module, "IN_USE", 0.0)
+    monkeypatch.setattr(module, "MAX_IDLE", 1)
+
+
+def test_a_model_in_use_does_not_make_room(
+    workbench, tiny_folder, one_layer_folder, gateless_folder, forgotten
+):
+    """Whatever is loaded beside it, and where both do not fit the new one is refused."""
+    *_, used = load_all(workbench, one_layer_folder)
+    steps = used.evaluate(SPEC, "stories")
+    with used.turns.turn():
+        load_all(workbench, gateless_folder)
+        load_all(workbench, tiny_folder)
+        assert workbench.loaded(str(one_layer_folder)) is used
+        assert not workbench.holds(str(gateless_folder))
+    steps.close()
+
+
+def test_who_looks_at_a_model_keeps_it(
+    workbench, tiny_folder, one_layer_folder, gateless_folder, monkeypatch
+):
+    now = 1000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    for folder in (one_layer_folder, gateless_folder, tiny_folder):
+        load_all(workbench, folder)
+    assert all(map(workbench.holds, map(str, (one_layer_folder, gateless_folder, tiny_folder))))
+    now += module.IN_USE + 1
+    workbench.loaded(str(one_layer_folder))
+    assert {one.key for one in workbench._idle()} == {str(gateless_folder), str(tiny_folder)}
+
+
+def test_the_demo_model_stays_and_a_guest_makes_room(
+    workbench, tiny_folder, one_layer_folder, gateless_folder, forgotten
+):
     demo = workbench.loaded("demo")
     load_all(workbench, one_layer_folder)
     load_all(workbench, gateless_folder)
+    load_all(workbench, tiny_folder)
     assert workbench.loaded("demo") is demo
-    assert workbench.holds(str(gateless_folder))
+    assert workbench.holds(str(tiny_folder))
     assert not workbench.holds(str(one_layer_folder))
     with pytest.raises(UserError, match="the model of this page is not loaded"):
         workbench.loaded("")  # of a page that a server before this one had opened
@@ -155,7 +192,7 @@ def test_the_demo_model_stays_and_a_guest_makes_room(workbench, one_layer_folder
 
 
 def test_what_the_page_opens_with_stays_too(
-    workbench, tiny_folder, one_layer_folder, gateless_folder
+    workbench, tiny_folder, one_layer_folder, gateless_folder, forgotten
 ):
     """Else whoever opened the page after a visitor had loaded another model would find none."""
     *_, first = load_all(workbench, tiny_folder)
@@ -220,7 +257,7 @@ def test_two_visitors_load_one_model_once(workbench, one_layer_folder, monkeypat
 
 
 def test_the_guest_leaves_first_where_both_do_not_fit(
-    workbench, one_layer_folder, gateless_folder, monkeypatch
+    workbench, one_layer_folder, gateless_folder, forgotten, monkeypatch
 ):
     """It is freed before the new one is read, not after."""
     load_all(workbench, one_layer_folder)

@@ -230,6 +230,22 @@ def test_chat_models_get_their_format(dense, tokenizer):
     assert writing.text == "Hello"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}",
+        {"rag": "{{ messages[0].content }}", "tool_use": "x"},
+        "{% for m in messages %}{{ m.content + nothing.at_all }}{% endfor %}",
+        "{% if messages",
+    ],
+    ids=["wants a system message", "has no default", "names nothing", "is cut off"],
+)
+def test_a_chat_format_that_refuses_leaves_the_plain_prompt(tokenizer, template):
+    plain = encode_prompt(tokenizer, "Hi")
+    tokenizer.chat_template = template
+    assert torch.equal(encode_prompt(tokenizer, "Hi"), plain)
+
+
 # Parting -----------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from mlpmoe.core.conversion import convert
+from mlpmoe.core.errors import UserError
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.measure.quality import head
 from mlpmoe.measure.quality.head import token_losses
@@ -263,3 +264,19 @@ def test_memory_does_not_grow_with_window_and_vocabulary(family, monkeypatch):
     assert len(losses) == 255
     assert largest.numbers <= 2**24 < 255 * vocabulary / 3
     assert losses[-5:].tolist() == pytest.approx(whole_losses(model, ids, 251).tolist(), abs=2e-5)
+
+
+@torch.no_grad()
+def test_what_float16_has_no_numbers_for_is_said_with_what_has():
+    """The weights are finite in float16; what comes of them is not."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            matrix.weight *= 60
+    ids = some_ids(12, model.config.vocab_size)
+    assert token_losses(model, ids, 1).isfinite().all()
+    half = model.half()
+    assert all(p.isfinite().all() for p in half.parameters())
+    with pytest.raises(UserError, match="load it in bfloat16 or float32"):
+        token_losses(half, ids, 1)
+    assert token_losses(half.bfloat16(), ids, 1).isfinite().all()

@@ -87,6 +87,51 @@ def test_missing_tensors_are_never_made_up(folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.layers.1.mlp.up_proj.bias"], "hold 1 tensor that"),
+        (
+            ["model.layers.2.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"],
+            "hold 2 tensors that",
+        ),
+        (["v_head.summary.weight"], "hold 1 tensor that"),
+        (["model.layers.0.self_attn.bias"], "hold 1 tensor that"),  # no mask: it has one dimension
+    ],
+)
+def test_tensors_without_a_place_are_never_left_out(folder, names, said):
+    change_weights(folder, lambda tensors: tensors.update({n: torch.ones(4) for n in names}))
+    message = refusal(folder)
+    assert said in message and f"has no place for, such as {min(names)}." in message
+
+
+def test_what_models_compute_themselves_may_be_there(folder):
+    expected = load(folder, device="cpu")[0].state_dict()
+    computed = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8),
+        "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
+        "model.embeddings.position_ids": torch.arange(8.0)[None],
+    }
+    change_weights(folder, lambda tensors: tensors.update(computed))
+    found = load(folder, device="cpu")[0].state_dict()
+    assert found.keys() == expected.keys()
+
+
+def test_a_head_of_its_own_is_said_to_be_one(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert load(folder, device="cpu")[0].config.tie_word_embeddings
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": rows.clone()}))
+    same, _ = load(folder, device="cpu")  # stored twice
+    assert same.config.tie_word_embeddings and same.lm_head.weight is same.model.embed_tokens.weight
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": 2 * rows}))
+    model, _ = load(folder, device="cpu")
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, 2 * rows)
+    assert torch.equal(model.model.embed_tokens.weight, rows)
+
+
 def test_tensors_of_another_shape(folder):
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] = 64
@@ -112,7 +157,8 @@ def test_weights_that_float16_cannot_hold(folder):
         tensors["model.norm.weight"][0] = 1e6
 
     change_weights(folder, enlarge)
-    assert "not finite numbers in float16" in refusal(folder, dtype="float16")
+    said = refusal(folder, dtype="float16")
+    assert "not finite numbers in float16" in said and "Choose bfloat16 or float32." in said
     assert load(folder, "bfloat16", "cpu")
 
 
@@ -126,8 +172,21 @@ def test_tokenizers_that_cannot_be_used(folder):
 def test_a_tokenizer_of_another_model(tmp_path):
     folder = save_tiny_model(tmp_path / "model", vocab_size=100)
     assert refusal(folder) == (
-        "The tokenizer of model does not fit its weights: it uses token 221, the model knows 100."
+        "The tokenizer of model does not fit its weights: 157 of its tokens, from 100 (¦), have no "
+        "row in the embedding, which has 100."
     )
+
+
+def test_a_token_that_was_added_later(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|say|>"]})
+    tokenizer.save_pretrained(folder)
+    rows = tiny_model().config.vocab_size
+    said = f"1 of its tokens, from {len(tokenizer) - 1} (<|say|>), have no row"
+    if len(tokenizer) > rows:
+        assert said in refusal(folder)
+    else:
+        assert load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +240,17 @@ def test_other_failures_name_their_kind_and_no_path(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     assert "The weights of tiny cannot be read (OSError)" in refusal(tiny_folder)
+
+
+@pytest.mark.parametrize("setting", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["flash_attention_2", "owner/kernels", "flex_attention", "none"])
+def test_kernels_are_those_of_this_machine(folder, setting, value):
+    """Whatever config.json names: a package that is not here, or code to download."""
+    config = json.loads((folder / "config.json").read_text())
+    expected = load(folder, device="cpu")[0].config._attn_implementation
+    (folder / "config.json").write_text(json.dumps(config | {setting: value}))
+    model, _ = load(folder, device="cpu")
+    assert model.config._attn_implementation == expected == "sdpa"
 
 
 def test_repository_code_is_never_run(folder):

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from mlpmoe.models import hub
 from mlpmoe.models.catalogue import CATALOGUE
 from mlpmoe.models.errors import ModelError, format_bytes, format_parameters, shorten
-from mlpmoe.models.names import HubPlace, check_revision, host_allows_any_model, identify
+from mlpmoe.models.names import (
+    HubPlace,
+    check_revision,
+    host_allows_any_model,
+    identify,
+    on_space,
+    open_page_to,
+    serves_visitors,
+)
 
 HOSTILE = {
     "": "No model was named",
@@ -113,6 +122,43 @@ def test_hosts(monkeypatch):
     monkeypatch.delenv("SPACE_ID")
     monkeypatch.setenv("MLPMOE_ALLOW_ANY_MODEL", "0")
     assert not host_allows_any_model()
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """A page that is opened at an address; afterwards this process serves nobody."""
+    yield open_page_to
+    open_page_to(None)
+
+
+@pytest.mark.parametrize("address", [None, "", "localhost", "127.0.0.1", "127.1.2.3", "::1"])
+def test_a_page_of_this_machine_only_is_its_owner_s(page, address, tmp_path):
+    page(address)
+    assert host_allows_any_model() and not serves_visitors()
+    assert identify(str(tmp_path), allow_any=True) == tmp_path
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.5", "lab.example.org"])
+def test_a_page_that_others_can_open_shows_them_neither_folders_nor_the_token(
+    page, address, tmp_path, monkeypatch
+):
+    page(address)
+    assert serves_visitors() and not host_allows_any_model() and not on_space()
+    assert hub._access(None) is False and hub._access("theirs") == "theirs"
+    said = set()
+    for name in (str(tmp_path), str(tmp_path / "nowhere")):
+        with pytest.raises(ModelError, match="does not name a model") as caught:
+            identify(name, allow_any=True)
+        said.add(str(caught.value).replace(name, ""))
+    assert len(said) == 1  # whether it is there or not
+    assert identify(str(tmp_path), allow_any=False, by_host=True) == tmp_path
+    monkeypatch.setenv("MLPMOE_ALLOW_ANY_MODEL", "1")
+    assert host_allows_any_model()
+
+
+def test_a_page_under_a_public_link_serves_others_too(page):
+    page("127.0.0.1", shared=True)
+    assert serves_visitors()
 
 
 def test_revisions():

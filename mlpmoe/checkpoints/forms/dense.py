@@ -16,7 +16,9 @@ from .form import Form, FormError, converted_mlps, is_static, other_tensors, ske
 
 NAME = "dense"
 # Fields of a config that may say how wide the MLPs are; whether one does is tried.
-WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+WIDTH_FIELDS = (
+    "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size",
+)  # fmt: skip
 # What has to be said beside for the width to be taken as it is (LFM2).
 WIDTH_AS_IS = {"block_auto_adjust_ff_dim": False}
 BIAS_FIELD = "mlp_bias"  # of some forty configs: a bias on all matrices of the MLP

@@ -16,7 +16,7 @@ from ...measure.quality.encoding import EncodedText, windows
 from ...measure.quality.perplexity import summarise
 from ...models import Preflight, load_checked
 from ...models.host import parse_dtype
-from ...models.loading import fetch_weights, prepared, read_tokenizer
+from ...models.loading import check_tokenizer, fetch_weights, prepared, read_tokenizer
 from ...version import VERSION
 from ..check.record import Measured, Record
 from ..check.reload import answers
@@ -76,6 +76,7 @@ def export_files(
     files = fetch_weights(checked, token=token, on_progress=on_progress)
     wanted = None if dtype == SAVED else parse_dtype(dtype)
     conversion = FileConversion(Source(files, checked.weight_files), spec, wanted)
+    check_tokenizer(tokenizer, conversion.source.model, checked.name)
     with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
         copy_small_files(files, checked.small_files, partial)

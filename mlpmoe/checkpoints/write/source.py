@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...core.errors import UserError
 from ...core.mlps import MLPWeights, decoder_layers, located_mlps, read_mlp
+from ...models.places import is_computed, untie
+from ...models.stored_config import read_stored_config
 
-# Buffers that older checkpoints hold and models compute themselves.
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -38,7 +37,15 @@ class Source:
     """
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = read_stored_config(folder)
+        files = tuple(files)
+        self._find(config, folder, files)
+        if any(self._differs(name) for name in self._tied):
+            untie(config)  # it has a head of its own, whatever the flag says
+            self._find(config, folder, files)
+
+    def _find(self, config: PreTrainedConfig, folder: Path, files: Sequence[str]) -> None:
+        """Build the model of a config, and find its tensors."""
         with init_empty_weights(include_buffers=False):  # buffers are computed, not read
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False
@@ -58,7 +65,7 @@ class Source:
     def _place(self, file: Path, key: str, part, expected: dict[str, Tensor]) -> None:
         name = key if key in expected else f"{self.model.base_model_prefix}.{key}"
         if name not in expected:
-            if COMPUTED.search(key):
+            if is_computed(key, part.get_shape()):
                 return
             raise _foreign(f"there is no place for {key} in a {type(self.model).__name__}")
         if tuple(part.get_shape()) != tuple(expected[name].shape):
@@ -68,6 +75,12 @@ class Source:
         if name not in self._tied:
             self.dtypes[name] = DTYPES[part.get_dtype()]
         self._places[name] = file, key
+
+    def _differs(self, tied: str) -> bool:
+        """Whether the files hold a tensor of its own for one that the config ties to another."""
+        if tied not in self._places or self._tied[tied] not in self._places:
+            return False
+        return not torch.equal(self.read(tied), self.read(self._tied[tied]))
 
     @property
     def dtype(self) -> torch.dtype:

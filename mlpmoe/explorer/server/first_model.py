@@ -65,7 +65,7 @@ class FirstModel:
         try:
             if not name:
                 name, self.note = default_model()
-            for step in self.workbench.load(name):
+            for step in self.workbench.load(name, by_host=True):
                 self._tell(step, name)
             return step
         except Exception as error:  # whatever it was, the demo model is there

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from time import perf_counter
 from typing import Any
 
@@ -53,6 +54,7 @@ SMALL_CONVERSIONS_HELD = 6  # of a model of at most SMALL_BYTES
 SMALL_BYTES = 2**27
 VIEWS_HELD = 16  # conversions that only cut, and so hold no weights of their own
 RESULTS_HELD = 512  # per model
+LOSSES_BYTES = 2**28  # per model: of WikiText-2, some two hundred conversions
 TEXTS_HELD = 8  # encoded, per model
 OBSERVED_BYTES = 2**29  # of MLP inputs, held so that a model need not be calibrated again and again
 ANSWERS_HELD = 64
@@ -79,7 +81,9 @@ class LoadedModel:
     _views: Recent = field(default_factory=lambda: Recent(VIEWS_HELD))
     _texts: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
     _plans: Recent = field(default_factory=lambda: Recent(TEXTS_HELD))
-    _losses: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
+    _losses: Recent = field(
+        default_factory=lambda: Recent(RESULTS_HELD, LOSSES_BYTES, attrgetter("nbytes"))
+    )
     _shapes: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     _speeds: Recent = field(default_factory=lambda: Recent(RESULTS_HELD))
     turns: Turns = field(default_factory=Turns)  # of all that runs the models
@@ -89,10 +93,16 @@ class LoadedModel:
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
     _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
     in_training: Conversion | None = None  # at this moment
+    _converting: int = 0  # conversions under way
 
     def __post_init__(self) -> None:
         if self.checked.bytes_on_disk <= SMALL_BYTES:
             self._conversions.size = SMALL_CONVERSIONS_HELD
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is run or converted at this moment."""
+        return self.turns.taken or self._converting > 0 or self.in_training is not None
 
     @cached_property
     def mlps(self) -> list[DenseMLP]:
@@ -172,7 +182,11 @@ class LoadedModel:
         progress."""
         if asked in self._conversions:
             return
-        made = yield from in_thread(lambda report: self._convert(asked, report))
+        self._converting += 1
+        try:
+            made = yield from in_thread(lambda report: self._convert(asked, report))
+        finally:
+            self._converting -= 1
         self._conversions.put(asked, made)
 
     def _convert(

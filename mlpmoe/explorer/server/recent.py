@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
+from math import inf
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -13,12 +14,18 @@ T = TypeVar("T")
 class Recent(OrderedDict):
     """A mapping that forgets what was used longest ago.
 
-    What is made for one key holds up only those who ask for the same key.
+    What is made for one key holds up only those who ask for the same key. size: of how many values
+    it knows. most_bytes: of all of them, as bytes_of counts; the newest one stays in any case.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        most_bytes: float = inf,
+        bytes_of: Callable[[Any], int] = lambda value: 0,
+    ) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.most_bytes, self.bytes_of = size, most_bytes, bytes_of
         self._lock = threading.Lock()
         self._making: dict[object, threading.RLock] = {}
 
@@ -45,5 +52,8 @@ class Recent(OrderedDict):
         with self._lock:
             self[key] = value
             self.move_to_end(key)
-            while len(self) > self.size:
+            while len(self) > self.size or (len(self) > 1 and self._bytes() > self.most_bytes):
                 self.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(map(self.bytes_of, self.values()))

@@ -22,6 +22,11 @@ class Turns:
         self._free = threading.Condition()
         self._waiting: deque[object] = deque()
 
+    @property
+    def taken(self) -> bool:
+        """Whether anybody has a turn, or waits for one."""
+        return bool(self._waiting)
+
     @contextmanager
     def turn(self, waiting: Callable[[int], None] = lambda ahead: None) -> Iterator[None]:
         """waiting: told again and again how many are before."""

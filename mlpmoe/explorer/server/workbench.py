@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from math import inf
+from time import monotonic
 
 from ...core.errors import UserError
 from ...core.spec import ConversionSpec
@@ -14,16 +16,18 @@ from .background import in_thread
 from .loaded import LoadedModel
 from .texts import Texts
 
-MAX_GUESTS = 1  # models held beside those that stay; the one used longest ago makes room
+MAX_IDLE = 1  # models that nobody uses, held beside those that stay; the one used longest ago goes
+IN_USE = 60.0  # seconds after its last use in which a visitor still looks at a model
 
 
 class Workbench:
-    """The loaded models of a server: the demo model and what the page opens with for good, and a
-    few guests."""
+    """The loaded models of a server: the demo model and what the page opens with for good, what
+    visitors use, and what nobody uses for as long as there is room."""
 
     def __init__(self) -> None:
-        self._models: OrderedDict[str, LoadedModel] = OrderedDict()
-        self._loading = threading.Lock()
+        self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # the last used last
+        self._used: dict[str, float] = {}  # when each was
+        self._loading, self._changing = threading.Lock(), threading.Lock()
         self.staying = {DEMO_KEY}  # keys
         self.texts = Texts()
 
@@ -37,33 +41,55 @@ class Workbench:
         if key == DEMO_KEY and key not in self._models:
             for _ in self.load(DEMO_KEY):
                 pass
-        if key not in self._models:
+        found = self._use(key)
+        if found is None:
             what = "the model of this page" if name == "" else f"{name!r:.80}"
             raise UserError(
                 f"{what} is not loaded on this server (any more). Load it on the page first."
             )
-        self._models.move_to_end(key)
-        return self._models[key]
+        return found
 
-    def load(self, name: str) -> Iterator[str | LoadedModel]:
+    def load(self, name: str, by_host: bool = False) -> Iterator[str | LoadedModel]:
         """Load a model by catalogue key, label, hub id or folder; yields what is being done, then
-        the model. Raises UserError if it cannot be loaded; closing the iterator gives up."""
+        the model. by_host: see `preflight`. Raises UserError if it cannot be loaded; closing the
+        iterator gives up."""
         key = model_key(name)
         yield "checking"
         with self._loading:
             if key not in self._models:
-                yield from self._load(key)
-        self._models.move_to_end(key)
-        yield self._models[key]
+                yield from self._load(key, by_host)
+        yield self._use(key)
 
-    def _load(self, key: str) -> Iterator[str]:
-        guests = [k for k in self._models if k not in self.staying]
-        leaving = [] if key in self.staying else guests[: max(0, len(guests) + 1 - MAX_GUESTS)]
-        freed = sum(self._models[k].checked.memory_needed for k in leaving)
-        checked = preflight(key, reclaimable=freed)
-        if checked.memory_needed > (checked.memory_available or 0) - freed:
-            for old in leaving:  # only together they are too large
-                del self._models[old]
+    def _use(self, key: str) -> LoadedModel | None:
+        with self._changing:
+            if key in self._models:
+                self._models.move_to_end(key)
+                self._used[key] = monotonic()
+            return self._models.get(key)
+
+    def _idle(self) -> list[LoadedModel]:
+        """The models that may go, the one used longest ago first."""
+        with self._changing:
+            now = monotonic()
+            return [
+                loaded
+                for key, loaded in self._models.items()
+                if key not in self.staying and not loaded.is_busy and now - self._used[key] > IN_USE
+            ]
+
+    def _drop(self, loaded: LoadedModel) -> None:
+        with self._changing:
+            del self._models[loaded.key], self._used[loaded.key]
+
+    def _load(self, key: str, by_host: bool) -> Iterator[str]:
+        idle = self._idle()
+        freed = sum(loaded.checked.memory_needed for loaded in idle)
+        checked = preflight(key, by_host=by_host, reclaimable=freed)
+        # memory_available counts what all of the idle ones would free
+        short = checked.memory_needed - (checked.memory_available or inf) + freed
+        while idle and short > 0:
+            short -= idle[0].checked.memory_needed
+            self._drop(idle.pop(0))
         model, tokenizer = yield from in_thread(
             lambda report: load_checked(checked, on_progress=report)
         )
@@ -78,9 +104,11 @@ class Workbench:
         )
         yield "reading its MLPs"
         loaded.converted(ConversionSpec(branches=1))  # refuses what cannot be split
-        for old in leaving:
-            self._models.pop(old, None)
-        self._models[key] = loaded
+        del model  # so that nothing but the workbench holds it
+        with self._changing:
+            self._models[key], self._used[key] = loaded, monotonic()
+        for old in self._idle()[:-MAX_IDLE]:
+            self._drop(old)
 
 
 def model_key(name: str) -> str:

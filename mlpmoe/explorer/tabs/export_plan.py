@@ -22,7 +22,7 @@ from ...core.errors import UserError
 from ...core.spec import ConversionSpec
 from ...models import CALIBRATIONS, format_bytes
 from ...models.host import available_memory, free_disk
-from ...models.names import on_space
+from ...models.names import serves_visitors
 from ..server.asked import Calibrated, Conversion, spec_of
 from ..server.loaded import LoadedModel
 from ..server.texts import OWN_PREFIX
@@ -85,7 +85,7 @@ def check_room(loaded: LoadedModel, wanted: Wanted, folder: Path) -> None:
     """Raise UserError if the checkpoint is too large for a public host, or does not fit into the
     disk or the memory here. folder: where it will be written, twice: as a folder and as a zip."""
     size = expected_bytes(loaded, wanted)
-    if on_space() and size > PUBLIC_LIMIT:
+    if serves_visitors() and size > PUBLIC_LIMIT:
         raise UserError(
             f"this checkpoint would have {format_bytes(size)}, and this public page makes up to "
             f"{format_bytes(PUBLIC_LIMIT)}. {ELSEWHERE}"
@@ -115,7 +115,7 @@ def plan(loaded: LoadedModel, wanted: Wanted) -> str:
     )
     shown = f'<p class="problem">{escape(words)}</p>' if problem else f"<p>{escape(words)}</p>"
     about = f"About {format_bytes(size)} in {dtype}."
-    if on_space() and size > PUBLIC_LIMIT:
+    if serves_visitors() and size > PUBLIC_LIMIT:
         about += (
             f" That is more than this public page makes ({format_bytes(PUBLIC_LIMIT)}): {ELSEWHERE}"
         )

@@ -57,6 +57,10 @@ class Losses:
     look: dict[int, Tensor] = field(default_factory=dict)
     windows: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for known in (self.look, self.windows) for t in list(known.values()))
+
 
 class Plan:
     """In which order a text is measured, so that any part of it stands for the whole."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...core.errors import UserError
 from ...core.stopping import stoppable_twin
 
 LOGITS_AT_ONCE = 2**24  # numbers; a few copies of them in float32 are all that is allocated
@@ -39,8 +40,19 @@ class _Given(nn.Module):
 @torch.inference_mode()
 def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """Losses in nats of ids[first:], each predicted from all ids before it; (tokens - first,)
-    float32 on the CPU. Work may stop between the modules of the model."""
-    model, ids = stoppable_twin(model), ids.to(model.device)
+    float32 on the CPU. Work may stop between the modules of the model. UserError where float16 has
+    no numbers for what it computes; in a wider dtype, infinite losses are those of a broken model.
+    """
+    losses = _token_losses(stoppable_twin(model), ids.to(model.device), first)
+    if model.dtype == torch.float16 and not losses.isfinite().all():
+        raise UserError(
+            f"this model computes numbers beyond {torch.finfo(torch.float16).max:,.0f}, where "
+            "float16 ends: load it in bfloat16 or float32."
+        )
+    return losses
+
+
+def _token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     if not _can_split(model, ids):
         logits = model(ids[None], use_cache=False).logits[0, first - 1 : -1]
         return torch.cat([_losses(*part) for part in _parts(logits, ids[first:])])

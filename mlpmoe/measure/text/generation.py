@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -21,6 +22,7 @@ from ...core.mlps import context_length
 from .decoding import Reader
 
 TOP_P = 0.95  # share of probability that sampling chooses from
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,15 +41,24 @@ class Writing:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """Token ids (1, tokens) of a prompt, in the model's chat format if it has one."""
+    """Token ids (1, tokens) of a prompt, in the model's chat format if it has one for a message of
+    the user alone."""
     if not prompt.strip():
         raise UserError("the prompt is empty: write a few words for the models to go on from.")
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = _as_chat(tokenizer, prompt) or tokenizer(prompt, verbose=False)["input_ids"]
     return torch.tensor([ids])
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of the prompt as a message; none where the model has no format for that."""
+    if not tokenizer.chat_template:
+        return []
+    chat = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    except Exception:  # a template is a program: it may want a system message, a name, or be wrong
+        logger.debug("the chat template cannot be used", exc_info=True)
+        return []
 
 
 def write_side_by_side(
