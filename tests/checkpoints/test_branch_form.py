@@ -140,7 +140,7 @@ def test_trained_masks_come_back(tmp_path):
     generator = torch.Generator().manual_seed(5)
     text = Calibration(torch.randint(2, VOCABULARY, (160, 32), generator=generator))
     spec = ConversionSpec(
-        method="tokenclusters", experts=3, active=0.5, recover="masks", recover_steps=6
+        method="tokenclusters", experts=3, active=0.5, recover="masks", recover_steps=20
     )
     model = convert(dense("llama"), spec, text)
     sizes = [mlp.size for mlp in mlp_modules(model)]

@@ -60,6 +60,12 @@ class Workbench:
                 yield from self._load(key, by_host)
         yield self._use(key)
 
+    def hold(self, loaded: LoadedModel) -> LoadedModel:
+        """Add a model that was loaded elsewhere."""
+        with self._changing:
+            self._models[loaded.key], self._used[loaded.key] = loaded, monotonic()
+        return loaded
+
     def _use(self, key: str) -> LoadedModel | None:
         with self._changing:
             if key in self._models:
@@ -105,8 +111,7 @@ class Workbench:
         yield "reading its MLPs"
         loaded.converted(ConversionSpec(branches=1))  # refuses what cannot be split
         del model  # so that nothing but the workbench holds it
-        with self._changing:
-            self._models[key], self._used[key] = loaded, monotonic()
+        self.hold(loaded)
         for old in self._idle()[:-MAX_IDLE]:
             self._drop(old)
 
