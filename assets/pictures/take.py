@@ -152,6 +152,8 @@ def take(page: Page, name: str, url: str) -> None:
     theme = "dark" if name.endswith("dark") else "light"
     page.goto(f"{url}/?{query}&tab={tab}&__theme={theme}")
     page.wait_for_selector("#measure")
+    if "recover" in query:
+        page.wait_for_selector("#training-says h3")
     if "refit" in query or "recover" in query:
         page.click("#measure")
     page.wait_for_function(MEASURED)

@@ -102,16 +102,16 @@ def said(words: str) -> str:
 def _result(report: RecoveryReport, linked: Linked | None) -> str:
     """The fingerprint of the result, which page.js writes into the link; settings that a clock
     decided on are not those of the link."""
-    words = f"Result {report.result}"
+    words = f"Fingerprint of the result: {report.result}"
     if linked and linked.result == report.result:
-        words += ", the same as in the link, to the last bit."
+        words += ", the same as in the link to the last bit"
     elif linked:
         words += (
             f"; in the link it is {linked.result}. Another kind of processor, or another version "
-            "of what computes here, rounds otherwise."
+            "of what computes here, rounds otherwise"
         )
     named = "" if report.limited or report.cut_short else f' data-result="{report.result}"'
-    return f'<p class="note"{named}>{escape(words)}</p>'
+    return f'<p class="note"{named}>{escape(words)}.</p>'
 
 
 def time_needed(loaded: LoadedModel, steps: int) -> str:
