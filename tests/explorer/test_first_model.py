@@ -120,13 +120,15 @@ def test_where_it_cannot_be_loaded_the_demo_model_says_why(
     assert "owner/first cannot be loaded here" in shown.note["value"]
 
 
-def test_without_a_choice_of_the_host_it_is_the_default(loading, demo, monkeypatch):
+@pytest.mark.parametrize(("name", "note"), [("the-default", ""), ("demo", "why it is a toy")])
+def test_without_a_choice_of_the_host_it_is_the_default(loading, demo, monkeypatch, name, note):
+    """Where that is the demo model, its page says why."""
     monkeypatch.setenv(module.VARIABLE, " ")
-    monkeypatch.setattr(module, "default_model", lambda: ("the-default", "why it is that"))
+    monkeypatch.setattr(module, "default_model", lambda: (name, "why it is a toy"))
     loading.go_on.set()
     first = FirstModel(loading)
     *_, model = first.follow()
-    assert (model, loading.calls, first.note) == (loading.model, ["the-default"], "why it is that")
+    assert (model, loading.calls, first.note) == (loading.model, [name], note)
 
 
 def test_a_default_that_cannot_be_found_out_is_the_demo_model(workbench, demo, monkeypatch):

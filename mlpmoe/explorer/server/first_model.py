@@ -64,7 +64,8 @@ class FirstModel:
         name = os.environ.get(VARIABLE, "").strip()
         try:
             if not name:
-                name, self.note = default_model()
+                name, why = default_model()
+                self.note = why if name == DEMO_KEY else ""
             for step in self.workbench.load(name, by_host=True):
                 self._tell(step, name)
             return step
