@@ -111,10 +111,12 @@ def export(
             measured = None
             if dense is not None and perplexity is not None:
                 measured = Measured.of(dense, model, text, perplexity, report, known[0])
+            origin = origin_of(model)
             record = Record(
-                version=VERSION, spec=spec_of(model), origin=origin_of(model),
+                version=VERSION, spec=spec_of(model), origin=origin,
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,
-                notes=made.notes, text=text_name or ("a text" if text is not None else None),
+                notes=made.notes + (origin.notes if origin else ()),
+                text=text_name or ("a text" if text is not None else None),
                 calibration=calibration_name, verification=found, measured=measured,
                 recovery=recovery_of(model),
             )  # fmt: skip
