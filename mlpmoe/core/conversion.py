@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .activations import LayerActivations
 from .calibration import Calibration, warn_of_few_tokens
-from .errors import SpecError, UnsupportedModelError
+from .errors import SpecError, UnsupportedModelError, not_finite
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .recovery.recover import recover
 from .recovery.report import RecoveryReport
@@ -366,10 +366,7 @@ def _prove(mlp: DenseMLP) -> None:
     # as they are: another thread may be using it.
     expected = _with_modules_replaced(mlp.module, {}).eval()(x, *extra)
     if not torch.isfinite(expected).all():
-        raise UnsupportedModelError(
-            f"{mlp.name} gives infinite or undefined numbers on ordinary input; its weights are "
-            "damaged."
-        )
+        raise not_finite(mlp.name, up.dtype)
     error = (actual - expected).abs().max().item()
     scale = expected.abs().max().item()
     # about 50 rounding steps: 6e-6 in float32, 0.03 in bfloat16

@@ -28,7 +28,7 @@ from ..check.verification import (
     verify_and_score,
 )
 from ..forms.choose import AUTO, make_form
-from ..forms.form import Form, FormError, converted_mlps
+from ..forms.form import Form, FormError, converted_mlps, rounded_to
 from .target import check_target, target_folder
 
 SAVED = "saved"  # the dtype of the base model's own files
@@ -149,7 +149,7 @@ def as_dtype(form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             return tensor.detach()
         wanted = torch.float32 if any(part in name for part in kept) else dtype
-        rounded = tensor.detach().to(wanted).contiguous()
+        rounded = rounded_to(wanted, name, tensor.detach()).contiguous()
         if wanted == torch.float16 and tensor.any() and not rounded.any():
             raise FormError(
                 f"float16 rounds {name} to zero, which the form {form.name} needs. Save it as "

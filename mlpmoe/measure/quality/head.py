@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...core.errors import UserError
+from ...core.errors import not_finite
 from ...core.stopping import stoppable_twin
 
 LOGITS_AT_ONCE = 2**24  # numbers; a few copies of them in float32 are all that is allocated
@@ -45,10 +45,7 @@ def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """
     losses = _token_losses(stoppable_twin(model), ids.to(model.device), first)
     if model.dtype == torch.float16 and not losses.isfinite().all():
-        raise UserError(
-            f"this model computes numbers beyond {torch.finfo(torch.float16).max:,.0f}, where "
-            "float16 ends: load it in bfloat16 or float32."
-        )
+        raise not_finite("this model", model.dtype)
     return losses
 
 
