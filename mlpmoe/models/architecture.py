@@ -124,9 +124,11 @@ def _parse(config: dict, folder: Path, name: str) -> PreTrainedConfig:
             return read_stored_config(folder)
     except Exception as error:
         logger.debug("%s: config.json cannot be parsed", name, exc_info=True)
+        field = re.search(r"for field '(\w+)'", str(error))
+        such = f", such as that of {shorten(field[1])}" if field else ""
         raise ModelError(
             f"The config.json of {name} holds values that its model type, {model_type}, does not "
-            "allow."
+            f"allow{such}."
         ) from error
     raise refuse_unknown_type(name, model_type, own_code=bool(config.get("auto_map")))
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -25,6 +26,7 @@ LEFT_TO_THIS_MACHINE = {
     "cache_implementation", "cache_config", "compile_config", "disable_compile",
     "custom_generate", "assistant_model",
 }  # fmt: skip
+DTYPE_KEYS = ("dtype", "torch_dtype")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,14 @@ def _names_tokens(value: Any) -> bool:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without those of LEFT_TO_THIS_MACHINE, also in configs nested in them."""
+    """The fields without those of LEFT_TO_THIS_MACHINE, and without dtypes that are none, also in
+    configs nested in them."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in fields.items()
-        if key not in LEFT_TO_THIS_MACHINE
+        if key not in LEFT_TO_THIS_MACHINE and (key not in DTYPE_KEYS or _is_dtype(value))
     }
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)

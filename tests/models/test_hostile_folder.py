@@ -184,7 +184,7 @@ def test_nested_configs_are_put_right_too(folder):
     assert config.name_or_path == str(folder)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "auto", "bf16", "Tensor", 5, {}, [1]])
 def test_dtypes_that_are_none_of_a_model(folder, dtype):
     change(folder, "config.json", dtype=dtype)
     assert preflight(folder, device="cpu").saved_dtype is torch.float32
@@ -194,6 +194,7 @@ def test_dtypes_that_are_none_of_a_model(folder, dtype):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"num_hidden_layers": "2"}, "model type, llama, does not allow, such as that of num_hid"),
         ({"num_hidden_layers": 0}, "has no decoder layers"),
         ({"num_hidden_layers": -1}, "has no decoder layers"),
         ({"max_position_embeddings": -1}, "does not describe a working llama model"),
