@@ -77,9 +77,11 @@ def build_empty(config: PreTrainedConfig, name: str, saved_dtype: torch.dtype) -
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are models
         logger.debug("%s: the model cannot be built", name, exc_info=True)
+        unknown = isinstance(error, KeyError) and error.args and isinstance(error.args[0], str)
+        why = f"unknown: {shorten(error.args[0])}" if unknown else type(error).__name__
         raise ModelError(
             f"The config.json of {name} does not describe a working {config.model_type} model "
-            f"({type(error).__name__})."
+            f"({why})."
         ) from error
     head = model.get_output_embeddings() or model.get_input_embeddings()
     mlps = located_mlps(model).values()

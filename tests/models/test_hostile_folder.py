@@ -195,6 +195,7 @@ def test_dtypes_that_are_none_of_a_model(folder, dtype):
     ("fields", "said"),
     [
         ({"num_hidden_layers": "2"}, "model type, llama, does not allow, such as that of num_hid"),
+        ({"hidden_act": "magic"}, "does not describe a working llama model (unknown: magic)."),
         ({"num_hidden_layers": 0}, "has no decoder layers"),
         ({"num_hidden_layers": -1}, "has no decoder layers"),
         ({"max_position_embeddings": -1}, "does not describe a working llama model"),
