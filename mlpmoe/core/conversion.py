@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .activations import LayerActivations
-from .calibration import Calibration, warn_of_few_tokens
+from .calibration import Calibration, check_tokens, warn_of_few_tokens
 from .errors import SpecError, UnsupportedModelError, not_finite
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .recovery.recover import recover
@@ -91,6 +91,8 @@ def convert_all(
     """`convert` for several specs, with as few passes over the calibration text as possible: one
     for all, one more if something is found from the whole model first, and one for each that is
     calibrated progressively. With what was `observed` on the text, only these last ones."""
+    if isinstance(calibration, Calibration):
+        check_tokens(model, calibration.samples)
     report = _Report(on_progress, "converting")
     train = partial(
         recover, on_progress=report, state=state, seconds=recover_seconds, on_look=on_look
@@ -286,6 +288,7 @@ def observe(
 ) -> Observed:
     """The activations of all MLPs of `model`, to convert many times without another pass. Holds
     the inputs of all layers: layers · tokens · d_model numbers. on_progress: see `convert`."""
+    check_tokens(model, calibration.samples)
     mlps, layers = read_mlps(model), []
     report = _Report(on_progress, "calibrating")
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...core.calibration import check_tokens
 from ...core.errors import not_finite
 from ...core.stopping import stoppable_twin
 
@@ -40,9 +41,11 @@ class _Given(nn.Module):
 @torch.inference_mode()
 def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """Losses in nats of ids[first:], each predicted from all ids before it; (tokens - first,)
-    float32 on the CPU. Work may stop between the modules of the model. UserError where float16 has
-    no numbers for what it computes; in a wider dtype, infinite losses are those of a broken model.
+    float32 on the CPU. Work may stop between the modules of the model. UserError for tokens that
+    have no row in the model, and where float16 has no numbers for what it computes; in a wider
+    dtype, infinite losses are those of a broken model.
     """
+    check_tokens(model, ids)
     losses = _token_losses(stoppable_twin(model), ids.to(model.device), first)
     if model.dtype == torch.float16 and not losses.isfinite().all():
         raise not_finite("this model", model.dtype)

@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ...core.calibration import check_tokens
 from ...core.errors import UserError, not_finite
 from ...core.mlps import context_length
 from .decoding import Reader
@@ -78,6 +79,8 @@ def write_side_by_side(
     has no numbers for what a model computes.
     """
     ids = encode_prompt(tokenizer, prompt)
+    for model in models:
+        check_tokens(model, ids)
     limit = min(context_length(model) or 2**31 for model in models)
     if ids.shape[1] >= limit:
         raise UserError(
