@@ -10,6 +10,7 @@ import torch
 
 from . import host, hub
 from .architecture import Architecture, build_empty, inspect
+from .catalogue import DEMO_KEY, assets_folder
 from .checkpoint import CARD, Checkpoint, folder_checkpoint, small_files, total_bytes, weight_files
 from .errors import ModelError, format_bytes, shorten
 from .gguf_choice import choose_gguf, header_in
@@ -167,7 +168,8 @@ def _find(place: Place, revision: str | None, token: str | None) -> tuple[Checkp
     # The last part of a path is enough to recognise it, and says nothing about the machine.
     name = shorten(place.resolve().name)
     if place.is_dir():
-        return folder_checkpoint(place, name), None
+        ours = place == assets_folder() / DEMO_KEY  # which installers may put there as links
+        return folder_checkpoint(place, name, links=ours), None
     # Of its folder nothing else is read, and whoever names a link means what it leads to.
     return folder_checkpoint(place.parent, name, links=True), place.name
 

@@ -12,7 +12,7 @@ from mlpmoe import ConversionSpec, convert
 from mlpmoe.core.errors import UserError
 from mlpmoe.measure.quality.perplexity import perplexity
 from mlpmoe.measure.text.generation import write_side_by_side
-from mlpmoe.models import ModelError, preflight
+from mlpmoe.models import ModelError, assets_folder, preflight
 from mlpmoe.models.checkpoint import folder_checkpoint
 from mlpmoe.models.loading import load
 from mlpmoe.models.stored_config import read_stored_config
@@ -260,3 +260,15 @@ def test_a_tensor_that_the_index_does_not_name(tmp_path):
     extra = {"model.layers.0.mlp.up_proj.bias": torch.ones(48)}
     save_file(load_file(first) | extra, first, metadata={"format": "pt"})
     assert "hold 1 tensor that its config.json has no place for" in refusal(folder)
+
+
+def test_our_own_model_may_be_installed_as_links(tmp_path, monkeypatch):
+    """As some installers do it, out of their cache."""
+    demo, cache = assets_folder() / "demo", tmp_path / "assets" / "demo"
+    cache.mkdir(parents=True)
+    for file in demo.iterdir():
+        (cache / file.name).symlink_to(file)
+    with pytest.raises(ModelError, match="is a link to a place outside"):
+        preflight(cache)
+    monkeypatch.setattr("mlpmoe.models.preflight.assets_folder", lambda: tmp_path / "assets")
+    assert preflight(cache).parameters == 7_344_384
