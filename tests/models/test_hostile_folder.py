@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -270,5 +271,6 @@ def test_our_own_model_may_be_installed_as_links(tmp_path, monkeypatch):
         (cache / file.name).symlink_to(file)
     with pytest.raises(ModelError, match="is a link to a place outside"):
         preflight(cache)
-    monkeypatch.setattr("mlpmoe.models.preflight.assets_folder", lambda: tmp_path / "assets")
+    module = import_module("mlpmoe.models.preflight")  # by attribute it is the function
+    monkeypatch.setattr(module, "assets_folder", lambda: tmp_path / "assets")
     assert preflight(cache).parameters == 7_344_384
