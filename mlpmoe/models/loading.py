@@ -224,6 +224,8 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
         )
         if problem is None:
             tell_own_head(model)
+            if "generation_config" in files:  # the same object: transformers has made a copy
+                model.generation_config = files["generation_config"]
             return model.eval()
     except Exception as error:
         logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)

@@ -51,13 +51,14 @@ def read_generation_config(folder: Path, config: PreTrainedConfig, name: str) ->
     """How a model says that it wants to write: generation_config.json, or what config.json has of
     that, without LEFT_TO_THIS_MACHINE. What is no such thing leaves the defaults, and the special
     tokens of the config."""
+    own = (folder / GENERATION).is_file()
     try:
-        if (folder / GENERATION).is_file():
-            fields = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
-            found = GenerationConfig.from_dict(_plain(fields))
-        else:
+        fields = json.loads((folder / (GENERATION if own else CONFIG)).read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as place:
+            # from a file: what was read from one may be written again, whatever it says
+            Path(place, GENERATION).write_text(json.dumps(_plain(fields)), encoding="utf-8")
             found = GenerationConfig.from_pretrained(
-                folder, config_file_name=CONFIG, _from_model_config=True, local_files_only=True
+                place, local_files_only=True, _from_model_config=not own
             )
         found.validate()
         if all(_names_tokens(getattr(found, key, None)) for key in TOKENS):

@@ -331,6 +331,15 @@ def test_a_head_of_its_own_is_kept_and_said(tmp_path):
     assert torch.equal(found["lm_head.weight"], tensors["lm_head.weight"])
 
 
+def test_how_it_writes_is_by_default_where_that_cannot_be_read(base, tmp_path):
+    """Else the checkpoint could not be opened."""
+    (base / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    made = export_files(preflight(str(base)), tmp_path / "made", NARROW)
+    assert made.record.verification.passed
+    written = json.loads((made.folder / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 0 and "max_new_tokens" not in written
+
+
 def test_too_little_space_is_known_before(base, tmp_path, monkeypatch):
     monkeypatch.setattr(target, "free_disk", lambda folder: 110_000_000)
     with pytest.raises(ExportError, match="the checkpoint takes"):

@@ -243,6 +243,16 @@ def test_how_it_wrote_elsewhere_is_left_out(folder, fields, caplog):
     assert not any(getattr(model.generation_config, key, None) for key in fields)
 
 
+def test_settings_that_contradict_each_other_are_written_as_they_were_read(folder, tmp_path):
+    """As those of Llama 2: how to sample, but not that it is to."""
+    said = {"temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    change(folder, "generation_config.json", **said)
+    model, _ = load(folder, device="cpu")
+    model.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert {key: written[key] for key in said} == said
+
+
 # Weight files ----------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from ...measure.quality.perplexity import summarise
 from ...models import Preflight, load_checked
 from ...models.host import parse_dtype
 from ...models.loading import fetch_weights, prepared, read_tokenizer
+from ...models.stored_config import GENERATION, read_generation_config
 from ...models.tokens import fit_tokenizer
 from ...version import VERSION
 from ..check.record import Measured, Record
@@ -82,6 +83,9 @@ def export_files(
     with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
         copy_small_files(files, checked.small_files, partial)
+        if GENERATION in checked.small_files:  # as `load` takes it
+            config = conversion.source.model.config
+            read_generation_config(files, config, checked.name).save_pretrained(partial)
         with fresh_process() as other:
             found, measured = _verified(
                 other, conversion, checked, partial, tokenizer, encode, report
