@@ -119,6 +119,17 @@ def warn_of_few_tokens(
             warnings.warn(sentence, CalibrationWarning, stacklevel=4)
 
 
+def check_tokens(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise UserError for tokens, of any shape, that the model has no row for: its embedding would
+    end in an error of torch, on a GPU in one that ends the process."""
+    rows, largest = model.get_input_embeddings().num_embeddings, int(ids.max())
+    if largest >= rows:
+        raise UserError(
+            f"token {largest:,} has no row in this model's embedding, which has {rows:,}: the text "
+            "was encoded by the tokenizer of another model."
+        )
+
+
 def check_disjoint(calibration: str, evaluation: str) -> None:
     """Raise UserError if the two texts share a line of some length: a method that was allowed to
     look at the evaluation text would be measured too well."""

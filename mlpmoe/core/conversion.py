@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .activations import LayerActivations
-from .calibration import Calibration, warn_of_few_tokens
-from .errors import SpecError, UnsupportedModelError
+from .calibration import Calibration, check_tokens, warn_of_few_tokens
+from .errors import SpecError, UnsupportedModelError, not_finite
 from .mlps import DenseMLP, MLPWeights, read_mlps
 from .recovery.recover import recover
 from .recovery.report import RecoveryReport
@@ -91,6 +91,8 @@ def convert_all(
     """`convert` for several specs, with as few passes over the calibration text as possible: one
     for all, one more if something is found from the whole model first, and one for each that is
     calibrated progressively. With what was `observed` on the text, only these last ones."""
+    if isinstance(calibration, Calibration):
+        check_tokens(model, calibration.samples)
     report = _Report(on_progress, "converting")
     train = partial(
         recover, on_progress=report, state=state, seconds=recover_seconds, on_look=on_look
@@ -286,6 +288,7 @@ def observe(
 ) -> Observed:
     """The activations of all MLPs of `model`, to convert many times without another pass. Holds
     the inputs of all layers: layers · tokens · d_model numbers. on_progress: see `convert`."""
+    check_tokens(model, calibration.samples)
     mlps, layers = read_mlps(model), []
     report = _Report(on_progress, "calibrating")
 
@@ -366,10 +369,7 @@ def _prove(mlp: DenseMLP) -> None:
     # as they are: another thread may be using it.
     expected = _with_modules_replaced(mlp.module, {}).eval()(x, *extra)
     if not torch.isfinite(expected).all():
-        raise UnsupportedModelError(
-            f"{mlp.name} gives infinite or undefined numbers on ordinary input; its weights are "
-            "damaged."
-        )
+        raise not_finite(mlp.name, up.dtype)
     error = (actual - expected).abs().max().item()
     scale = expected.abs().max().item()
     # about 50 rounding steps: 6e-6 in float32, 0.03 in bfloat16

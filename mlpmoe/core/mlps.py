@@ -199,6 +199,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder's layers."""
     decoder = model.get_decoder()
     count = model.config.get_text_config(decoder=True).num_hidden_layers
+    if count < 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no decoder layers, and so no MLPs."
+        )
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             path = next(name for name, module in model.named_modules() if module is child)

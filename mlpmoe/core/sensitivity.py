@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
+from .errors import not_finite
 from .mlps import DenseMLP
 from .stopping import may_stop, stop_between_modules
 
@@ -46,6 +47,8 @@ def sensitivities(
         with torch.enable_grad():
             logits = twin(ids, use_cache=False).logits.flatten(0, 1).float()
             probabilities = logits.detach().softmax(-1).cpu()
+            if not probabilities.isfinite().all():
+                raise not_finite("this model", model.dtype)
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             may_stop()
             loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")

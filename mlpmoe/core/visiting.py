@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from . import activations
 from .activations import LayerActivations
 from .calibration import Calibration
+from .errors import not_finite
 from .mlps import DenseMLP, MLPWeights, decoder_layers
 from .stopping import may_stop, stop_between_modules
 
@@ -55,7 +56,8 @@ def visit_layers(
     its output instead of the dense MLP's. If corrected, the samples go through twice side by
     side, dense and converted, and the wanted output of an MLP makes up for DRIFT of what they
     have come apart. sensitivities: of the layers, for their activations to tell. The head, whose
-    output would be the largest tensor, does not run.
+    output would be the largest tensor, does not run. UserError where the model computes infinite or
+    undefined numbers, of which nothing can be learnt.
     """
     if isinstance(calibration, Observed):
         if not progressive:
@@ -92,7 +94,7 @@ class _Visited(nn.Module):
         self.sensitivity = sensitivity
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        batched = x.view(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
+        batched = self.finite(x).view(-1, *x.shape[-2:]) if x.ndim > 2 else self.finite(x)[None]
         seen = LayerActivations(self.weights, batched, sensitivity=self.sensitivity)
         run = self.visit(self.layer, seen) or self.dense
         return self.in_pieces(run, x, *rest)
@@ -106,7 +108,13 @@ class _Visited(nn.Module):
 
     def run_piece(self, run: nn.Module, piece: tuple[Tensor, ...]) -> Tensor:
         may_stop()
-        return run(*piece)
+        return self.finite(run(*piece))
+
+    def finite(self, values: Tensor) -> Tensor:
+        """The values, if they are numbers."""
+        if not values.isfinite().all():
+            raise not_finite(f"layer {self.layer} of this model", values.dtype)
+        return values
 
 
 class _Paired(_Visited):
@@ -119,7 +127,7 @@ class _Paired(_Visited):
         self.converted: nn.Module | None = None
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        dense, other = zip(*(t.chunk(2) for t in (x, *rest)), strict=True)
+        dense, other = zip(*(t.chunk(2) for t in (self.finite(x), *rest)), strict=True)
         said = self.in_pieces(self.dense, *dense)
         if self.converted is not None:
             return torch.cat([said, self.in_pieces(self.converted, *other)])

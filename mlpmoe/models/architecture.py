@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mlpmoe.core.errors import UserError
-from mlpmoe.core.mlps import check_structure, located_mlps
+from mlpmoe.core.mlps import check_structure, context_length, located_mlps
 
 from .checkpoint import CONFIG, Checkpoint, read_config
 from .errors import ModelError, shorten
+from .host import DTYPES
 from .refusals import quantisation_in, refuse_quantised, refuse_unknown_type, refuse_wrapper
 from .stored_config import read_stored_config
 
@@ -37,6 +38,7 @@ class Architecture:
     d_model: int
     d_ff: int  # of the widest MLP
     saved_dtype: torch.dtype
+    buffer_bytes: int = 0  # of what it computes once and keeps: causal masks, rotary tables
 
 
 def inspect(checkpoint: Checkpoint) -> Architecture:
@@ -68,13 +70,18 @@ def build_empty(config: PreTrainedConfig, name: str, saved_dtype: torch.dtype) -
                 config, dtype=torch.float32, trust_remote_code=False
             )
         check_structure(model)
+        context = context_length(model)
+        if context is not None and not context > 1:
+            raise ValueError(f"a context of {context} tokens")
     except UserError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are models
         logger.debug("%s: the model cannot be built", name, exc_info=True)
+        unknown = isinstance(error, KeyError) and error.args and isinstance(error.args[0], str)
+        why = f"unknown: {shorten(error.args[0])}" if unknown else type(error).__name__
         raise ModelError(
             f"The config.json of {name} does not describe a working {config.model_type} model "
-            f"({type(error).__name__})."
+            f"({why})."
         ) from error
     head = model.get_output_embeddings() or model.get_input_embeddings()
     mlps = located_mlps(model).values()
@@ -86,6 +93,7 @@ def build_empty(config: PreTrainedConfig, name: str, saved_dtype: torch.dtype) -
         d_model=head.weight.shape[1],
         d_ff=max(layout.d_ff(mlp) for mlp, layout in mlps),
         saved_dtype=saved_dtype,
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
     )
 
 
@@ -118,9 +126,11 @@ def _parse(config: dict, folder: Path, name: str) -> PreTrainedConfig:
             return read_stored_config(folder)
     except Exception as error:
         logger.debug("%s: config.json cannot be parsed", name, exc_info=True)
+        field = re.search(r"for field '(\w+)'", str(error))
+        such = f", such as that of {shorten(field[1])}" if field else ""
         raise ModelError(
             f"The config.json of {name} holds values that its model type, {model_type}, does not "
-            "allow."
+            f"allow{such}."
         ) from error
     raise refuse_unknown_type(name, model_type, own_code=bool(config.get("auto_map")))
 
@@ -141,5 +151,6 @@ def _is_causal(config: dict, class_name: str) -> bool:
 
 def _saved_dtype(config: PreTrainedConfig) -> torch.dtype:
     dtype = config.dtype or config.get_text_config(decoder=True).dtype
-    # Configs from before the field existed belong to float32 checkpoints.
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    # Configs from before the field existed belong to float32 checkpoints; and some name what the
+    # weights were packed in, or what no weights are stored in.
+    return dtype if dtype in DTYPES.values() else torch.float32

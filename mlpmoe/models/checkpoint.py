@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 
-from .errors import ModelError, format_bytes
+from .errors import ModelError, format_bytes, shorten
 from .refusals import ADAPTER, refuse_adapter, refuse_other_formats, refuse_quantised
 
 CONFIG = "config.json"
 CARD = "README.md"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_JSON_BYTES = 50_000_000  # of a config or an index; real ones stay below 10 MB
+MAX_JSON_BYTES = 50_000_000  # of an index; real ones stay below 10 MB
+MAX_CONFIG_BYTES = 2_000_000  # of a config, a chat template, a card; real ones stay below 200 kB
 MAX_TOKENIZER_BYTES = 200_000_000  # of all tokenizer files; Gemma's, a large one, has 40 MB
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors calls them
 # Ends of the names of matrices, which masks and positions do not have.
@@ -33,15 +35,18 @@ VOCABULARIES = (
     {"vocab.json", "merges.txt"},
     {"vocab.txt"},
 )
-SMALL_FILES = {
+CONFIGS = {
     "config.json",
     "generation_config.json",
-    "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
-}.union(*VOCABULARIES)
+}
+# these two may list every token that was added
+SMALL_FILES = {"tokenizer_config.json", "added_tokens.json"}.union(CONFIGS, *VOCABULARIES)
+TEMPLATES = "additional_chat_templates"  # a folder, which tokenizers read beside their files
+# Files of a folder that transformers may take for a tokenizer's, if the usual ones are not there.
+TOKENIZER_FILE = re.compile(r"(tokenizer|tekken|tiktoken|vocab|merges|spiece|sentencepiece)\b")
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,22 @@ class Checkpoint:
         return WEIGHTS in self.sizes or INDEX in self.sizes
 
 
-def folder_checkpoint(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, whose safetensors files are checked for truncation."""
+def folder_checkpoint(
+    folder: Path, name: str, revision: str | None = None, *, links: bool = False
+) -> Checkpoint:
+    """The checkpoint in `folder`, whose safetensors files are checked for truncation.
+
+    links: whether its files may be links to anywhere, as those that package managers and the hub's
+    client make; else ModelError for one that leaves the folder.
+    """
     try:
+        if not links:
+            _check_folder(folder, name)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     except OSError:
         raise ModelError(f"The folder of {name} cannot be read.") from None
-    licence, base = card_facts(_card(folder / CARD) if CARD in sizes else {})
+    readable = 0 < sizes.get(CARD, 0) <= MAX_CONFIG_BYTES
+    licence, base = card_facts(_card(folder / CARD) if readable else {})
     checkpoint = Checkpoint(name, sizes, folder.joinpath, revision, folder, licence, base)
     if CONFIG in sizes and checkpoint.has_safetensors:
         check_headers(name, folder, weight_files(checkpoint), base)
@@ -127,7 +141,12 @@ def small_files(checkpoint: Checkpoint) -> tuple[str, ...]:
             "vocabulary files), so it cannot read text."
         )
     names = tuple(sorted(SMALL_FILES & present))
-    size = total_bytes(checkpoint, names)
+    for config in CONFIGS.intersection(names):
+        _check_size(checkpoint, config)
+    read = set(names)
+    if checkpoint.folder is not None:
+        read |= {name for name in present if TOKENIZER_FILE.match(name)}
+    size = total_bytes(checkpoint, read)
     if size > MAX_TOKENIZER_BYTES:
         raise ModelError(
             f"The tokenizer of {checkpoint.name} has {format_bytes(size)}; "
@@ -141,15 +160,18 @@ def total_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
 
 
 def check_headers(name: str, folder: Path, files: Iterable[str], base: str | None = None) -> None:
-    """Raise ModelError if a safetensors file in `folder` is cut off, or if it holds matrices that
-    are not plain floats: transformers would take packed numbers for weights.
+    """Raise ModelError if a safetensors file in `folder` is cut off, if it holds matrices that are
+    not plain floats: transformers would take packed numbers for weights; and if two files hold
+    the same tensor, of which only one would count.
 
     A header says how long its file must be; reading it costs next to nothing.
     """
+    seen: set[str] = set()
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as opened:
-                keys = (key for key in opened.keys() if key.endswith(PACKABLE))
+                every = set(opened.keys())
+                keys = (key for key in every if key.endswith(PACKABLE))
                 formats = {opened.get_slice(key).get_dtype() for key in keys}
         except (SafetensorError, OSError):
             raise ModelError(
@@ -158,6 +180,12 @@ def check_headers(name: str, folder: Path, files: Iterable[str], base: str | Non
         packed = sorted(formats - FLOATS)
         if packed:
             raise refuse_quantised(name, ", ".join(packed), base)
+        if twice := seen & every:
+            raise ModelError(
+                f"Two weight files of {name} hold the tensor {shorten(min(twice))}. One of them "
+                "belongs to another model: download or copy the files again."
+            )
+        seen |= every
 
 
 def card_facts(card: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -169,8 +197,7 @@ def card_facts(card: dict[str, Any]) -> tuple[str | None, str | None]:
 
 def _read_json(checkpoint: Checkpoint, name: str) -> dict:
     problem = f"The {name} of {checkpoint.name} cannot be read: it is not valid JSON."
-    if checkpoint.sizes[name] > MAX_JSON_BYTES:
-        raise ModelError(problem)
+    _check_size(checkpoint, name)
     file = checkpoint.fetch(name)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -179,6 +206,39 @@ def _read_json(checkpoint: Checkpoint, name: str) -> dict:
     if not isinstance(content, dict):
         raise ModelError(problem)
     return content
+
+
+def _check_size(checkpoint: Checkpoint, name: str) -> None:
+    """Raise ModelError for a file that is too large to be parsed."""
+    size, most = checkpoint.sizes[name], MAX_JSON_BYTES if name == INDEX else MAX_CONFIG_BYTES
+    if size > most:
+        raise ModelError(
+            f"The {name} of {checkpoint.name} has {format_bytes(size)}; at most "
+            f"{format_bytes(most)} are read."
+        )
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Raise ModelError if a file that may be read is a link to somewhere else: what is shown of a
+    model, and written into its exports, is what lies in its folder. Also for chat templates, which
+    lie in a folder of their own, that are too large to be read."""
+    real = folder.resolve()
+    # the hub's cache: snapshots/COMMIT/FILE is a link to blobs/DIGEST
+    inside = real.parents[1] if real.parent.name == "snapshots" else real
+    templates = folder / TEMPLATES
+    more = [templates, *templates.iterdir()] if templates.is_dir() else []
+    for file in (*folder.iterdir(), *more):
+        if file.is_symlink() and (file.is_file() or file == templates):
+            if not file.resolve().is_relative_to(inside):
+                raise ModelError(
+                    f"{shorten(file.name)} in the folder of {name} is a link to a place outside "
+                    "of it, which is not followed. Put the file itself there."
+                )
+    if sum(file.stat().st_size for file in more[1:]) > MAX_CONFIG_BYTES:
+        raise ModelError(
+            f"The chat templates of {name} have more than {format_bytes(MAX_CONFIG_BYTES)}, which "
+            "is the most that is read."
+        )
 
 
 def _card(card: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from .errors import ModelError, shorten
 from .gguf_config import ROPE_FREQUENCIES, config_of
 from .gguf_header import Header, read_header
+from .tokens import take_away
 
 # How a byte-level vocabulary cuts text before it merges, by the name in the file. transformers
 # takes GPT-2's way for every name that it does not know, so those that are GPT-2's are named here.
@@ -67,7 +67,10 @@ def read_tokenizer(folder: Path, file: str, header: Header) -> PreTrainedTokeniz
         )
     elif way in LIKE_LLAMA3:
         backend.model.ignore_merges = True
-    _without_additions(tokenizer, header.metadata["tokenizer.ggml.tokens"])
+    # Only the tokens of the file: transformers adds those that it takes for usual, such as
+    # <|endoftext|>, and the model has no row for them.
+    count = header.metadata["tokenizer.ggml.tokens"]
+    take_away(tokenizer, {text for text, token in tokenizer.get_vocab().items() if token >= count})
     return tokenizer
 
 
@@ -96,22 +99,6 @@ def _begins(header: Header) -> dict[str, bool]:
     return {} if said or header.metadata.get(PRE_TOKENIZER) not in LIKE_LLAMA3 else {
         "add_bos_token": True
     }  # fmt: skip
-
-
-def _without_additions(tokenizer: PreTrainedTokenizerFast, count: int) -> None:
-    """Only the tokens of the file, which are `count`: transformers adds those that it takes for
-    usual, such as <|endoftext|>, and the model has no row for them."""
-    added = {text for text, token in tokenizer.get_vocab().items() if token >= count}
-    if not added:
-        return
-    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
-        if getattr(tokenizer, name, None) in added:
-            setattr(tokenizer, name, None)
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    described["added_tokens"] = [
-        each for each in described["added_tokens"] if each["content"] not in added
-    ]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
 
 
 def _without_prefix(backend: Tokenizer) -> None:

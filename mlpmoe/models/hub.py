@@ -263,7 +263,7 @@ def _cached(repo_id: str, revision: str | None, gguf: str | None, reason: str) -
             continue
         folder = Path(path).parent
         try:
-            checkpoint = folder_checkpoint(folder, repo_id, revision=folder.name)
+            checkpoint = folder_checkpoint(folder, repo_id, revision=folder.name, links=True)
             if not gguf and (checkpoint.has_safetensors or not any(map(is_gguf, checkpoint.sizes))):
                 weight_files(checkpoint)
         except ModelError as error:
@@ -285,7 +285,7 @@ def _is_on_this_machine(source: str | Path) -> bool:
             return False
         source = Path(path).parent
     try:
-        checkpoint = folder_checkpoint(source, source.name)
+        checkpoint = folder_checkpoint(source, source.name, links=True)
         read_config(checkpoint)
         weight_files(checkpoint)
     except ModelError:

@@ -26,13 +26,12 @@ from .checkpoint import check_headers, folder_checkpoint, small_files, total_byt
 from .errors import ModelError, format_bytes, shorten
 from .gguf_header import read_header
 from .origin import note_origin
-from .places import tell_own_head, without_place
+from .places import left_out, refuse_missing, tell_own_head, without_place
 from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
 from .quiet_dtype import default_dtype_stays
-from .stored_config import read_stored_config
-
-PROBE = "Once upon a time, 3 cats didn't sleep."  # what a tokenizer is tried on
+from .stored_config import read_generation_config, read_stored_config
+from .tokens import PROBE, fit_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +83,12 @@ def load_checked(
     Progress(on_progress).report("reading weights")
     tokenizer = tokenizer or _gguf_tokenizer(folder, checked)
     model = _read_model(folder, checked)
-    check_tokenizer(tokenizer, model, checked.name)
-    note_origin(model, checked.origin)
+    fit_tokenizer(tokenizer, model, checked.name)
+    apart = () if checked.reads_gguf else left_out(model, folder, checked.weight_files)
+    origin = replace(checked.origin, left_out=apart)
+    for note in origin.notes:
+        logger.warning("%s: %s", checked.name, note)
+    note_origin(model, origin)
     return model, tokenizer
 
 
@@ -154,7 +157,8 @@ def _files(
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        config = read_stored_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
         tokenizer_file = folder / "tokenizer.json"
         if tokenizer_file.is_file():
             # transformers may choose a class by model type that splits text in its own way,
@@ -194,7 +198,12 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
     if checked.reads_gguf:
         files = gguf_reading.weights_from(folder, checked.gguf, checked.name)
     else:
-        files = {"use_safetensors": True, "config": read_stored_config(folder)}
+        config = read_stored_config(folder)
+        files = {
+            "use_safetensors": True,
+            "config": config,
+            "generation_config": read_generation_config(folder, config, checked.name),
+        }
     try:
         with default_dtype_stays():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -204,15 +213,19 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told of, and refused here
                 **files,
             )
         problem = (
             _missing_tensors(info, checked.name)
+            or _other_shapes(info, checked.name)
             or without_place(info["unexpected_keys"], folder, checked.weight_files, checked.name)
             or _not_finite(model.named_parameters(), checked)
         )
         if problem is None:
             tell_own_head(model)
+            if "generation_config" in files:  # the same object: transformers has made a copy
+                model.generation_config = files["generation_config"]
             return model.eval()
     except Exception as error:
         logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)
@@ -228,12 +241,20 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
 
 def _missing_tensors(info: dict, name: str) -> str | None:
     """transformers fills what it does not find with random numbers, and goes on."""
-    missing = sorted(info["missing_keys"])
-    if not missing:
+    missing = info["missing_keys"]
+    return refuse_missing(missing, name) if missing else None
+
+
+def _other_shapes(info: dict, name: str) -> str | None:
+    """transformers fills these with random numbers, too."""
+    differing = sorted(info["mismatched_keys"])
+    if not differing:
         return None
+    key, stored, expected = differing[0]
     return (
-        f"The weights of {name} do not fit its config.json: {len(missing)} of its tensors "
-        f"{'is' if len(missing) == 1 else 'are'} missing, such as {shorten(missing[0])}."
+        f"The weights of {name} do not fit its config.json: {len(differing)} of its tensors "
+        f"{'has' if len(differing) == 1 else 'have'} another shape, such as {shorten(key)}, which "
+        f"is {tuple(stored)} and should be {tuple(expected)}."
     )
 
 
@@ -269,17 +290,3 @@ def _is_out_of_memory(error: Exception) -> bool:
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or "can't allocate memory" in str(error)  # what torch's CPU allocator says
     )
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raise ModelError if it makes tokens that the model has no row for, or none at all."""
-    rows = model.get_input_embeddings().num_embeddings
-    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= rows}
-    if beyond:
-        first = min(beyond)
-        raise ModelError(
-            f"The tokenizer of {name} does not fit its weights: {len(beyond)} of its tokens, from "
-            f"{first} ({shorten(beyond[first])}), have no row in the embedding, which has {rows:,}."
-        )
-    if not tokenizer(PROBE)["input_ids"]:
-        raise ModelError(f"The tokenizer of {name} makes nothing of a plain sentence.")

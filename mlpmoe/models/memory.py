@@ -25,14 +25,14 @@ GGUF_UNPACKING = 8  # bytes for each weight of the largest tensor, the table of 
 def memory_needed(architecture: Architecture, dtype: torch.dtype, *, gguf: bool = False) -> int:
     """Bytes to hold a model and one conversion of it, and to run both.
 
-    Weights (a tied head once), a converted copy of the MLPs, activations and logits of a window;
-    or, for what is read from a GGUF file, what its reader takes, if that is more. Weight files that
-    are mapped do not count: the system takes their pages back when it needs them. Measured peaks
-    are lower: by 12 and 19 percent for 268 M parameters over 262,144 tokens (float32, bfloat16),
-    by 41 and 47 for the two small models of tests/models/test_memory.py.
+    Weights (a tied head once) and buffers, a converted copy of the MLPs, activations and logits of
+    a window; or, for what is read from a GGUF file, what its reader takes, if that is more. Weight
+    files that are mapped do not count: the system takes their pages back when it needs them.
+    Measured peaks are lower: by 12 and 19 percent for 268 M parameters over 262,144 tokens
+    (float32, bfloat16), by 41 and 47 for the two small models of tests/models/test_memory.py.
     """
     size, tokens = dtype.itemsize, architecture.vocabulary
-    weights = architecture.parameters * size
+    weights = architecture.parameters * size + architecture.buffer_bytes
     states = MLP_COPIES * architecture.d_ff + STATE_COPIES * architecture.d_model
     logits = min(WINDOW * tokens, LOGITS) * (size + LOGIT_BYTES)
     needed = weights + architecture.mlp_parameters * size + WINDOW * states * size + logits

@@ -20,6 +20,19 @@ class Origin:
     saved_dtype: torch.dtype  # of its files, whatever it was loaded as
     licence: str | None  # as its card names it
     gguf: str | None = None  # the GGUF file that the weights were read from
+    left_out: tuple[str, ...] = ()  # tensors of its files on which the next token does not depend
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the person who will use a checkpoint made from it."""
+        if not self.left_out:
+            return ()
+        count = len(self.left_out)
+        return (
+            f"{count} {'tensor' if count == 1 else 'tensors'} of the base model's files "
+            f"{'is' if count == 1 else 'are'} left out, such as {self.left_out[0]}: the next token "
+            "does not depend on them, and transformers does not read them.",
+        )
 
 
 def note_origin(model: PreTrainedModel, origin: Origin) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +14,36 @@ from .errors import shorten
 
 # What models compute themselves, and older checkpoints hold: rotary frequencies and tables,
 # positions, what masked scores become. Causal masks are called as a bias would be, which is a row.
-COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|masked_bias)$")
+COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|masked_bias|causal_mask)$")
 MASK = re.compile(r"(attn|attention)\.bias$")
 
 
 def is_computed(key: str, shape: Sequence[int]) -> bool:
     """Whether a model has no place for this tensor because it computes it itself."""
     return bool(COMPUTED.search(key) or (MASK.search(key) and len(shape) > 1))
+
+
+def has_no_part(key: str, model: PreTrainedModel) -> bool:
+    """Whether transformers says of this tensor, for which `model` has no place, that the next
+    token does not depend on it: heads that predict the tokens after that, mostly."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, key) for pattern in patterns)
+
+
+def left_out(model: PreTrainedModel, folder: Path, files: Iterable[str]) -> tuple[str, ...]:
+    """Names, as in the files, of the tensors that have no part in `model`, and that it does not
+    compute itself: what a checkpoint made from it will lack."""
+    places = model.state_dict().keys()
+    return tuple(
+        sorted(
+            key
+            for key, shape in _shapes(folder, files).items()
+            if has_no_part(key, model)
+            and not is_computed(key, shape)
+            and key not in places
+            and f"{model.base_model_prefix}.{key}" not in places
+        )
+    )
 
 
 def without_place(
@@ -35,13 +58,24 @@ def without_place(
     if unexpected:
         shapes = _shapes(folder, files)
         unexpected -= {key for key in unexpected if is_computed(key, _shape(key, shapes))}
-    if not unexpected:
-        return None
-    count, first = len(unexpected), shorten(min(unexpected))
+    return refuse_extra(unexpected, name) if unexpected else None
+
+
+def refuse_extra(keys: Collection[str], name: str) -> str:
+    """The refusal of a checkpoint that holds these tensors beside those of its model."""
+    count, first = len(keys), shorten(min(keys))
     return (
         f"The weights of {name} hold {count} {'tensor' if count == 1 else 'tensors'} that its "
         f"config.json has no place for, such as {first}. Without them it would be another model: "
         "correct the config.json, or choose another checkpoint."
+    )
+
+
+def refuse_missing(keys: Collection[str], name: str) -> str:
+    """The refusal of a checkpoint that lacks these tensors of its model."""
+    return (
+        f"The weights of {name} do not fit its config.json: {len(keys)} of its tensors "
+        f"{'is' if len(keys) == 1 else 'are'} missing, such as {shorten(min(keys))}."
     )
 
 

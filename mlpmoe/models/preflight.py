@@ -10,6 +10,7 @@ import torch
 
 from . import host, hub
 from .architecture import Architecture, build_empty, inspect
+from .catalogue import DEMO_KEY, assets_folder
 from .checkpoint import CARD, Checkpoint, folder_checkpoint, small_files, total_bytes, weight_files
 from .errors import ModelError, format_bytes, shorten
 from .gguf_choice import choose_gguf, header_in
@@ -125,6 +126,11 @@ def preflight(
         check_memory(
             checkpoint.name, architecture, chosen, wanted_device, available, gguf=unpacked_here
         )
+    elif available is not None and architecture.buffer_bytes > available:
+        raise ModelError(
+            f"{checkpoint.name} keeps tables of {format_bytes(architecture.buffer_bytes)} for its "
+            f"context; this machine has {format_bytes(available)} free. Choose a smaller model."
+        )
     download = _missing_bytes(checkpoint, weights + small)
     _check_disk(checkpoint, download)
     return Preflight(
@@ -157,12 +163,15 @@ def _find(place: Place, revision: str | None, token: str | None) -> tuple[Checkp
         raise ModelError("A folder has no revisions; leave the revision out.")
     if isinstance(place, Package):
         folder = place.converted or place.gguf.parent
-        return folder_checkpoint(folder, place.label), None if place.converted else place.file
+        found = folder_checkpoint(folder, place.label, links=True)
+        return found, None if place.converted else place.file
     # The last part of a path is enough to recognise it, and says nothing about the machine.
     name = shorten(place.resolve().name)
     if place.is_dir():
-        return folder_checkpoint(place, name), None
-    return folder_checkpoint(place.parent, name), place.name
+        ours = place == assets_folder() / DEMO_KEY  # which installers may put there as links
+        return folder_checkpoint(place, name, links=ours), None
+    # Of its folder nothing else is read, and whoever names a link means what it leads to.
+    return folder_checkpoint(place.parent, name, links=True), place.name
 
 
 def _inspect_gguf(checkpoint: Checkpoint, file: str, header: Header) -> Architecture:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mlpmoe import ConversionSpec, ExportError, SpecError, UserError, convert
 from mlpmoe.__main__ import main
@@ -26,7 +26,7 @@ from mlpmoe.checkpoints.write.file_export import export_files
 from mlpmoe.checkpoints.write.source import PiecewiseError, Source
 from mlpmoe.checkpoints.write.streaming import STATE, FileConversion
 from mlpmoe.measure.quality.encoding import encode_text
-from mlpmoe.models import preflight
+from mlpmoe.models import ModelError, preflight
 from tests.checkpoints.large import SHAPE_8B, write_random_llama
 from tests.families import FAMILIES, VOCABULARY, build
 from tests.forked import Forked
@@ -283,8 +283,26 @@ def test_files_that_are_not_the_models(base):
         opened(base)
     del tensors[name]
     save_file(tensors, file)
-    with pytest.raises(PiecewiseError, match="is missing"):
+    with pytest.raises(ModelError, match=f"1 of its tensors is missing, such as {name}"):
         opened(base)
+
+
+def test_tensors_without_a_place_are_never_left_out(base):
+    file = next(base.glob("*.safetensors"))
+    save_file(load_file(file) | {"model.layers.0.mlp.up_proj.bias": torch.ones(48)}, file)
+    with pytest.raises(ModelError, match=r"has no place for, such as .*up_proj\.bias"):
+        opened(base)
+
+
+def test_heads_for_later_tokens_are_left_out_and_named(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    file = next(base.glob("*.safetensors"))
+    save_file(load_file(file) | {"mtp.norm.weight": torch.ones(4)}, file)
+    made = export_files(preflight(str(base)), tmp_path / "made", NARROW)
+    assert made.record.verification.passed and made.record.origin.left_out == ("mtp.norm.weight",)
+    card = (made.folder / "README.md").read_text()
+    assert "1 tensor of the base model's files is left out" in card
+    assert not any("mtp" in key for file in made.folder.glob("*.s*") for key in load_file(file))
 
 
 def test_specs_that_look_at_more_than_a_layer(base, tmp_path):
@@ -311,6 +329,15 @@ def test_a_head_of_its_own_is_kept_and_said(tmp_path):
     assert json.loads((made.folder / "config.json").read_text())["tie_word_embeddings"] is False
     found = load_file(made.folder / "model.safetensors")
     assert torch.equal(found["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_how_it_writes_is_by_default_where_that_cannot_be_read(base, tmp_path):
+    """Else the checkpoint could not be opened."""
+    (base / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    made = export_files(preflight(str(base)), tmp_path / "made", NARROW)
+    assert made.record.verification.passed
+    written = json.loads((made.folder / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 0 and "max_new_tokens" not in written
 
 
 def test_too_little_space_is_known_before(base, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ class Parrot:
         self.generation_config = SimpleNamespace(eos_token_id=eos)
         text_config = SimpleNamespace(max_position_embeddings=context)
         self.config = SimpleNamespace(get_text_config=lambda decoder: text_config)
+        self.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=VOCABULARY)
 
     def forward(self, ids, use_cache, **state):
         (name, said) = state.popitem()

@@ -133,6 +133,16 @@ def test_one_question_has_no_error(lm_eval, folder, model):
         assert score.dense_stderr is score.difference_stderr is None
 
 
+def test_undefined_numbers_are_no_wrong_answers(lm_eval, folder):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight *= 30_000
+    model = model.half()
+    with pytest.raises(UserError, match="where float16 ends: load it in bfloat16 or float32"):
+        task_scores(model, model, byte_tokenizer(), ["animals"], folder, limit=1)
+    assert not model._forward_hooks
+
+
 def test_it_is_quiet_and_leaves_what_it_was_given(lm_eval, folder, model, capfd):
     converted, tokenizer = convert(model, SPECS[0]), byte_tokenizer()
     tokenizer.pad_token = None

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mlpmoe.core.errors import UserError
+from mlpmoe.measure.quality.perplexity import perplexity
 from mlpmoe.models.errors import ModelError
 from mlpmoe.models.loading import load
+from mlpmoe.models.origin import origin_of
 from tests.tiny import BOS, byte_tokenizer, save_tiny_model, tiny_model
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
@@ -118,6 +120,19 @@ def test_what_models_compute_themselves_may_be_there(folder):
     assert found.keys() == expected.keys()
 
 
+def test_heads_for_later_tokens_are_left_out_and_named(folder, monkeypatch, caplog):
+    """Where transformers says that the next token does not depend on them."""
+    extra = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 4), "mtp.norm.weight": torch.ones(4)}
+    change_weights(folder, lambda tensors: tensors.update(extra))
+    assert "hold 2 tensors that its config.json has no place for" in refusal(folder)
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    model, _ = load(folder, device="cpu")
+    assert origin_of(model).left_out == tuple(sorted(extra))
+    (note,) = origin_of(model).notes
+    assert note.startswith("2 tensors of the base model's files are left out, such as mtp.layers.0")
+    assert note in caplog.text
+
+
 def test_a_head_of_its_own_is_said_to_be_one(tmp_path):
     folder = save_tiny_model(tmp_path / "model", tie_word_embeddings=True)
     rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
@@ -136,7 +151,10 @@ def test_tensors_of_another_shape(folder):
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] = 64
     (folder / "config.json").write_text(json.dumps(config))
-    assert "The weights of model cannot be read" in refusal(folder)
+    assert refusal(folder) == (
+        "The weights of model do not fit its config.json: 6 of its tensors have another shape, "
+        "such as model.layers.0.mlp.down_proj.weight, which is (32, 48) and should be (32, 64)."
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -181,12 +199,29 @@ def test_a_token_that_was_added_later(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|say|>"]})
     tokenizer.save_pretrained(folder)
-    rows = tiny_model().config.vocab_size
-    said = f"1 of its tokens, from {len(tokenizer) - 1} (<|say|>), have no row"
-    if len(tokenizer) > rows:
-        assert said in refusal(folder)
-    else:
-        assert load(folder, device="cpu")
+    assert refusal(folder) == (
+        "The tokenizer of model does not fit its weights: 1 of its tokens, from 257 (<|say|>), has "
+        "no row in the embedding, which has 257."
+    )
+
+
+def test_tokens_that_no_text_is_made_of_are_taken_away(folder, tmp_path):
+    """As of Gemma 3 of 1 B, whose tokenizer is that of its siblings that see images."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image = "<image_soft_token>"
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "extra_special_tokens": [image]})
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = {"image_token": image}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert len(AutoTokenizer.from_pretrained(folder)) == 259
+    model, found = load(folder, device="cpu")
+    assert len(found) == 257 and found.pad_token is None
+    text = "a <image_soft_token> and a <pad>"
+    assert found(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
+    assert perplexity(model, found, text).tokens == len(text)
+    found.save_pretrained(tmp_path / "again")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == 257
 
 
 @pytest.mark.parametrize(

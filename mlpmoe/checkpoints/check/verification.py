@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.conversion import twin_of
-from ...core.errors import UserError
+from ...core.errors import UserError, not_finite
 from ...measure.quality.encoding import EncodedText, Window, encode_text, windows
 from ...measure.quality.perplexity import Perplexity, summarise
 from ..forms.form import EXACT
@@ -91,7 +91,8 @@ def verify(
     exact: whether the checkpoint is to compute the same, which is max|Δlogit| at most EXACT of the
     largest logit; where it is not, and where something was rounded to 16 bits, the median token
     and the agreement count, see TYPICAL and ROUNDING. trust_remote_code: whether the checkpoint
-    may run its own code. Raises ExportError if it cannot be opened.
+    may run its own code. Raises ExportError if it cannot be opened, UserError if `model` itself
+    computes infinite or undefined numbers.
     """
     encoded = encode_text(tokenizer, text) if isinstance(text, str) and tokenizer else text
     with fresh_process() as other:
@@ -127,6 +128,8 @@ def verify_and_score(
     mine = reload.answers(
         twin_of(model).eval(), _with_logits(pieces) if known else pieces, model.device, on_share
     )
+    if not mine["logits"].isfinite().all():
+        raise not_finite("this model", model.dtype)
     if known:
         mine["losses"] = known.losses
     theirs, dtypes = other.answers(report)

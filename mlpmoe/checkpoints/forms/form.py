@@ -81,3 +81,15 @@ def other_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if not name.startswith(prefixes) and name not in tied
     }
+
+
+def rounded_to(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that it is saved in. FormError where that has no numbers for it, which
+    were infinite in the checkpoint."""
+    rounded = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not rounded.isfinite().all():
+        raise FormError(
+            f"{name} holds numbers beyond 65,504, where float16 ends: save it as bfloat16 or "
+            "float32."
+        )
+    return rounded

@@ -28,7 +28,7 @@ from ..check.verification import (
     verify_and_score,
 )
 from ..forms.choose import AUTO, make_form
-from ..forms.form import Form, FormError, converted_mlps
+from ..forms.form import Form, FormError, converted_mlps, rounded_to
 from .target import check_target, target_folder
 
 SAVED = "saved"  # the dtype of the base model's own files
@@ -111,10 +111,12 @@ def export(
             measured = None
             if dense is not None and perplexity is not None:
                 measured = Measured.of(dense, model, text, perplexity, report, known[0])
+            origin = origin_of(model)
             record = Record(
-                version=VERSION, spec=spec_of(model), origin=origin_of(model),
+                version=VERSION, spec=spec_of(model), origin=origin,
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,
-                notes=made.notes, text=text_name or ("a text" if text is not None else None),
+                notes=made.notes + (origin.notes if origin else ()),
+                text=text_name or ("a text" if text is not None else None),
                 calibration=calibration_name, verification=found, measured=measured,
                 recovery=recovery_of(model),
             )  # fmt: skip
@@ -147,7 +149,7 @@ def as_dtype(form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             return tensor.detach()
         wanted = torch.float32 if any(part in name for part in kept) else dtype
-        rounded = tensor.detach().to(wanted).contiguous()
+        rounded = rounded_to(wanted, name, tensor.detach()).contiguous()
         if wanted == torch.float16 and tensor.any() and not rounded.any():
             raise FormError(
                 f"float16 rounds {name} to zero, which the form {form.name} needs. Save it as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from ...measure.quality.encoding import EncodedText, windows
 from ...measure.quality.perplexity import summarise
 from ...models import Preflight, load_checked
 from ...models.host import parse_dtype
-from ...models.loading import check_tokenizer, fetch_weights, prepared, read_tokenizer
+from ...models.loading import fetch_weights, prepared, read_tokenizer
+from ...models.stored_config import GENERATION, read_generation_config
+from ...models.tokens import fit_tokenizer
 from ...version import VERSION
 from ..check.record import Measured, Record
 from ..check.reload import answers
@@ -75,19 +78,24 @@ def export_files(
     tokenizer = read_tokenizer(checked, token=token)
     files = fetch_weights(checked, token=token, on_progress=on_progress)
     wanted = None if dtype == SAVED else parse_dtype(dtype)
-    conversion = FileConversion(Source(files, checked.weight_files), spec, wanted)
-    check_tokenizer(tokenizer, conversion.source.model, checked.name)
+    conversion = FileConversion(Source(files, checked.weight_files, checked.name), spec, wanted)
+    fit_tokenizer(tokenizer, conversion.source.model, checked.name)
     with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
         copy_small_files(files, checked.small_files, partial)
+        if GENERATION in checked.small_files:  # as `load` takes it
+            config = conversion.source.model.config
+            read_generation_config(files, config, checked.name).save_pretrained(partial)
         with fresh_process() as other:
             found, measured = _verified(
                 other, conversion, checked, partial, tokenizer, encode, report
             )
+        origin = replace(checked.origin, left_out=conversion.source.left_out)
         record = Record(
-            version=VERSION, spec=spec, origin=checked.origin, form=NAME,
+            version=VERSION, spec=spec, origin=origin, form=NAME,
             architecture=type(conversion.plan.skeleton).__name__, remote_code=False,
-            notes=conversion.plan.notes, text=text_name or (encode and "a text"), calibration=None,
+            notes=conversion.plan.notes + origin.notes,
+            text=text_name or (encode and "a text"), calibration=None,
             verification=found, measured=measured,
         )  # fmt: skip
         record.write(partial, Path(folder).name)

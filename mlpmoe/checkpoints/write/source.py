@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...core.errors import UserError
 from ...core.mlps import MLPWeights, decoder_layers, located_mlps, read_mlp
-from ...models.places import is_computed, untie
+from ...models.errors import ModelError
+from ...models.places import has_no_part, is_computed, refuse_extra, refuse_missing, untie
 from ...models.stored_config import read_stored_config
 
 DTYPES = {
@@ -32,11 +33,13 @@ class PiecewiseError(UserError):
 class Source:
     """The model of a checkpoint's folder without weights, and its tensors one at a time.
 
-    files: its safetensors files. Raises PiecewiseError if their tensors do not have the names and
-    shapes of the model: transformers may know how to turn them into it, but only as a whole.
+    files: its safetensors files. name: as messages call it. Raises PiecewiseError if their tensors
+    do not have the names and shapes of the model: transformers may know how to turn them into it,
+    but only as a whole. ModelError if they hold less or more than the model.
     """
 
-    def __init__(self, folder: Path, files: Iterable[str]) -> None:
+    def __init__(self, folder: Path, files: Iterable[str], name: str = "this checkpoint") -> None:
+        self._name = name
         config = read_stored_config(folder)
         files = tuple(files)
         self._find(config, folder, files)
@@ -52,6 +55,8 @@ class Source:
             ).eval()
         self.dtypes: dict[str, torch.dtype] = {}  # by the model's names, without tied ones
         self._places: dict[str, tuple[Path, str]] = {}
+        self.left_out: tuple[str, ...] = ()  # tensors on which the next token does not depend
+        self._extra: set[str] = set()
         self._tied = dict(self.model.all_tied_weights_keys)
         expected = self.model.state_dict()
         for file in files:
@@ -59,15 +64,23 @@ class Source:
                 for key in found.keys():
                     self._place(folder / file, key, found.get_slice(key), expected)
         missing = [n for n in expected if n not in self._places and n not in self._tied]
+        if missing and self._extra:  # maybe the same under other names
+            raise _foreign(f"{missing[0]} is missing, there is no place for {min(self._extra)}")
         if missing:
-            raise _foreign(f"{missing[0]} is missing")
+            raise ModelError(refuse_missing(missing, self._name))
+        if self._extra:
+            raise ModelError(refuse_extra(self._extra, self._name))
 
     def _place(self, file: Path, key: str, part, expected: dict[str, Tensor]) -> None:
         name = key if key in expected else f"{self.model.base_model_prefix}.{key}"
         if name not in expected:
             if is_computed(key, part.get_shape()):
                 return
-            raise _foreign(f"there is no place for {key} in a {type(self.model).__name__}")
+            if has_no_part(key, self.model):
+                self.left_out += (key,)
+            else:
+                self._extra.add(key)
+            return
         if tuple(part.get_shape()) != tuple(expected[name].shape):
             raise _foreign(f"{key} has another shape than the model's")
         if part.get_dtype() not in DTYPES:

@@ -24,6 +24,7 @@ from ...models.checkpoint import CARD, CONFIG, INDEX, WEIGHTS
 from ...version import VERSION
 from ..check.verification import Progress
 from ..forms.dense import DensePlan, plan_dense
+from ..forms.form import rounded_to
 from .source import Source
 
 STATE = "progress.json"  # which conversion a partial folder belongs to
@@ -166,12 +167,15 @@ class FileConversion:
             made = self.convert(path, readers[path]())
             write_mlp(module, layout, made.folded(layout.d_ff(module)))
             for name, tensor in module.state_dict().items():
-                yield f"{path}.{name}", tensor.to(self._dtype(f"{path}.{name}")).contiguous()
+                yield self._saved(f"{path}.{name}", tensor)
             module.to("meta")
         prefixes = tuple(f"{path}." for path in inside)
         for name in names:
             if not name.startswith(prefixes):
-                yield name, self.source.read(name).to(self._dtype(name)).contiguous()
+                yield self._saved(name, self.source.read(name))
+
+    def _saved(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return name, rounded_to(self._dtype(name), name, tensor).contiguous()
 
     def _write_index(self, folder: Path) -> None:
         weight_map = {name: file for file, names in self.shards.items() for name in names}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..descent import BETAS, CLIP, height
-from ..errors import UserError
+from ..errors import UserError, not_finite
 from ..spec import ConversionSpec
 from ..stopping import may_stop
 from .divergence import divergence
@@ -130,6 +130,8 @@ class Course:
 
     def _begin(self) -> str | None:
         if not self._look():
+            if self.dense.dtype == torch.float16:
+                raise not_finite("this model", self.dense.dtype)
             return "the converted model's outputs are not finite."
         before = self.looks[0].held_out
         self.rate = self.spec.recover_rate or RECOVERIES[self.spec.recover].rate_at(before)

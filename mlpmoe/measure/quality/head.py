@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...core.errors import UserError
+from ...core.calibration import check_tokens
+from ...core.errors import not_finite
 from ...core.stopping import stoppable_twin
 
 LOGITS_AT_ONCE = 2**24  # numbers; a few copies of them in float32 are all that is allocated
@@ -40,15 +41,14 @@ class _Given(nn.Module):
 @torch.inference_mode()
 def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """Losses in nats of ids[first:], each predicted from all ids before it; (tokens - first,)
-    float32 on the CPU. Work may stop between the modules of the model. UserError where float16 has
-    no numbers for what it computes; in a wider dtype, infinite losses are those of a broken model.
+    float32 on the CPU. Work may stop between the modules of the model. UserError for tokens that
+    have no row in the model, and where float16 has no numbers for what it computes; in a wider
+    dtype, infinite losses are those of a broken model.
     """
+    check_tokens(model, ids)
     losses = _token_losses(stoppable_twin(model), ids.to(model.device), first)
     if model.dtype == torch.float16 and not losses.isfinite().all():
-        raise UserError(
-            f"this model computes numbers beyond {torch.finfo(torch.float16).max:,.0f}, where "
-            "float16 ends: load it in bfloat16 or float32."
-        )
+        raise not_finite("this model", model.dtype)
     return losses
 
 

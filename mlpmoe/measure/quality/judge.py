@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tqdm
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.errors import UserError
+from ...core.conversion import twin_of
+from ...core.errors import UserError, not_finite
 from ...core.mlps import context_length
 
 PACKAGE = "lm-eval>=0.4.13,<0.5"  # that this was tried with
@@ -114,7 +117,7 @@ def judge(
     with _quiet(lambda share: on_progress(f"{which}, {name}", share)):
         try:
             judged = HFLM(
-                pretrained=model,
+                pretrained=_watched(model),
                 tokenizer=copy.deepcopy(tokenizer),  # which lm_eval gives a padding token
                 batch_size=BATCH if model.device.type == "cpu" else BATCH_OF_GPU,
                 max_length=context_length(model),
@@ -132,6 +135,21 @@ def judge(
             raise
         except (AssertionError, ValueError) as error:
             raise UserError(f"lm-eval cannot judge {which}: {_said(error)}.") from error
+
+
+def _watched(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; in float16 a twin that ends the work where it has no numbers for the logits, which
+    lm_eval would take for wrong answers."""
+    if model.dtype != torch.float16:
+        return model
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        if output.logits.isnan().any():
+            raise not_finite("this model", torch.float16)
+
+    twin = twin_of(model)
+    twin.register_forward_hook(look)
+    return twin
 
 
 def _task_manager() -> type:

@@ -96,10 +96,16 @@ def compare(dense: Perplexity, other: Perplexity) -> PerplexityChange:
     """The change from `dense` to `other`, measured on the same tokens of the same text.
 
     Differences are taken token by token, which removes most of the noise of the text itself, and
-    their error block by block, since neighbouring tokens suffer alike.
+    their error block by block, since neighbouring tokens suffer alike. UserError where `dense` is
+    infinite or undefined itself.
     """
     if dense.tokens != other.tokens or not torch.equal(dense.blocks, other.blocks):
         raise UserError("perplexities of different texts cannot be compared.")
+    if not dense.losses.isfinite().all():
+        raise UserError(
+            "the dense model has infinite or undefined losses on this text, so nothing can be "
+            "compared with it."
+        )
     mean, stderr, count = _mean(other.losses - dense.losses, dense.blocks)
     ratio = exp(mean) if mean < 700 else inf
     measurable = not isfinite(mean) or abs(mean) > student_t(count - 1) * stderr

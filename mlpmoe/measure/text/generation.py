@@ -17,7 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...core.errors import UserError
+from ...core.calibration import check_tokens
+from ...core.errors import UserError, not_finite
 from ...core.mlps import context_length
 from .decoding import Reader
 
@@ -74,9 +75,12 @@ def write_side_by_side(
     temperature 0 takes the most likely token, as `generate` does with greedy search. Above 0,
     tokens are sampled (top-p 0.95) with the same random numbers for every model, so texts part
     only where the models differ. Stops early when every model has written its end-of-text token.
-    Raises UserError if the prompt is empty or longer than the model's context.
+    Raises UserError if the prompt is empty or longer than the model's context, and where float16
+    has no numbers for what a model computes.
     """
     ids = encode_prompt(tokenizer, prompt)
+    for model in models:
+        check_tokens(model, ids)
     limit = min(context_length(model) or 2**31 for model in models)
     if ids.shape[1] >= limit:
         raise UserError(
@@ -139,6 +143,8 @@ def _decode(model: PreTrainedModel, ids: Tensor, most: int, sampler: _Sampler) -
     while True:
         with torch.inference_mode():
             logits = reader.read(current)
+            if logits.dtype == torch.float16 and logits.isnan().any():
+                raise not_finite("this model", logits.dtype)
             token = sampler.pick(current, logits)
         yield token
         current = torch.tensor([[token]], device=model.device)
