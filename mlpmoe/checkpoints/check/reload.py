@@ -2,20 +2,42 @@
 
     python reload.py < REQUEST
 
-REQUEST, read once everything is imported: a JSON list FOLDER, WINDOWS, ANSWERS, DTYPE, DEVICE,
-CODE. WINDOWS: a safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and
-"firsts", the index of the first token to score in each. ANSWERS gets the losses of the scored
-tokens, the logits of the first LOGIT_TOKENS tokens, and as metadata the dtypes on disk. DEVICE:
-"disk" reads each part of the model when it is needed. CODE: whether the checkpoint may run its own
-code. Nothing of mlpmoe is imported: this is what another person's software sees.
+REQUEST: a line of JSON, a list FOLDER, WINDOWS, ANSWERS, DTYPE, DEVICE, CODE. WINDOWS: a
+safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and "firsts", the index
+of the first token to score in each. ANSWERS gets the losses of the scored tokens, the logits of the
+first LOGIT_TOKENS tokens, and as metadata the dtypes on disk. DEVICE: "disk" reads each part of the
+model when it is needed. CODE: whether the checkpoint may run its own code. The process ends,
+whatever it is doing, when its standard input does: then whoever asked is gone. Nothing of mlpmoe is
+imported: this is what another person's software sees.
 """
+
+# ruff: noqa: E402 – it listens before the imports that take seconds
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+
+asked: SimpleQueue[str] = SimpleQueue()
+
+
+def listen() -> None:
+    """Put the request into `asked`, and end the process at the end of the input."""
+    request = b""
+    while part := os.read(0, 2**16):
+        request += part
+        if request.endswith(b"\n"):
+            asked.put(request.decode())
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=listen, daemon=True).start()
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +107,9 @@ def saved_dtypes(folder: str) -> str:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    request = sys.stdin.read()
-    if not request:
-        sys.exit()  # whoever wanted to ask is gone
-    folder, windows, target, dtype, device, code = json.loads(request)
-    asked = load_file(windows)
-    pieces = [(asked[f"ids.{i}"], first) for i, first in enumerate(asked["firsts"].tolist())]
+    folder, windows, target, dtype, device, code = json.loads(asked.get())
+    given = load_file(windows)
+    pieces = [(given[f"ids.{i}"], first) for i, first in enumerate(given["firsts"].tolist())]
     model = opened(folder, dtype, device, code)
     found = answers(model, pieces, "cpu" if device == "disk" else device)
     save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})

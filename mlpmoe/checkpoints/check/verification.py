@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from ...core.conversion import twin_of
 from ...core.errors import UserError
 from ...measure.quality.encoding import EncodedText, Window, encode_text, windows
 from ...measure.quality.perplexity import Perplexity, summarise
+from ...models.scratch import scratch_folder
 from ..forms.form import EXACT
 from . import reload
 
@@ -208,8 +208,8 @@ class FreshProcess:
             str(dtype).removeprefix("torch."), device, code,
         ]  # fmt: skip
         with suppress(BrokenPipeError):  # it ended: `check` says why
-            self.process.stdin.write(json.dumps(request).encode())
-            self.process.stdin.close()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()  # and left open: it ends when this process does
 
     def check(self) -> None:
         """Raise ExportError if it failed."""
@@ -242,18 +242,15 @@ class FreshProcess:
 def fresh_process() -> Iterator[FreshProcess]:
     """A process that imports what it needs, which takes seconds, and waits to be asked; it ends
     with the block, whatever it is doing."""
-    with (
-        tempfile.TemporaryDirectory(prefix="mlpmoe-verify-") as room,
-        open(Path(room, "errors"), "w+b") as errors,
-    ):
+    with scratch_folder("verify") as room, open(room / "errors", "w+b") as errors:
         # its own module cache: code of a checkpoint leaves nothing behind
-        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
+        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(room)}
         process = Popen(
             [sys.executable, "-P", reload.__file__], cwd=room, env=os.environ | settings,
             stdin=PIPE, stdout=errors, stderr=errors,
         )  # fmt: skip
         try:
-            yield FreshProcess(process, Path(room), errors)
+            yield FreshProcess(process, room, errors)
         finally:
             process.kill()
             process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ...measure.quality.encoding import EncodedText, encode_text, windows
 from ...measure.quality.perplexity import Perplexity
 from ...models import origin_of
 from ...models.host import parse_dtype
+from ...models.scratch import scratch_folder
 from ...version import VERSION
 from ..check.record import Measured, Record
 from ..check.verification import (
@@ -88,13 +88,13 @@ def export(
     saved = saved_dtype(model, dtype)
     report("taking the weights apart", None)
     with (
-        tempfile.TemporaryDirectory(prefix="mlpmoe-form-") as workspace,
+        scratch_folder("form") as workspace,
         fresh_process() as other,  # which imports transformers while the checkpoint is made
     ):
         ids = None
         if text is not None:
             ids = torch.cat([part.ids for part in windows(model, text)])[:SCALING_TOKENS]
-        made = make_form(model, form, Path(workspace), ids)
+        made = make_form(model, form, workspace, ids)
         tensors = as_dtype(made, saved)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with target_folder(folder, size + SMALL_FILES) as partial:
