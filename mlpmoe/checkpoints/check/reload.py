@@ -112,4 +112,7 @@ if __name__ == "__main__":
     pieces = [(given[f"ids.{i}"], first) for i, first in enumerate(given["firsts"].tolist())]
     model = opened(folder, dtype, device, code)
     found = answers(model, pieces, "cpu" if device == "disk" else device)
-    save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})
+    try:
+        save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})
+    except Exception as error:  # safetensors raises its own
+        sys.exit(f"the folder for temporary files took no answers ({error})")
