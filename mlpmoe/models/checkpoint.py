@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ SMALL_FILES = {
     "chat_template.json",
     "chat_template.jinja",
 }.union(*VOCABULARIES)
+
+# Beginnings of the names of other files for tokenizers, and for processors of what is no text
+COMPANION = re.compile(
+    r"(?:tokeniz|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece|tekken"
+    r"|normalizer|\w*processor|[\w.]+\.(?:tiktoken|spm)$)"
+)
+HEAVY = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".onnx", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,12 @@ def small_files(checkpoint: Checkpoint) -> tuple[str, ...]:
             f"at most {format_bytes(MAX_TOKENIZER_BYTES)} are read."
         )
     return names + ((INDEX,) if WEIGHTS not in present and INDEX in present else ())
+
+
+def companions(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of all files at the top level that are for the tokenizer or processors, sorted."""
+    named = (name for name in checkpoint.sizes if COMPANION.match(name))
+    return tuple(sorted(name for name in named if not name.endswith(HEAVY)))
 
 
 def total_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:

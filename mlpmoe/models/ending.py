@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
-import time
 from types import FrameType
 
 from .scratch import remove_scratch
 
 GRACE = 2.0  # seconds that what is being done has to end by itself
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # of which a system may lack some
-
-_asked = False
 
 
 class Terminated(KeyboardInterrupt):
@@ -28,22 +26,42 @@ def end_when_asked() -> None:
     What the process ignores it goes on to ignore, such as the end of a terminal under nohup. To be
     called in the main thread.
     """
+    numbers = []
     for name in SIGNALS:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
+            numbers.append(number)
+    # Handlers run once the main thread is back from a library, the byte is written at once.
+    heard, written = socket.socketpair()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: _forget(numbers))
+    written.setblocking(False)
+    signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(heard, numbers), daemon=True).start()
+
+
+def _forget(numbers: list[int]) -> None:
+    """In a forked process, whose end is not that of this one."""
+    signal.set_wakeup_fd(-1)
+    for number in numbers:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    global _asked
-    if _asked:
-        _cut_off(number)
-    _asked = True
-    threading.Thread(target=_cut_off, args=(number, GRACE), daemon=True).start()
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
-def _cut_off(number: int, after: float = 0.0) -> None:
-    time.sleep(after)
+def _listen(heard: socket.socket, numbers: list[int]) -> None:
+    """Wait for the first request, and then for the second, but not long."""
+    while (number := heard.recv(1)[0]) not in numbers:
+        pass
+    heard.settimeout(GRACE)
+    try:
+        while heard.recv(1)[0] not in numbers:
+            pass
+    except TimeoutError:
+        pass
     remove_scratch()
     os._exit(128 + number)

@@ -22,7 +22,14 @@ from transformers import (
 )
 
 from . import gguf_reading, hub, packaged
-from .checkpoint import check_headers, folder_checkpoint, small_files, total_bytes, weight_files
+from .checkpoint import (
+    check_headers,
+    companions,
+    folder_checkpoint,
+    small_files,
+    total_bytes,
+    weight_files,
+)
 from .errors import ModelError, format_bytes, shorten
 from .gguf_header import read_header
 from .origin import note_origin
@@ -85,7 +92,8 @@ def load_checked(
     tokenizer = tokenizer or _gguf_tokenizer(folder, checked)
     model = _read_model(folder, checked)
     check_tokenizer(tokenizer, model, checked.name)
-    note_origin(model, checked.origin)
+    files = {} if checked.reads_gguf else {"folder": folder, "companions": checked.companions}
+    note_origin(model, replace(checked.origin, tokens=len(tokenizer), **files))
     return model, tokenizer
 
 
@@ -114,7 +122,7 @@ def prepared(checked: Preflight, *, on_progress: OnProgress | None = None) -> Pr
     weights, small = weight_files(made), small_files(made)
     return replace(
         checked, folder=folder, weight_files=weights, small_files=small,
-        bytes_on_disk=total_bytes(made, weights + small),
+        bytes_on_disk=total_bytes(made, weights + small), companions=companions(made),
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +21,10 @@ class Origin:
     saved_dtype: torch.dtype  # of its files, whatever it was loaded as
     licence: str | None  # as its card names it
     gguf: str | None = None  # the GGUF file that the weights were read from
+    # where its other files lie on this machine, and which of them are for tokenizer and processors
+    folder: Path | None = field(default=None, compare=False, repr=False)
+    companions: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    tokens: int | None = field(default=None, compare=False, repr=False)  # of the tokenizer as read
 
 
 def note_origin(model: PreTrainedModel, origin: Origin) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from mlpmoe.models import scratch
+from mlpmoe.models.ending import GRACE
 from mlpmoe.models.scratch import LOCK, PREFIX, scratch_folder, scratch_root, sweep_scratch
 
 # The two modules alone: neither needs torch.
 BUSY = """
-import sys, time, types
+import multiprocessing, sys, time, types
 from pathlib import Path
 sys.path.insert(0, {models!r})
 package = types.ModuleType("models")
@@ -25,6 +26,13 @@ from models.scratch import scratch_folder
 end_when_asked()
 try:
     with scratch_folder("work", Path(sys.argv[1])) as folder:
+        if sys.argv[2] == "forks":
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            time.sleep(0.3)
+            child.terminate()
+            child.join()
+            assert child.exitcode == -15
         (folder / "weights").write_bytes(b"w" * 1000)
         said = str(folder)
         while True:
@@ -97,6 +105,13 @@ def test_a_second_request_cuts_off_at_once(busy, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(1) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_forked_process_is_its_own(busy, tmp_path):
+    process, folder = busy("forks")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(GRACE + 0.5)
+    assert folder.is_dir()
 
 
 def test_the_next_process_removes_what_a_killed_one_left(busy, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.conversion import twin_of
 from ...core.errors import UserError
+from ...core.routed import ROUTED_TYPES
 from ...measure.quality.encoding import EncodedText, Window, encode_text, windows
-from ...measure.quality.perplexity import Perplexity, summarise
+from ...measure.quality.perplexity import Perplexity, compare, summarise
 from ...models.scratch import scratch_folder
 from ..forms.form import EXACT
 from . import reload
@@ -34,6 +36,11 @@ TYPICAL, AGREEMENT = 2e-3, 0.97
 # What rounding to 16 bits may add: some times the rounding step of the dtype (2^-8 and 2^-11),
 # since it grows over the layers. Random models have near ties where trained ones are sure.
 ROUNDING, ROUNDED_AGREEMENT = {torch.bfloat16: 0.05, torch.float16: 0.007}, 0.85
+# Rounding gives tokens other experts where scores are close, in 30 layers most of them: they say
+# something else, and predict a text as well. So there a text may decide: its loss changes by less
+# than so many nats per token, or than so many of its standard errors, which are small themselves.
+SAME_LOSS, SAME_ERRORS, MOST_ERROR = 0.01, 3.0, 0.03
+LEAST_AGREEMENT = 0.5
 RANDOM_TOKENS = 128  # compared where no text is given
 POLL = 0.2  # seconds between looks at the other process
 
@@ -64,11 +71,28 @@ class Verification:
     scored_tokens: int
     saved_dtypes: str  # of the matrices on disk, as safetensors calls them: F32, BF16, ...
     dtype: str  # that both computed in
+    # perplexity reloaded to that in memory and its error, where these may decide; else None
+    ratio: float | None = None
+    ratio_stderr: float | None = None
 
     @property
     def passed(self) -> bool:
+        return self.repeats or self.predicts_as_well
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it says the same for each token, or for nearly all where not `strict`."""
         judged = self.relative_difference if self.strict else self.typical_difference
         return judged <= self.allowed and self.argmax_agreement >= self.allowed_agreement
+
+    @property
+    def predicts_as_well(self) -> bool:
+        """Whether it is a routed model that was rounded, or nearly holds, and predicts the text as
+        well as the one in memory."""
+        if self.ratio is None or not self.ratio_stderr <= MOST_ERROR:  # NaN is no error
+            return False
+        same = max(SAME_LOSS, SAME_ERRORS * self.ratio_stderr)
+        return abs(math.log(self.ratio)) <= same and self.argmax_agreement >= LEAST_AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
@@ -90,8 +114,9 @@ def verify(
     text: what perplexity is taken on, with the tokenizer; without, random tokens are compared.
     exact: whether the checkpoint is to compute the same, which is max|Δlogit| at most EXACT of the
     largest logit; where it is not, and where something was rounded to 16 bits, the median token
-    and the agreement count, see TYPICAL and ROUNDING. trust_remote_code: whether the checkpoint
-    may run its own code. Raises ExportError if it cannot be opened.
+    and the agreement count, see TYPICAL and ROUNDING, or for a routed model the text, see
+    SAME_LOSS. trust_remote_code: whether the checkpoint may run its own code. Raises ExportError
+    if it cannot be opened.
     """
     encoded = encode_text(tokenizer, text) if isinstance(text, str) and tokenizer else text
     with fresh_process() as other:
@@ -130,7 +155,8 @@ def verify_and_score(
     if known:
         mine["losses"] = known.losses
     theirs, dtypes = other.answers(report)
-    found = compared(mine, theirs, dtypes, model.dtype, exact, parts)
+    routed = any(isinstance(module, ROUTED_TYPES) for module in model.modules())
+    found = compared(mine, theirs, dtypes, model.dtype, exact, parts, routed)
     return found, known or (None if parts is None else summarise(mine["losses"], parts))
 
 
@@ -153,9 +179,10 @@ def pieces_of(parts: Sequence[Window] | None, model: PreTrainedModel) -> list[tu
 
 def compared(
     mine: dict[str, Tensor], theirs: dict[str, Tensor], dtypes: str, dtype: torch.dtype,
-    exact: bool = True, parts: Sequence[Window] | None = None,
+    exact: bool = True, parts: Sequence[Window] | None = None, routed: bool = False,
 ) -> Verification:  # fmt: skip
-    """The two sets of answers side by side; parts: the windows of the text they are for, if any."""
+    """The two sets of answers side by side; parts: the windows of the text they are for, if any.
+    routed: whether tokens choose experts, so that a text may decide."""
     logits, other = mine["logits"], theirs["logits"]
     by_token = (logits - other).abs().amax(-1)  # (tokens,)
     largest = logits.abs().max().item() or 1.0
@@ -165,6 +192,7 @@ def compared(
         values = [summarise(said["losses"], parts) for said in (mine, theirs)]
     rounding = _rounding(dtypes, dtype)
     strict = exact and not rounding
+    changed = compare(*values) if routed and not strict and parts is not None else None
     return Verification(
         max_logit_difference=by_token.max().item(),
         relative_difference=by_token.max().item() / largest,
@@ -183,6 +211,8 @@ def compared(
         scored_tokens=0 if parts is None else len(mine["losses"]),
         saved_dtypes=dtypes,
         dtype=str(dtype).removeprefix("torch."),
+        ratio=changed and changed.ratio,
+        ratio_stderr=changed and changed.stderr,
     )
 
 
@@ -232,6 +262,13 @@ class FreshProcess:
         with safe_open(self._answered, framework="pt") as found:
             dtypes = found.metadata()["dtypes"]
             return {name: found.get_tensor(name) for name in ("losses", "logits")}, dtypes
+
+    def probe(self) -> tuple[list[int] | None, str]:
+        """The token ids that the checkpoint's tokenizer makes of `reload.PROBE`, once answers are
+        there; None without a tokenizer that can be read, and why."""
+        with safe_open(self._answered, framework="pt") as found:
+            ids = found.get_tensor("probe").tolist() if "probe" in found.keys() else None
+            return ids, found.metadata()["tokenizer"]
 
     @property
     def _answered(self) -> Path:

@@ -15,6 +15,7 @@ from ...core.spec import ConversionSpec
 from ...measure.quality.encoding import EncodedText, windows
 from ...measure.quality.perplexity import summarise
 from ...models import Preflight, load_checked
+from ...models.checkpoint import CARD, CONFIG, INDEX
 from ...models.host import parse_dtype
 from ...models.loading import check_tokenizer, fetch_weights, prepared, read_tokenizer
 from ...version import VERSION
@@ -30,9 +31,10 @@ from ..check.verification import (
     verify_and_score,
 )
 from ..forms.dense import NAME
+from .beside import copy_beside, name_for_older, tokenizer_notes
 from .export import SAVED, SMALL_FILES, Exported, folder_size, refuse_unless_same
 from .source import PiecewiseError, Source
-from .streaming import STATE, FileConversion, copy_small_files, streams
+from .streaming import STATE, FileConversion, streams
 from .target import check_target, target_folder
 
 Encode = Callable[[PreTrainedTokenizerBase, PreTrainedModel], EncodedText]
@@ -79,16 +81,19 @@ def export_files(
     check_tokenizer(tokenizer, conversion.source.model, checked.name)
     with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
-        copy_small_files(files, checked.small_files, partial)
+        small = {*checked.small_files, *checked.companions} - {CONFIG, INDEX, CARD}
+        notes = copy_beside(files, sorted(small), partial)
+        name_for_older(partial)
         with fresh_process() as other:
             found, measured = _verified(
                 other, conversion, checked, partial, tokenizer, encode, report
             )
+            notes += tokenizer_notes(tokenizer, *other.probe())
         record = Record(
             version=VERSION, spec=spec, origin=checked.origin, form=NAME,
             architecture=type(conversion.plan.skeleton).__name__, remote_code=False,
-            notes=conversion.plan.notes, text=text_name or (encode and "a text"), calibration=None,
-            verification=found, measured=measured,
+            notes=(*conversion.plan.notes, *notes), text=text_name or (encode and "a text"),
+            calibration=None, verification=found, measured=measured,
         )  # fmt: skip
         record.write(partial, Path(folder).name)
         (partial / STATE).unlink()  # complete
