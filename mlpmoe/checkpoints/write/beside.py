@@ -30,7 +30,7 @@ def save_tokenizer(
     from which the tokenizer may have been read."""
     source = origin and origin.folder
     if source is not None:
-        _refuse_links(source, origin.companions)
+        _refuse_links(source, _with_templates(source, origin.companions))
     tokenizer.save_pretrained(folder)
     if source is None:
         return []
@@ -59,9 +59,7 @@ def copy_beside(source: Path, names: Iterable[str], folder: Path, own: bool = Tr
     are of the tokenizer that the checkpoint gets; else none is copied. Returns notes: what was left
     out. Raises ExportError for links that leave `source`, and for more than MAX_TOKENIZER_BYTES.
     """
-    templates = sorted((source / TEMPLATES).glob("*.jinja"))
-    wanted = [*names, *(f"{TEMPLATES}/{file.name}" for file in templates)]
-    missing = [name for name in wanted if not (folder / name).exists()]
+    missing = [n for n in _with_templates(source, names) if not (folder / n).exists()]
     here = [n for n in missing if (source / n).is_file() and not n.endswith(".py")]
     _refuse_links(source, here)
     size = sum((source / name).stat().st_size for name in here)
@@ -78,6 +76,11 @@ def copy_beside(source: Path, names: Iterable[str], folder: Path, own: bool = Tr
         return []
     why = "" if own else ", since the tokenizer is not as it was loaded"
     return [f"Left out of the base model's files{why}: {', '.join(left)}."]
+
+
+def _with_templates(source: Path, names: Iterable[str]) -> list[str]:
+    found = sorted((source / TEMPLATES).glob("*.jinja"))
+    return [*names, *(f"{TEMPLATES}/{file.name}" for file in found)]
 
 
 def _refuse_links(source: Path, names: Iterable[str]) -> None:
