@@ -13,7 +13,7 @@ from transformers import Glm4MoeForCausalLM, PreTrainedModel, Qwen2MoeForCausalL
 
 from ...core.conversion import twin_of
 from ...core.routed import RoutedMLP
-from .form import Form, FormError, other_tensors, skeleton_of
+from .form import Form, FormError, block_note, other_tensors, skeleton_of
 from .moe_needs import FLOAT16, Routing, needs_of, routing_of
 from .moe_targets import MOE_FORMS, TARGETS, Target, dense_layer, obstacle
 
@@ -153,6 +153,8 @@ def _notes(target: Target, routing: Routing, guessed: bool, dtype: torch.dtype) 
         )
     if routing.width > routing.size:
         yield f"Each expert is filled up with zeros, from {routing.size} neurons."
+    if note := block_note(routing.width):
+        yield f"Experts of {note}"
     if not routing.common and target.model_class in (Glm4MoeForCausalLM, Qwen2MoeForCausalLM):
         yield "Its shared expert is all zeros: this architecture has one even if nothing is shared."
     if dtype != torch.float32 and FLOAT16 not in target.holds:
