@@ -200,7 +200,7 @@ def _notes(
             f"Layers keep {min(widths):,} to {max(widths):,} neurons, but the architecture has one "
             f"width: narrower ones are filled up to {max(has):,} with zeros and save nothing there."
         )
-    elif max(has) == quantisable(max(widths)) and max(has) != full:
+    elif max(has) == quantisable(max(widths)):
         yield (
             f"{max(has) - max(widths):,} of {max(has):,} neurons per layer are zeros, so that "
             f"other software can quantise them in blocks of {BLOCK}."
