@@ -49,7 +49,8 @@ EXAMPLES = """examples:
 Numbers may be ranges, start:stop:step, with the stop included; --keep also takes all and shares of
 B such as 75%. Commas part values, so layers spared together are joined by plus signs: --spared
 none,0,0+11. A sweep file is JSON: {"branches": "8,16", "fade": [0, 0.5, 0.9], "keep": "75%"}.
-Several sweeps, of either engine, may go on from one --out file and write to it at a time.
+Several sweeps, of either engine, may go on from one --out file at a time: each run is measured by
+whoever claims it first.
 """
 
 

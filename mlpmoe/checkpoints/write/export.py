@@ -98,11 +98,11 @@ def export(
         ids = None
         if text is not None:
             ids = torch.cat([part.ids for part in windows(model, text)])[:SCALING_TOKENS]
-        made = make_form(model, form, workspace, ids)
+        made = make_form(model, form, workspace, ids, saved)
         tensors = as_dtype(made, saved)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with target_folder(folder, size + SMALL_FILES) as partial:
-            notes = list(made.notes)
+            notes = []
             if tokenizer is not None:
                 notes += save_tokenizer(tokenizer, origin_of(model), partial)
 
@@ -123,6 +123,7 @@ def export(
                 check_space(partial, 2 * size)
                 for file in partial.glob("*.safetensors*"):
                     file.unlink()
+                made = make_form(model, form, workspace, ids, model.dtype)
                 found, perplexity = write(model.dtype, as_dtype(made, model.dtype), other)
                 notes.append(kept_note(rounded, found))
             refuse_unless_same(found, made.name)
@@ -134,7 +135,8 @@ def export(
             record = Record(
                 version=VERSION, spec=spec_of(model), origin=origin_of(model),
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,
-                notes=tuple(notes), text=text_name or ("a text" if text is not None else None),
+                notes=(*made.notes, *notes),
+                text=text_name or ("a text" if text is not None else None),
                 calibration=calibration_name, verification=found, measured=measured,
                 recovery=recovery_of(model),
             )  # fmt: skip
