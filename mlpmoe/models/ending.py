@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 
 from .scratch import remove_scratch
 
 GRACE = 2.0  # seconds that what is being done has to end by itself
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # of which a system may lack some
+
+
+_asked: list[int] = []  # the requests so far
 
 
 class Terminated(KeyboardInterrupt):
@@ -38,11 +44,13 @@ def end_when_asked() -> None:
         os.register_at_fork(after_in_child=lambda: _forget(numbers))
     written.setblocking(False)
     signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+    atexit.register(_leave)  # first, so that it runs last
     threading.Thread(target=_listen, args=(heard, numbers), daemon=True).start()
 
 
 def _forget(numbers: list[int]) -> None:
     """In a forked process, whose end is not that of this one."""
+    atexit.unregister(_leave)
     signal.set_wakeup_fd(-1)
     for number in numbers:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -50,6 +58,7 @@ def _forget(numbers: list[int]) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    _asked.append(number)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
@@ -63,5 +72,18 @@ def _listen(heard: socket.socket, numbers: list[int]) -> None:
             pass
     except TimeoutError:
         pass
+    _cut_off(number)
+
+
+def _leave() -> None:
+    """Once all has ended by itself: taking apart what is in memory would take seconds."""
+    if _asked:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or none
+                stream.flush()
+        _cut_off(_asked[0])
+
+
+def _cut_off(number: int) -> None:
     remove_scratch()
     os._exit(128 + number)

@@ -84,7 +84,7 @@ def test_an_asked_process_tidies_up(busy, tmp_path, number):
     process, folder = busy()
     assert folder.is_dir()
     process.send_signal(number)
-    assert process.wait(10) == 0
+    assert process.wait(10) == 128 + number
     assert process.stdout.read() == "tidied up\n"
     assert list(tmp_path.iterdir()) == []
 
