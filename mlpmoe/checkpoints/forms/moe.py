@@ -52,9 +52,7 @@ def moe_form(
     bounds = list(score_bound) if score_bound is not None else _guessed_bounds(model, routing)
     if len(bounds) != len(routing.mlps):
         raise FormError(f"score_bound needs {len(routing.mlps)} values, one per routed layer.")
-    flatness, note = target.flatness, target.note
-    if target.rounded and (dtype or model.dtype).itemsize == 2:
-        flatness, note = target.rounded
+    flatness, note = target.in_files(dtype or model.dtype)
     values = {key: copy.deepcopy(getattr(model.config, key)) for key in CARRIED}
     values |= target.config(routing, needs, model.config)
     skeleton = skeleton_of(target.model_class.config_class(**values), target.model_class)

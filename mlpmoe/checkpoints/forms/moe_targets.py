@@ -64,6 +64,10 @@ class Target:
     # the same and what is said of it, where files of 16 bits round more than that changes anyway
     rounded: tuple[int, str] | None = None
 
+    def in_files(self, dtype: torch.dtype) -> tuple[int, str]:
+        """Flatness and note for files of this dtype."""
+        return self.rounded if self.rounded and dtype.itemsize == 2 else (self.flatness, self.note)
+
     @property
     def title(self) -> str:
         return self.model_class.__name__.removesuffix("ForCausalLM")
