@@ -16,6 +16,8 @@ from .commands import bench, convert, evaluate, frontier, models, study, sweep
 from .commands.terminal import progress
 from .core.errors import CalibrationWarning, UnsupportedModelError, UserError
 from .models import ModelError
+from .models.ending import Terminated, end_when_asked
+from .models.scratch import sweep_scratch
 
 COMMANDS = (models, evaluate, sweep, frontier, convert, study, bench)
 EXAMPLES = """examples:
@@ -31,6 +33,14 @@ EXAMPLES = """examples:
 EXIT_STATUS = (
     "exit status: 0 done, 1 failed, 2 wrong usage or a value out of range, 130 interrupted"
 )
+
+
+def process() -> int:
+    """`main` as a process of its own, which ends soon after it is asked to, and removes what killed
+    ones have left."""
+    end_when_asked()
+    sweep_scratch()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)
+    except Terminated:
+        return _fail("ended", 143)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -102,4 +114,4 @@ def _parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process())

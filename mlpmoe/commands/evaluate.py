@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.conversion import convert, mlp_modules, recovery_of, spec_of
 from ..core.errors import UserError
+from ..core.files import check_output
 from ..measure.cost.parameters import parameter_report
 from ..measure.cost.speed import decode_speed
 from ..measure.quality.encoding import Window, scored_tokens, windows
@@ -89,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     spec = read_spec(arguments)
     ways = conversion_ways(arguments, spec)
+    if arguments.out:
+        check_output(arguments.out)
     tasks = _tasks(arguments)
     text = evaluation_text(arguments)
     seen = calibration_text_for(arguments, text.content) if spec.needs_calibration else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
+from ..core.files import check_output
 from ..measure.notation import number
 from ..models import load
 from ..studies import STUDIES, Study, check_course, find_study, run_study
@@ -77,8 +78,7 @@ def _check_plot(name: str, study: Study, file: Path | None) -> None:
     if study.axes is None:
         drawn = ", ".join(name for name, study in STUDIES.items() if study.axes)
         raise UserError(f"the study {name} has no curves; --plot is for {drawn}.")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UserError(f"--plot {file}: there is no folder to write that file to.")
+    check_output(file)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..core.calibration import warn_of_few_tokens
 from ..core.errors import SpecError, UserError
+from ..core.files import check_output
 from ..core.mlps import read_mlps
 from ..core.spec import ConversionSpec
 from ..core.written import SPARSITY
@@ -23,7 +24,8 @@ from ..measure.runs.front import front
 from ..measure.runs.grid import grid, read_grid, read_values
 from ..measure.runs.pace import about, forecast
 from ..measure.runs.recipes import recipes
-from ..measure.runs.sweep import AT_ONCE, Run, check_fit, comparison
+from ..measure.runs.sharing import measured_together
+from ..measure.runs.sweep import AT_ONCE, Run, Take, check_fit, comparison
 from ..measure.runs.tables import to_csv
 from ..models import find_entry, load, recovery_folder
 from .arguments import MODEL_HELP, SPEC_NAMES, add_setting, add_spec, at_least
@@ -47,7 +49,8 @@ EXAMPLES = """examples:
 Numbers may be ranges, start:stop:step, with the stop included; --keep also takes all and shares of
 B such as 75%. Commas part values, so layers spared together are joined by plus signs: --spared
 none,0,0+11. A sweep file is JSON: {"branches": "8,16", "fade": [0, 0.5, 0.9], "keep": "75%"}.
-Several sweeps, of either engine, may go on from one --out file and write to it at a time.
+Several sweeps, of either engine, may go on from one --out file at a time: each run is measured by
+whoever claims it first.
 """
 
 
@@ -91,6 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--csv stands alone: leave out --json and --dry-run.")
     if arguments.workers and arguments.engine != "ray":
         raise UserError("--workers is for --engine ray.")
+    if arguments.out:
+        check_output(arguments.out)
     values = _values(arguments)
     budgets = _budgets(values.get("active")) if arguments.compare else []
     specs, left_out = list(recipes().items()) if arguments.recipes else [], 0
@@ -127,15 +132,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine == "ray":
         del model  # each worker loads its own
         workers = arguments.workers or DEFAULT_WORKERS
-        measuring = run_on_ray(job, missing, load, workers, progress)
-    else:
-        measuring = run_locally(job, missing, lambda *_: (model, tokenizer), progress)
-    with closing(measuring):  # an interrupt leaves no worker running
-        for run in measuring:
-            known[run.spec] = run
-            if file:
-                file.append(run, tokens)
+
+    def measure(specs: Sequence[ConversionSpec], take: Take = list) -> Iterator[Run]:
+        if arguments.engine == "ray":
+            return run_on_ray(job, specs, load, workers, progress, take)
+        return run_locally(job, specs, lambda *_: (model, tokenizer), progress, take)
+
+    now = measured_together(measure, missing, file, tokens, progress) if file else measure(missing)
+    with closing(now):  # an interrupt leaves no worker running
+        measured = {run.spec: run for run in now}
     progress("")
+    known = known | (file.read() if file else {}) | measured  # others may have measured some
     runs = [(name, known[spec]) for name, spec in specs]
     if arguments.csv:
         about_all = {"model": arguments.model, "text": text.name, "tokens": tokens}
@@ -145,8 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         print(
             f"{arguments.model} on {text.name}, {tokens:,} tokens, "
-            f"{in_windows(window, stride)}; {len(missing)} measured now, "
-            f"{len(specs) - len(missing)} before{_left_out(left_out)}"
+            f"{in_windows(window, stride)}; {len(measured)} measured now, "
+            f"{len(specs) - len(measured)} before{_left_out(left_out)}"
         )
         print_table([HEADER, *(_row(name, run) for name, run in runs)], align=">>>><")
 

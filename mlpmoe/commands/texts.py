@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.calibration import MAX_TOKENS, SAMPLE_TOKENS, Calibration, check_disjoint
 from ..core.errors import UserError
+from ..core.files import read_limited
 from ..measure.quality.encoding import EncodedText, choose_window, context_length, encode_protocol
 from ..models import (
     CALIBRATIONS,
@@ -23,6 +24,8 @@ from ..models import (
     text_digest,
 )
 from .terminal import progress
+
+MOST_TEXT = 2**28  # bytes of a file; what is usually measured on has some 10 MB at most
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,10 @@ def run_setting(
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, UTF-8 or marked UTF-16. Raises OSError and UnicodeError with messages
-    for a person."""
+    """The text of a file, UTF-8 or marked UTF-16. Raises UserError for more than MOST_TEXT bytes,
+    OSError and UnicodeError, with messages for a person."""
+    content = read_limited(path, MOST_TEXT)
     try:
-        return decode_text(path.read_bytes())
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}.") from error
+        return decode_text(content)
     except UserError as error:
         raise UnicodeError(f"{path}: {error}") from error

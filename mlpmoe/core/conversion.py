@@ -369,6 +369,10 @@ def _prove(mlp: DenseMLP) -> None:
     # as they are: another thread may be using it.
     expected = _with_modules_replaced(mlp.module, {}).eval()(x, *extra)
     if not torch.isfinite(expected).all():
+        if not all(p.isfinite().all() for p in mlp.module.parameters()):
+            raise UnsupportedModelError(
+                f"{mlp.name} holds infinite or undefined weights; they are damaged."
+            )
         raise not_finite(mlp.name, up.dtype)
     error = (actual - expected).abs().max().item()
     scale = expected.abs().max().item()

@@ -45,8 +45,13 @@ CONFIGS = {
 # these two may list every token that was added
 SMALL_FILES = {"tokenizer_config.json", "added_tokens.json"}.union(CONFIGS, *VOCABULARIES)
 TEMPLATES = "additional_chat_templates"  # a folder, which tokenizers read beside their files
-# Files of a folder that transformers may take for a tokenizer's, if the usual ones are not there.
-TOKENIZER_FILE = re.compile(r"(tokenizer|tekken|tiktoken|vocab|merges|spiece|sentencepiece)\b")
+
+# Beginnings of the names of other files for tokenizers, and for processors of what is no text
+COMPANION = re.compile(
+    r"(?:tokeniz|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece|tekken"
+    r"|tiktoken|normalizer|\w*processor|[\w.]+\.(?:tiktoken|spm)$)"
+)
+HEAVY = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".onnx", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,9 @@ def small_files(checkpoint: Checkpoint) -> tuple[str, ...]:
         _check_size(checkpoint, config)
     read = set(names)
     if checkpoint.folder is not None:
-        read |= {name for name in present if TOKENIZER_FILE.match(name)}
+        read.update(
+            companions(checkpoint)
+        )  # which transformers may take if the usual ones are not there
     size = total_bytes(checkpoint, read)
     if size > MAX_TOKENIZER_BYTES:
         raise ModelError(
@@ -153,6 +160,12 @@ def small_files(checkpoint: Checkpoint) -> tuple[str, ...]:
             f"at most {format_bytes(MAX_TOKENIZER_BYTES)} are read."
         )
     return names + ((INDEX,) if WEIGHTS not in present and INDEX in present else ())
+
+
+def companions(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of all files at the top level that are for the tokenizer or processors, sorted."""
+    named = (name for name in checkpoint.sizes if COMPANION.match(name))
+    return tuple(sorted(name for name in named if not name.endswith(HEAVY)))
 
 
 def total_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:

@@ -22,7 +22,14 @@ from transformers import (
 )
 
 from . import gguf_reading, hub, packaged
-from .checkpoint import check_headers, folder_checkpoint, small_files, total_bytes, weight_files
+from .checkpoint import (
+    check_headers,
+    companions,
+    folder_checkpoint,
+    small_files,
+    total_bytes,
+    weight_files,
+)
 from .errors import ModelError, format_bytes, shorten
 from .gguf_header import read_header
 from .origin import note_origin
@@ -84,8 +91,11 @@ def load_checked(
     tokenizer = tokenizer or _gguf_tokenizer(folder, checked)
     model = _read_model(folder, checked)
     fit_tokenizer(tokenizer, model, checked.name)
-    apart = () if checked.reads_gguf else left_out(model, folder, checked.weight_files)
-    origin = replace(checked.origin, left_out=apart)
+    files = {}
+    if not checked.reads_gguf:
+        apart = left_out(model, folder, checked.weight_files)
+        files = {"folder": folder, "companions": checked.companions, "left_out": apart}
+    origin = replace(checked.origin, tokens=len(tokenizer), **files)
     for note in origin.notes:
         logger.warning("%s: %s", checked.name, note)
     note_origin(model, origin)
@@ -117,7 +127,7 @@ def prepared(checked: Preflight, *, on_progress: OnProgress | None = None) -> Pr
     weights, small = weight_files(made), small_files(made)
     return replace(
         checked, folder=folder, weight_files=weights, small_files=small,
-        bytes_on_disk=total_bytes(made, weights + small),
+        bytes_on_disk=total_bytes(made, weights + small), companions=companions(made),
     )  # fmt: skip
 
 

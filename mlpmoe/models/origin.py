@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +22,10 @@ class Origin:
     licence: str | None  # as its card names it
     gguf: str | None = None  # the GGUF file that the weights were read from
     left_out: tuple[str, ...] = ()  # tensors of its files on which the next token does not depend
+    # where its other files lie on this machine, and which of them are for tokenizer and processors
+    folder: Path | None = field(default=None, compare=False, repr=False)
+    companions: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    tokens: int | None = field(default=None, compare=False, repr=False)  # of the tokenizer as read
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM
 
+from ..core.errors import UserError
+from ..core.files import write_reason
 from .errors import ModelError, format_bytes
 from .gguf_header import read_header
 from .gguf_reading import read_tokenizer, weights_from
@@ -98,10 +100,13 @@ def prepare(package: Package, progress: Progress) -> Path:
         with _locked(folder, progress):
             if package.converted is None:
                 _convert(package, file, folder, progress)
-    except OSError as error:
+    except Exception as error:
+        reason = None if isinstance(error, UserError) else write_reason(error)
+        if reason is None:
+            raise
         raise ModelError(
             f"{package.label} is converted once, into {CACHE_VARIABLE} or the user's cache folder, "
-            f"which cannot be written ({error.strerror or error})."
+            f"which cannot be written: {reason}"
         ) from error
     return folder
 

@@ -11,7 +11,15 @@ import torch
 from . import host, hub
 from .architecture import Architecture, build_empty, inspect
 from .catalogue import DEMO_KEY, assets_folder
-from .checkpoint import CARD, Checkpoint, folder_checkpoint, small_files, total_bytes, weight_files
+from .checkpoint import (
+    CARD,
+    Checkpoint,
+    companions,
+    folder_checkpoint,
+    small_files,
+    total_bytes,
+    weight_files,
+)
 from .errors import ModelError, format_bytes, shorten
 from .gguf_choice import choose_gguf, header_in
 from .gguf_config import ROPE_FREQUENCIES, config_of
@@ -47,6 +55,7 @@ class Preflight:
     licence: str | None  # as the model's card names it
     gguf: str | None = None  # the GGUF file that the weights are from
     package: Package | None = None  # which has that file, and is converted on the first load
+    companions: tuple[str, ...] = ()  # files for tokenizer and processors, read here or not
 
     @property
     def reads_gguf(self) -> bool:
@@ -152,6 +161,7 @@ def preflight(
         licence=package.licence if package else licence,
         gguf=package.file if package else gguf,
         package=package,
+        companions=companions(checkpoint) if gguf is None else (),
     )
 
 

@@ -1,16 +1,22 @@
 """export(): written, opened in a fresh process, compared; and all that can go wrong."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,8 +28,10 @@ from mlpmoe.checkpoints.check.verification import fresh_process, verify_and_scor
 from mlpmoe.checkpoints.forms.form import EXACT, FormError
 from mlpmoe.checkpoints.write import export as exporting
 from mlpmoe.checkpoints.write import target
+from mlpmoe.checkpoints.write.target import check_target
 from mlpmoe.measure.quality.encoding import encode_text, windows
 from mlpmoe.measure.quality.perplexity import perplexity
+from mlpmoe.models.scratch import PREFIX, sweep_scratch
 from tests.tiny import byte_tokenizer, save_tiny_model, tiny_model
 
 TEXT = "One day, a fox slept in the grass.\n<|endoftext|>\nA cat sat on the wall and looked down."
@@ -254,10 +262,64 @@ def test_folders_that_are_not_free(converted, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(target.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ExportError, match="cannot be written"):
+        check_target("/proc/out")  # where root may write, and nothing can be
+
+    def refuses(**_):  # root may write anywhere else
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuses)
     with pytest.raises(ExportError, match="read-only"):
         export(converted, tmp_path / "out")
     assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception("No space left on device (os error 28)"),
+    ],
+    ids=["safetensors", "Python", "tokenizers"],
+)
+def test_a_full_disk_is_one_sentence(converted, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(exporting, "write_weights", full)
+    with pytest.raises(ExportError, match=r"out was not written: the disk is full\.$"):
+        export(converted, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+ASKS = """
+import sys, time
+from mlpmoe.checkpoints.check.verification import fresh_process
+with fresh_process() as other:
+    print(other.process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("after", [0.0, 2.0])
+def test_the_fresh_process_ends_with_a_killed_parent(after, tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ASKS], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    with parent:
+        other = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(after)
+        assert other.is_running()
+        parent.kill()
+        gone, _ = psutil.wait_procs([other], timeout=10)
+        assert gone
+    assert list(tmp_path.glob(f"{PREFIX}*/verify-*"))
+    sweep_scratch(tmp_path)
+    assert list(tmp_path.glob(f"{PREFIX}*")) == []
 
 
 def test_an_empty_folder_and_new_parents_are_fine(converted, tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, convert
-from mlpmoe.checkpoints.forms.form import EXACT, FormError
+from mlpmoe.checkpoints.forms.form import EXACT, FormError, converted_mlps
 from mlpmoe.checkpoints.forms.moe import MOE_FORMS, moe_form, possible_moe_forms, score_bounds
 from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import mlp_modules
@@ -111,6 +111,29 @@ def test_granite_moe_is_exact(family, spec, tmp_path):
     error, same = differences(model, reloaded(form, tmp_path))
     assert error.max() <= EXACT
     assert same == 1
+
+
+def test_granite_moe_of_16_bits_may_be_chosen_after_a_softmax():
+    """As llama.cpp does it: over all experts, of which those of the largest shares run."""
+    model = converted("llama", {"method": "contiguous", "experts": 12})
+    bounds, mlps = score_bounds(model, TOKENS), converted_mlps(model)
+    hidden = torch.randn(400, 32, generator=torch.Generator().manual_seed(3))
+    agree = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        form = moe_form(model, "granite-moe", bounds, dtype)
+        assert ("llama.cpp" in form.notes[0]) == (dtype == torch.float32)
+        agree[dtype] = []
+        for index, mlp in enumerate(mlps.values()):
+            rows = form.tensors[f"model.layers.{index}.block_sparse_moe.router.weight"]
+            scores = hidden @ rows.T
+            after = scores.softmax(-1).topk(int(mlp.active)).indices.sort().values
+            before = scores.topk(int(mlp.active)).indices.sort().values
+            agree[dtype].append((after == before).all(-1).double().mean().item())
+            # and those that run count nearly the same
+            weights = scores.topk(int(mlp.active)).values.softmax(-1) * mlp.active
+            assert (weights - 1).abs().max() <= 2.0**-8
+    assert min(agree[torch.bfloat16]) >= 0.98
+    assert max(agree[torch.float32]) < 0.9  # which is what the note is for
 
 
 def test_granite_moe_holds_all_biases_of_attention(tmp_path):

@@ -94,7 +94,7 @@ def test_curves_are_written(study, tmp_path):
         (["curves", "--steps", "1000000"], "not 1,000,000"),
         (["curves", "--seed", "-1"], "seed must lie between 0 and"),
         (["plain", "--plot", "x.svg"], "has no curves; --plot is for downcycling"),
-        (["curves", "--plot", "no/such/folder/x.svg"], "no folder to write that file to"),
+        (["curves", "--plot", "no/such/folder/x.svg"], "name one in a folder that exists"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(study, monkeypatch, flags, words):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import zipfile
 from pathlib import Path
@@ -40,6 +39,7 @@ from mlpmoe.explorer.tabs.export_plan import (
 from mlpmoe.explorer.tabs.exporting import ExportHandlers
 from mlpmoe.explorer.tabs.pushing import PushHandlers, can_push
 from mlpmoe.models import CALIBRATIONS, named_calibration
+from mlpmoe.models.scratch import LOCK, PREFIX, remove_scratch
 from tests.explorer.calibrated import at_the_end
 from tests.explorer.controls import settings
 from tests.tiny import D_FF
@@ -77,6 +77,11 @@ def unserved(monkeypatch, tmp_path: Path) -> Path:
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder
+
+
+def files_in(place: Path) -> list[Path]:
+    """All files below a place, but the lock of this process's root."""
+    return [item for item in place.rglob("*") if item.is_file() and item.name != LOCK]
 
 
 @pytest.fixture
@@ -205,9 +210,9 @@ def test_what_is_downloaded_is_the_conversion(exporter, demo, served, unserved, 
     assert "Perplexity reloaded" in result
     assert "LlamaForCausalLM" in result
     file = Path(download["value"])
-    assert [file] == [item for item in served.rglob("*") if item.is_file()]
-    assert len(file.parent.name) > 32  # nobody guesses it
-    assert list(unserved.iterdir()) == []
+    assert [file] == files_in(served)
+    assert len(file.parent.name) >= 32  # nobody guesses it
+    assert files_in(unserved) == []
     with zipfile.ZipFile(file) as archive:
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         archive.extractall(tmp_path)
@@ -282,21 +287,20 @@ def test_one_zip_per_visitor_that_goes_when_it_is_replaced_or_they_leave(exporte
     assert [file.is_file() for file in (*files, other)] == [False, True, True]
     assert files[1].parent.name != other.parent.name
     exporter.leave(request("a"))
-    assert [item for item in served.rglob("*") if item.is_file()] == [other]
-    exporter.handed_out.clear()
+    assert files_in(served) == [other]
+    remove_scratch()  # as at the end of the server
     assert list(served.iterdir()) == []
 
 
 def test_what_a_killed_server_left_is_removed(served, unserved):
-    old, new = (served / f"{handed_out.SERVED}{age}" for age in ("old", "new"))
-    room = unserved / f"{handed_out.UNSERVED}old"
+    """Its folders hold a lock that nobody has any more."""
+    left = [place / f"{PREFIX}dead" for place in (served, unserved)]
     others = served / "somebody-elses"
-    for folder in (old, new, room, others):
+    for folder in (*left, others):
         folder.mkdir(parents=True)
-    for folder in (old, room, others):
-        os.utime(folder, (0, 0))
+        (folder / LOCK).touch()
     handed_out.HandedOut()
-    assert [folder.exists() for folder in (old, new, room, others)] == [False, True, False, True]
+    assert [folder.exists() for folder in (*left, others)] == [False, False, True]
 
 
 @pytest.mark.usefixtures("instant")
@@ -333,8 +337,8 @@ def test_stopped_it_leaves_nothing(exporter, served, unserved):
     assert "topping" in exporter.jobs.press_stop(request())
     *_, last = making
     assert "Stopped" in last[0]
-    assert list(unserved.iterdir()) == []
-    assert [item for item in served.rglob("*") if item.is_file()] == [before]
+    assert files_in(unserved) == []
+    assert files_in(served) == [before]
     exporter.begin(request())
 
 
@@ -344,7 +348,7 @@ def test_closed_it_leaves_nothing(exporter, served, unserved):
     making = exporter.make(request(), *asked_for())
     next(step for step in making if "Writing" in step[0])
     making.close()
-    assert list(unserved.iterdir()) == []
+    assert files_in(unserved) == []
     assert not served.exists()
     exporter.begin(request())
 
@@ -361,7 +365,7 @@ def test_failed_it_leaves_nothing(exporter, served, unserved, monkeypatch, error
         exporter.begin(request())
         list(readable(exporter.make)(request(), *asked_for()))
     assert "secret" not in caught.value.message
-    assert list(unserved.iterdir()) == []
+    assert files_in(unserved) == []
     assert not served.exists()
     exporter.begin(request())
 
@@ -370,7 +374,7 @@ def test_nothing_is_written_where_there_is_no_room(exporter, unserved, monkeypat
     monkeypatch.setattr(export_plan, "free_disk", lambda _: 1000)
     with pytest.raises(UserError, match="disk"):
         make(exporter, *asked_for())
-    assert list(unserved.iterdir()) == []
+    assert files_in(unserved) == []
 
 
 @pytest.mark.parametrize("change", [{"form": "gguf"}, {"dtype": "int4"}, {"dtype": None}])
@@ -508,7 +512,7 @@ def test_push_goes_to_the_visitor_with_their_token_alone(pusher, hub, unserved):
     assert files == ["weights"]
     assert uploaded["repo_id"] == "visitor/my-model"
     assert {created["token"], uploaded["token"]} == {"hf_of_the_visitor"}
-    assert list(unserved.iterdir()) == []
+    assert files_in(unserved) == []
 
 
 def test_push_is_public_where_that_is_ticked(pusher, hub):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...core.choices import METHODS
 from ...core.errors import UserError
+from ...core.files import read_limited
 from ...core.recovery.report import RecoveryReport
 from ...core.spec import ConversionSpec
 from ...measure.cost.parameters import ParameterReport, parameter_report
@@ -243,11 +244,13 @@ def read_spec_file(file: str | Path) -> ConversionSpec:
     UserError (SpecError for values out of range) with the reason."""
     path = Path(file)
     try:
-        if path.stat().st_size > MAX_RECORD:
-            raise UserError(f"{path.name} is too large for a conversion.")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = read_limited(path, MAX_RECORD)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(str(error)) from None
+    except UserError:
+        raise UserError(f"{path.name} is too large for a conversion.") from None
+    try:
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"{path.name} is not valid JSON.") from None
     if isinstance(values, dict) and isinstance(values.get("spec"), dict):

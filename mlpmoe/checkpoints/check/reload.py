@@ -2,29 +2,53 @@
 
     python reload.py < REQUEST
 
-REQUEST, read once everything is imported: a JSON list FOLDER, WINDOWS, ANSWERS, DTYPE, DEVICE,
-CODE. WINDOWS: a safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and
-"firsts", the index of the first token to score in each. ANSWERS gets the losses of the scored
-tokens, the logits of the first LOGIT_TOKENS tokens, and as metadata the dtypes on disk. DEVICE:
-"disk" reads each part of the model when it is needed. CODE: whether the checkpoint may run its own
-code. Nothing of mlpmoe is imported: this is what another person's software sees.
+REQUEST: a line of JSON, a list FOLDER, WINDOWS, ANSWERS, DTYPE, DEVICE, CODE. WINDOWS: a
+safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and "firsts", the index
+of the first token to score in each. ANSWERS gets the losses of the scored tokens, the logits of the
+first LOGIT_TOKENS tokens, the ids of PROBE if there is a tokenizer, and as metadata the dtypes
+on disk and why the tokenizer cannot be read. DEVICE: "disk" reads each part of the model when it is
+needed. CODE: whether the checkpoint may run its own code. The process ends, whatever it is doing,
+when its standard input does: then whoever asked is gone. Nothing of mlpmoe is imported: this is
+what another person's software sees.
 """
+
+# ruff: noqa: E402 – it listens before the imports that take seconds
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+
+asked: SimpleQueue[str] = SimpleQueue()
+
+
+def listen() -> None:
+    """Put the request into `asked`, and end the process at the end of the input."""
+    request = b""
+    while part := os.read(0, 2**16):
+        request += part
+        if request.endswith(b"\n"):
+            asked.put(request.decode())
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=listen, daemon=True).start()
 
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 LOGIT_TOKENS = 256
+PROBE = "Once upon a time, 3 cats didn't sleep.\n\tÜber 北京  schläft 🦊; x = 10**-3"
 ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
 
@@ -82,15 +106,30 @@ def saved_dtypes(folder: str) -> str:
     return ",".join(sorted(found))
 
 
+def probed(folder: str, code: bool) -> tuple[dict[str, torch.Tensor], str]:
+    """What the checkpoint's tokenizer makes of PROBE, (tokens,) int64, or why it makes nothing."""
+    if not list(Path(folder).glob("tokenizer*")):
+        return {}, ""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=code, local_files_only=True
+        )
+        return {"probe": torch.tensor(tokenizer(PROBE)["input_ids"])}, ""
+    except Exception as error:  # tokenizers raises a bare Exception
+        return {}, f"{type(error).__name__}: {error}"[:300]
+
+
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    request = sys.stdin.read()
-    if not request:
-        sys.exit()  # whoever wanted to ask is gone
-    folder, windows, target, dtype, device, code = json.loads(request)
-    asked = load_file(windows)
-    pieces = [(asked[f"ids.{i}"], first) for i, first in enumerate(asked["firsts"].tolist())]
+    folder, windows, target, dtype, device, code = json.loads(asked.get())
+    given = load_file(windows)
+    pieces = [(given[f"ids.{i}"], first) for i, first in enumerate(given["firsts"].tolist())]
     model = opened(folder, dtype, device, code)
     found = answers(model, pieces, "cpu" if device == "disk" else device)
-    save_file(found, target, metadata={"dtypes": saved_dtypes(folder)})
+    ids, reason = probed(folder, code)
+    try:
+        about = {"dtypes": saved_dtypes(folder), "tokenizer": reason}
+        save_file(found | ids, target, metadata=about)
+    except Exception as error:  # safetensors raises its own
+        sys.exit(f"the folder for temporary files took no answers ({error})")

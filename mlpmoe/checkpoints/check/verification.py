@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
-from typing import IO, Any
+from typing import IO
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,56 +20,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.conversion import twin_of
 from ...core.errors import UserError, not_finite
+from ...core.routed import ROUTED_TYPES
 from ...measure.quality.encoding import EncodedText, Window, encode_text, windows
 from ...measure.quality.perplexity import Perplexity, summarise
-from ..forms.form import EXACT
+from ...models.scratch import scratch_folder
 from . import reload
+from .sameness import Verification, compared
 
 Progress = Callable[[str, "float | None"], None]
-# Where a token may get another expert, that token's logits say nothing about the others: the
-# difference of the median token counts, and how many keep their likeliest next token.
-TYPICAL, AGREEMENT = 2e-3, 0.97
-# What rounding to 16 bits may add: some times the rounding step of the dtype (2^-8 and 2^-11),
-# since it grows over the layers. Random models have near ties where trained ones are sure.
-ROUNDING, ROUNDED_AGREEMENT = {torch.bfloat16: 0.05, torch.float16: 0.007}, 0.85
 RANDOM_TOKENS = 128  # compared where no text is given
 POLL = 0.2  # seconds between looks at the other process
 
 
 class ExportError(UserError):
     """A checkpoint was not made, or is not what it should be; the message says why."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How exactly a checkpoint, opened in a fresh process, repeats the model in memory.
-
-    Differences are relative to the largest logit of all compared tokens, but for the first.
-    """
-
-    max_logit_difference: float  # max|Δlogit|
-    relative_difference: float  # the same, relative
-    typical_difference: float  # max|Δlogit| of the median token, relative
-    argmax_agreement: float  # share of the compared tokens whose likeliest next token is the same
-    kl: float  # nats per token, from the model in memory to the reloaded one
-    compared_tokens: int
-    strict: bool  # whether every token counts; else the median one and the agreement
-    allowed: float  # of the relative, or of the typical difference
-    allowed_agreement: float
-    perplexity: float | None  # of the model in memory; None without a text
-    reloaded_perplexity: float | None
-    stderr: float | None  # of the first
-    scored_tokens: int
-    saved_dtypes: str  # of the matrices on disk, as safetensors calls them: F32, BF16, ...
-    dtype: str  # that both computed in
-
-    @property
-    def passed(self) -> bool:
-        judged = self.relative_difference if self.strict else self.typical_difference
-        return judged <= self.allowed and self.argmax_agreement >= self.allowed_agreement
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed}
 
 
 def verify(
@@ -90,9 +52,9 @@ def verify(
     text: what perplexity is taken on, with the tokenizer; without, random tokens are compared.
     exact: whether the checkpoint is to compute the same, which is max|Δlogit| at most EXACT of the
     largest logit; where it is not, and where something was rounded to 16 bits, the median token
-    and the agreement count, see TYPICAL and ROUNDING. trust_remote_code: whether the checkpoint
-    may run its own code. Raises ExportError if it cannot be opened, UserError if `model` itself
-    computes infinite or undefined numbers.
+    and the agreement count, or for a routed model the text, see `sameness`. trust_remote_code:
+    whether the checkpoint may run its own code. Raises ExportError if it cannot be opened,
+    UserError if `model` itself computes infinite or undefined numbers.
     """
     encoded = encode_text(tokenizer, text) if isinstance(text, str) and tokenizer else text
     with fresh_process() as other:
@@ -133,7 +95,8 @@ def verify_and_score(
     if known:
         mine["losses"] = known.losses
     theirs, dtypes = other.answers(report)
-    found = compared(mine, theirs, dtypes, model.dtype, exact, parts)
+    routed = any(isinstance(module, ROUTED_TYPES) for module in model.modules())
+    found = compared(mine, theirs, dtypes, model.dtype, exact, parts, routed)
     return found, known or (None if parts is None else summarise(mine["losses"], parts))
 
 
@@ -152,41 +115,6 @@ def pieces_of(parts: Sequence[Window] | None, model: PreTrainedModel) -> list[tu
     if parts is None:
         return [(random_ids(model), 1)]
     return [(part.ids, part.first) for part in parts]
-
-
-def compared(
-    mine: dict[str, Tensor], theirs: dict[str, Tensor], dtypes: str, dtype: torch.dtype,
-    exact: bool = True, parts: Sequence[Window] | None = None,
-) -> Verification:  # fmt: skip
-    """The two sets of answers side by side; parts: the windows of the text they are for, if any."""
-    logits, other = mine["logits"], theirs["logits"]
-    by_token = (logits - other).abs().amax(-1)  # (tokens,)
-    largest = logits.abs().max().item() or 1.0
-    same = (logits.argmax(-1) == other.argmax(-1)).float().mean().item()
-    values: list[Perplexity | None] = [None, None]
-    if parts is not None:
-        values = [summarise(said["losses"], parts) for said in (mine, theirs)]
-    rounding = _rounding(dtypes, dtype)
-    strict = exact and not rounding
-    return Verification(
-        max_logit_difference=by_token.max().item(),
-        relative_difference=by_token.max().item() / largest,
-        typical_difference=by_token.median().item() / largest,
-        argmax_agreement=same,
-        kl=F.kl_div(
-            other.log_softmax(-1), logits.log_softmax(-1), reduction="batchmean", log_target=True
-        ).item(),
-        compared_tokens=len(logits),
-        strict=strict,
-        allowed=(EXACT if strict else TYPICAL) + rounding,
-        allowed_agreement=0.0 if strict else ROUNDED_AGREEMENT if rounding else AGREEMENT,
-        perplexity=values[0] and values[0].value,
-        reloaded_perplexity=values[1] and values[1].value,
-        stderr=values[0] and values[0].stderr,
-        scored_tokens=0 if parts is None else len(mine["losses"]),
-        saved_dtypes=dtypes,
-        dtype=str(dtype).removeprefix("torch."),
-    )
 
 
 @dataclass(frozen=True)
@@ -211,8 +139,8 @@ class FreshProcess:
             str(dtype).removeprefix("torch."), device, code,
         ]  # fmt: skip
         with suppress(BrokenPipeError):  # it ended: `check` says why
-            self.process.stdin.write(json.dumps(request).encode())
-            self.process.stdin.close()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()  # and left open: it ends when this process does
 
     def check(self) -> None:
         """Raise ExportError if it failed."""
@@ -236,6 +164,13 @@ class FreshProcess:
             dtypes = found.metadata()["dtypes"]
             return {name: found.get_tensor(name) for name in ("losses", "logits")}, dtypes
 
+    def probe(self) -> tuple[list[int] | None, str]:
+        """The token ids that the checkpoint's tokenizer makes of `reload.PROBE`, once answers are
+        there; None without a tokenizer that can be read, and why."""
+        with safe_open(self._answered, framework="pt") as found:
+            ids = found.get_tensor("probe").tolist() if "probe" in found.keys() else None
+            return ids, found.metadata()["tokenizer"]
+
     @property
     def _answered(self) -> Path:
         return self.room / "answers.safetensors"
@@ -245,30 +180,20 @@ class FreshProcess:
 def fresh_process() -> Iterator[FreshProcess]:
     """A process that imports what it needs, which takes seconds, and waits to be asked; it ends
     with the block, whatever it is doing."""
-    with (
-        tempfile.TemporaryDirectory(prefix="mlpmoe-verify-") as room,
-        open(Path(room, "errors"), "w+b") as errors,
-    ):
+    with scratch_folder("verify") as room, open(room / "errors", "w+b") as errors:
         # its own module cache: code of a checkpoint leaves nothing behind
-        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": room}
+        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(room)}
         process = Popen(
             [sys.executable, "-P", reload.__file__], cwd=room, env=os.environ | settings,
             stdin=PIPE, stdout=errors, stderr=errors,
         )  # fmt: skip
         try:
-            yield FreshProcess(process, Path(room), errors)
+            yield FreshProcess(process, room, errors)
         finally:
             process.kill()
             process.wait()
             with suppress(BrokenPipeError):
                 process.stdin.close()
-
-
-def _rounding(dtypes: str, dtype: torch.dtype) -> float:
-    """What rounding may do: the coarsest of the formats on disk and the one computed in."""
-    names = {"BF16": torch.bfloat16, "F16": torch.float16}
-    formats = [dtype, *(names[name] for name in dtypes.split(",") if name in names)]
-    return max(ROUNDING.get(format, 0.0) for format in formats)
 
 
 def random_ids(model: PreTrainedModel) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from . import dense as dense_form
@@ -28,12 +29,14 @@ STOCK_ORDER = ("granite-moe", "glm4-moe", "qwen2-moe")
 
 
 def make_form(
-    model: PreTrainedModel, name: str, workspace: Path, ids: Sequence | None = None
-) -> Form:
+    model: PreTrainedModel, name: str, workspace: Path, ids: Sequence | None = None,
+    dtype: torch.dtype | None = None,
+) -> Form:  # fmt: skip
     """The form `name` of a converted model; "auto" is the best that other software knows.
 
     workspace: a folder for files that are made on the way. ids: (tokens,) int64, a text by which
-    routers are scaled, where the form asks for it. Raises FormError, with the reason.
+    routers are scaled, where the form asks for it. dtype: of the files; None is that of the model.
+    Raises FormError, with the reason.
     """
     if name not in FORMS:
         raise FormError(f"there is no form {name!r:.60}; allowed: {', '.join(FORMS)}.")
@@ -51,7 +54,7 @@ def make_form(
     stock, reason = stock_moe(model, name)
     if stock is None:
         return branch_form(model, workspace, reason)
-    return moe_form(model, stock, None if ids is None else score_bounds(model, ids))
+    return moe_form(model, stock, None if ids is None else score_bounds(model, ids), dtype)
 
 
 def stock_moe(model: PreTrainedModel, name: str) -> tuple[str | None, str | None]:

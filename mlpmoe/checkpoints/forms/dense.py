@@ -12,7 +12,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...core.mlps import located_mlps, write_mlp
-from .form import Form, FormError, converted_mlps, is_static, other_tensors, skeleton_of
+from .form import (
+    BLOCK,
+    Form,
+    FormError,
+    block_note,
+    converted_mlps,
+    is_static,
+    other_tensors,
+    quantisable,
+    skeleton_of,
+)
 
 NAME = "dense"
 # Fields of a config that may say how wide the MLPs are; whether one does is tried.
@@ -88,18 +98,22 @@ def plan_dense(
     the rest, else the base model's own at its full width. What a config promises is not believed
     but looked at, on the model built from it. Raises FormError.
     """
-    for candidate, kind, narrow in _candidates(config, model_class, max(widths), biased):
+    full = _width_of(config)
+    width = max(widths)
+    if full is not None and full % BLOCK == 0:
+        width = min(full, quantisable(width))
+    for candidate, kind, narrow in _candidates(config, model_class, width, biased):
         skeleton = _built(candidate, kind)
         if skeleton is None:
             continue
         found = list(located_mlps(skeleton).values())
         sizes = [layout.d_ff(module) for module, layout in found]
         if narrow:  # or the field meant something else
-            wide = set(sizes) == {max(widths)}
+            wide = set(sizes) == {width}
         else:
-            wide = all(size >= width for size, width in zip(sizes, widths, strict=True))
+            wide = all(size >= one for size, one in zip(sizes, widths, strict=True))
         if wide and not (biased and any(getattr(m, a.down).bias is None for m, a in found)):
-            return DensePlan(skeleton, tuple(_notes(model_class, skeleton, widths)))
+            return DensePlan(skeleton, tuple(_notes(model_class, skeleton, widths, full)))
     raise FormError(
         f"{model_class.__name__} has no place for the bias that this compensation gives each MLP."
     )
@@ -120,6 +134,13 @@ def _candidates(
     for more in ({}, *flags):
         if candidate := _changed(config, more):
             yield candidate, model_class, False
+
+
+def _width_of(config: PreTrainedConfig) -> int | None:
+    """How wide the config says that the MLPs are."""
+    text = config.get_text_config(decoder=True)
+    said = (getattr(text, field, None) for field in WIDTH_FIELDS)
+    return next((width for width in said if isinstance(width, int)), None)
 
 
 def _changed(config: PreTrainedConfig, changes: dict[str, object]) -> PreTrainedConfig | None:
@@ -162,7 +183,7 @@ def _built(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreT
 
 
 def _notes(
-    base: type[PreTrainedModel], skeleton: PreTrainedModel, widths: Sequence[int]
+    base: type[PreTrainedModel], skeleton: PreTrainedModel, widths: Sequence[int], full: int | None
 ) -> Iterator[str]:
     if type(skeleton) is not base:
         yield (
@@ -170,12 +191,19 @@ def _notes(
             f"biases that {base.__name__} lacks."
         )
     has = [layout.d_ff(module) for module, layout in located_mlps(skeleton).values()]
+    if full is not None and full % BLOCK == 0 and (note := block_note(max(has))):
+        yield note
     if has == list(widths):
         return
     if len(set(widths)) > 1:
         yield (
             f"Layers keep {min(widths):,} to {max(widths):,} neurons, but the architecture has one "
             f"width: narrower ones are filled up to {max(has):,} with zeros and save nothing there."
+        )
+    elif max(has) == quantisable(max(widths)):
+        yield (
+            f"{max(has) - max(widths):,} of {max(has):,} neurons per layer are zeros, so that "
+            f"other software can quantise them in blocks of {BLOCK}."
         )
     else:
         yield (

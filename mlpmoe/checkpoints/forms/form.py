@@ -14,6 +14,9 @@ from ...core.errors import UserError
 from ...core.routed import ROUTED_TYPES
 from ...core.static.branched import BranchedMLP
 
+# Other software quantises rows in blocks of so many numbers, and rows of down are as long as an MLP
+# or an expert is wide. Zeros fill up the last block where they add no more than this share.
+BLOCK, MOST_FILLED = 32, 0.05
 EXACT = 1e-5  # max|Δlogit| / max|logit| in float32, where a form computes the same function
 
 
@@ -44,6 +47,22 @@ class Form:
     @property
     def architecture(self) -> str:
         return type(self.skeleton).__name__
+
+
+def quantisable(width: int) -> int:
+    """`width`, or a few neurons more that make it a multiple of BLOCK."""
+    filled = -(-width // BLOCK) * BLOCK
+    return filled if filled - width <= MOST_FILLED * width else width
+
+
+def block_note(width: int) -> str | None:
+    """What should be known of a width that is no multiple of BLOCK."""
+    if width % BLOCK == 0:
+        return None
+    return (
+        f"{width:,} neurons are no multiple of {BLOCK}, so software that quantises in such blocks, "
+        "as llama.cpp does, leaves the down matrices as they are or refuses them."
+    )
 
 
 def skeleton_of(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers import Glm4MoeForCausalLM, PreTrainedModel, Qwen2MoeForCausalL
 
 from ...core.conversion import twin_of
 from ...core.routed import RoutedMLP
-from .form import Form, FormError, other_tensors, skeleton_of
+from .form import Form, FormError, block_note, other_tensors, skeleton_of
 from .moe_needs import FLOAT16, Routing, needs_of, routing_of
 from .moe_targets import MOE_FORMS, TARGETS, Target, dense_layer, obstacle
 
@@ -30,12 +30,18 @@ PIECE = 512  # tokens at a time
 
 
 @torch.no_grad()
-def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | None = None) -> Form:
+def moe_form(
+    model: PreTrainedModel,
+    name: str,
+    score_bound: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Form:
     """A routed model as the architecture that `name`, one of MOE_FORMS, stands for.
 
     score_bound: what `score_bounds` found on a text; without it, the size of the router scores is
-    guessed from the weights. MLP weights are copied, all others are the model's own. Raises
-    FormError, with the reason, for what the architecture cannot hold.
+    guessed from the weights. dtype: of the files; None is that of the model. MLP weights are
+    copied, all others are the model's own. Raises FormError, with the reason, for what the
+    architecture cannot hold.
     """
     if name not in TARGETS:
         raise FormError(f"there is no form {name!r}; there are {', '.join(MOE_FORMS)}.")
@@ -46,6 +52,7 @@ def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | N
     bounds = list(score_bound) if score_bound is not None else _guessed_bounds(model, routing)
     if len(bounds) != len(routing.mlps):
         raise FormError(f"score_bound needs {len(routing.mlps)} values, one per routed layer.")
+    flatness, note = target.in_files(dtype or model.dtype)
     values = {key: copy.deepcopy(getattr(model.config, key)) for key in CARRIED}
     values |= target.config(routing, needs, model.config)
     skeleton = skeleton_of(target.model_class.config_class(**values), target.model_class)
@@ -53,7 +60,7 @@ def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | N
     tensors = other_tensors(model)
     for (path, mlp), bound in zip(routing.mlps.items(), bounds, strict=True):
         rows, bias = _router_of(mlp)
-        scale = 2.0 ** -math.ceil(target.flatness + math.log2(bound)) if bound > 0 else 1.0
+        scale = 2.0 ** -math.ceil(flatness + math.log2(bound)) if bound > 0 else 1.0
         layer = target.layer(routing, mlp, rows * scale, None if bias is None else bias * scale)
         tensors |= _in_layer(path, layer)
     for path, mlp in routing.dense.items():
@@ -65,7 +72,7 @@ def moe_form(model: PreTrainedModel, name: str, score_bound: Sequence[float] | N
         tensors,
         target.exact,
         target.float32,
-        tuple(_notes(target, routing, score_bound is None, model.dtype)),
+        tuple(_notes(target, routing, score_bound is None, model.dtype, note)),
     )
 
 
@@ -144,8 +151,10 @@ def _complete(
         raise FormError(f"{type(skeleton).__name__} does not fit this model at {odd[0][0]}.")
 
 
-def _notes(target: Target, routing: Routing, guessed: bool, dtype: torch.dtype) -> Iterator[str]:
-    yield f"A {target.title} model with {routing.width} neurons per expert: {target.note}"
+def _notes(
+    target: Target, routing: Routing, guessed: bool, dtype: torch.dtype, note: str
+) -> Iterator[str]:
+    yield f"A {target.title} model with {routing.width} neurons per expert: {note}"
     if guessed and not target.exact:
         yield (
             "How large router scores get was guessed from the weights; measured on a text, fewer "
@@ -153,6 +162,8 @@ def _notes(target: Target, routing: Routing, guessed: bool, dtype: torch.dtype) 
         )
     if routing.width > routing.size:
         yield f"Each expert is filled up with zeros, from {routing.size} neurons."
+    if note := block_note(routing.width):
+        yield f"Experts of {note}"
     if not routing.common and target.model_class in (Glm4MoeForCausalLM, Qwen2MoeForCausalLM):
         yield "Its shared expert is all zeros: this architecture has one even if nothing is shared."
     if dtype != torch.float32 and FLOAT16 not in target.holds:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...core.routed import ClusterMLP, InputMLP, LowRankMLP, RoutedMLP
 from ...core.routed.routers import LinearRouter
 from ...core.static.branched import BranchedMLP
-from .form import FormError, converted_mlps
+from .form import FormError, converted_mlps, quantisable
 
 # What some models need and some targets hold, as a refusal says it
 QKV_BIAS = "q, k and v biases"
@@ -31,7 +31,7 @@ DENSE = "dense layers behind routed ones"
 
 SOURCES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Neurons of an expert come in multiples of this, filled up with zeros: kernels for grouped
-# products want rows of 16 bytes, which are 8 numbers of 16 bits.
+# products want rows of 16 bytes, which are 8 numbers of 16 bits. See also `quantisable`.
 MULTIPLE = 8
 
 
@@ -50,7 +50,7 @@ class Routing:
     @property
     def width(self) -> int:
         """Neurons per expert, those of zeros included."""
-        return -(-self.size // MULTIPLE) * MULTIPLE
+        return quantisable(-(-self.size // MULTIPLE) * MULTIPLE)
 
     @property
     def first_dense(self) -> bool:

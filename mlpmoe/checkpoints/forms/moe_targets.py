@@ -61,6 +61,12 @@ class Target:
     config: Callable[[Routing, Sequence[str], Any], dict[str, Any]]
     layer: Callable[[Routing, RoutedMLP, Tensor, Tensor | None], dict[str, Tensor]]
     note: str
+    # the same and what is said of it, where files of 16 bits round more than that changes anyway
+    rounded: tuple[int, str] | None = None
+
+    def in_files(self, dtype: torch.dtype) -> tuple[int, str]:
+        """Flatness and note for files of this dtype."""
+        return self.rounded if self.rounded and dtype.itemsize == 2 else (self.flatness, self.note)
 
     @property
     def title(self) -> str:
@@ -246,8 +252,10 @@ TARGETS = {
         (),
         _granite_config,
         _granite_layer,
-        "computes the same as the converted model in transformers; a server that takes the "
-        "softmax over all experts before it chooses would confuse them.",
+        "computes the same as the converted model in transformers; software that takes the "
+        "softmax over all experts before it chooses, as llama.cpp does, would confuse them: for "
+        "that, save it in 16 bits.",
+        (10, "computes the same as the converted model, but for rounding."),
     ),
     "glm4-moe": Target(
         Glm4MoeForCausalLM,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from ...measure.quality.encoding import EncodedText, encode_text, windows
 from ...measure.quality.perplexity import Perplexity
 from ...models import origin_of
 from ...models.host import parse_dtype
+from ...models.scratch import scratch_folder
 from ...version import VERSION
 from ..check.record import Measured, Record
 from ..check.verification import (
     ExportError,
+    FreshProcess,
     Progress,
     Verification,
     fresh_process,
@@ -29,11 +31,13 @@ from ..check.verification import (
 )
 from ..forms.choose import AUTO, make_form
 from ..forms.form import Form, FormError, converted_mlps, rounded_to
-from .target import check_target, target_folder
+from .beside import name_for_older, save_tokenizer, tokenizer_notes
+from .target import check_space, check_target, target_folder
 
 SAVED = "saved"  # the dtype of the base model's own files
 SHARD = "5GB"  # as large as a file of the checkpoint becomes
 SMALL_FILES = 20_000_000  # bytes, for tokenizer and configs
+HALVES = {"BF16", "F16"}  # dtypes of 16 bits, as safetensors calls them
 SCALING_TOKENS = 2048  # of the text, by which routers are scaled
 
 
@@ -72,8 +76,9 @@ def export(
     of `model` on this text, where they were measured before, and so are not again. text_name,
     calibration_name: what the card calls the texts. form: see FORMS; "auto" is a stock
     architecture wherever one computes the same. dtype: of the files; None is that of `model`, which
-    repeats it exactly, and "saved" that of the base model's own files. on_progress(message, share)
-    may raise to cancel.
+    repeats it exactly, and "saved" that of the base model's own files, unless a routed model is
+    another one when it is rounded: then that of `model`. on_progress(message, share) may raise to
+    cancel.
 
     Raises ExportError if the folder is not free or does not fit, and if the checkpoint does not
     repeat the model: then it is deleted. FormError if the form cannot hold the conversion.
@@ -87,27 +92,43 @@ def export(
         text = encode_text(tokenizer, text)
     saved = saved_dtype(model, dtype)
     report("taking the weights apart", None)
-    with (
-        tempfile.TemporaryDirectory(prefix="mlpmoe-form-") as workspace,
-        fresh_process() as other,  # which imports transformers while the checkpoint is made
-    ):
+    with scratch_folder("form") as workspace, ExitStack() as stack:
+        # It imports transformers while the checkpoint is made.
+        other = stack.enter_context(fresh_process())
         ids = None
         if text is not None:
             ids = torch.cat([part.ids for part in windows(model, text)])[:SCALING_TOKENS]
-        made = make_form(model, form, Path(workspace), ids)
+        made = make_form(model, form, workspace, ids, saved)
         tensors = as_dtype(made, saved)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with target_folder(folder, size + SMALL_FILES) as partial:
-            report("writing the checkpoint", None)
-            write_weights(made, tensors, partial, saved, model)
-            del tensors
+            notes = []
             if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            found, perplexity = verify_and_score(
-                other, model, partial, text, known=known[1], exact=made.exact,
-                trust_remote_code=made.remote_code, on_progress=report,
-            )  # fmt: skip
+                notes += save_tokenizer(tokenizer, origin_of(model), partial)
+
+            def write(dtype: torch.dtype, tensors: Mapping[str, Tensor], other: FreshProcess):
+                report("writing the checkpoint", None)
+                write_weights(made, tensors, partial, dtype, model)
+                name_for_older(partial)
+                return verify_and_score(
+                    other, model, partial, text, known=known[1], exact=made.exact,
+                    trust_remote_code=made.remote_code, on_progress=report,
+                )  # fmt: skip
+
+            found, perplexity = write(saved, tensors, other)
+            del tensors
+            notes += rounding_notes(found)
+            if not found.passed and dtype == SAVED and saved != model.dtype:
+                rounded, other = found, stack.enter_context(fresh_process())
+                check_space(partial, 2 * size)
+                for file in partial.glob("*.safetensors*"):
+                    file.unlink()
+                made = make_form(model, form, workspace, ids, model.dtype)
+                found, perplexity = write(model.dtype, as_dtype(made, model.dtype), other)
+                notes.append(kept_note(rounded, found))
             refuse_unless_same(found, made.name)
+            if tokenizer is not None:
+                notes += tokenizer_notes(tokenizer, *other.probe())
             measured = None
             if dense is not None and perplexity is not None:
                 measured = Measured.of(dense, model, text, perplexity, report, known[0])
@@ -115,7 +136,7 @@ def export(
             record = Record(
                 version=VERSION, spec=spec_of(model), origin=origin,
                 form=made.name, architecture=made.architecture, remote_code=made.remote_code,
-                notes=made.notes + (origin.notes if origin else ()),
+                notes=(*made.notes, *notes, *(origin.notes if origin else ())),
                 text=text_name or ("a text" if text is not None else None),
                 calibration=calibration_name, verification=found, measured=measured,
                 recovery=recovery_of(model),
@@ -182,11 +203,36 @@ def refuse_unless_same(found: Verification, form: str) -> None:
     difference = found.relative_difference if found.strict else found.typical_difference
     whose = "its logits differ by" if found.strict else "the logits of the median token differ by"
     advice = "" if form in ("dense", "branches") else " The form branches keeps the routing exact."
+    if (
+        not found.strict
+        and found.dtype == "float32"
+        and set(found.saved_dtypes.split(",")) & HALVES
+    ):
+        advice = " Saved as float32 it does: choose that number format."
     raise ExportError(
         f"the checkpoint does not repeat the model and was deleted: {whose} {difference:.1e} of "
         f"the largest ({found.allowed:.1e} are allowed), and {found.argmax_agreement:.1%} of the "
         f"tokens keep their likeliest next token (form {form}, saved as {found.saved_dtypes})."
         + advice
+    )
+
+
+def rounding_notes(found: Verification) -> Iterator[str]:
+    """What a routed model that was rounded does not share with the one in memory."""
+    if found.passed and not found.repeats:
+        yield (
+            f"As {found.saved_dtypes}, tokens get another expert than in memory where scores are "
+            f"close: {found.argmax_agreement:.1%} keep their likeliest next token, and the text is "
+            f"predicted as well: its perplexity is × {found.ratio:.4f} ± {found.ratio_stderr:.4f}."
+        )
+
+
+def kept_note(rounded: Verification, found: Verification) -> str:
+    """Why the files are not in the base model's format."""
+    return (
+        f"Saved as {found.saved_dtypes}: rounded to {rounded.saved_dtypes}, as the base model is, "
+        f"tokens get other experts, and {rounded.argmax_agreement:.1%} of them keep their "
+        "likeliest next token."
     )
 
 

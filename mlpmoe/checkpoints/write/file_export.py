@@ -16,6 +16,7 @@ from ...core.spec import ConversionSpec
 from ...measure.quality.encoding import EncodedText, windows
 from ...measure.quality.perplexity import summarise
 from ...models import Preflight, load_checked
+from ...models.checkpoint import CARD, CONFIG, INDEX
 from ...models.host import parse_dtype
 from ...models.loading import fetch_weights, prepared, read_tokenizer
 from ...models.stored_config import GENERATION, read_generation_config
@@ -33,9 +34,10 @@ from ..check.verification import (
     verify_and_score,
 )
 from ..forms.dense import NAME
+from .beside import copy_beside, name_for_older, tokenizer_notes
 from .export import SAVED, SMALL_FILES, Exported, folder_size, refuse_unless_same
 from .source import PiecewiseError, Source
-from .streaming import STATE, FileConversion, copy_small_files, streams
+from .streaming import STATE, FileConversion, streams
 from .target import check_target, target_folder
 
 Encode = Callable[[PreTrainedTokenizerBase, PreTrainedModel], EncodedText]
@@ -82,19 +84,22 @@ def export_files(
     fit_tokenizer(tokenizer, conversion.source.model, checked.name)
     with target_folder(folder, conversion.bytes + SMALL_FILES, keep_partial=True) as partial:
         conversion.write(partial, report)
-        copy_small_files(files, checked.small_files, partial)
+        small = {*checked.small_files, *checked.companions} - {CONFIG, INDEX, CARD}
+        notes = copy_beside(files, sorted(small), partial)
         if GENERATION in checked.small_files:  # as `load` takes it
             config = conversion.source.model.config
             read_generation_config(files, config, checked.name).save_pretrained(partial)
+        name_for_older(partial)
         with fresh_process() as other:
             found, measured = _verified(
                 other, conversion, checked, partial, tokenizer, encode, report
             )
+            notes += tokenizer_notes(tokenizer, *other.probe())
         origin = replace(checked.origin, left_out=conversion.source.left_out)
         record = Record(
             version=VERSION, spec=spec, origin=origin, form=NAME,
             architecture=type(conversion.plan.skeleton).__name__, remote_code=False,
-            notes=conversion.plan.notes + origin.notes,
+            notes=(*conversion.plan.notes, *notes, *origin.notes),
             text=text_name or (encode and "a text"), calibration=None,
             verification=found, measured=measured,
         )  # fmt: skip

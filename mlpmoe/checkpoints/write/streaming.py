@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from ...core.mlps import MLPWeights, decoder_layers, located_mlps, write_mlp
 from ...core.spec import ConversionSpec
 from ...core.static.branched import BranchedMLP, branch_sizes
 from ...core.static.pipeline import build_static
-from ...models.checkpoint import CARD, CONFIG, INDEX, WEIGHTS
+from ...models.checkpoint import INDEX, WEIGHTS
 from ...version import VERSION
 from ..check.verification import Progress
 from ..forms.dense import DensePlan, plan_dense
@@ -181,13 +180,6 @@ class FileConversion:
         weight_map = {name: file for file, names in self.shards.items() for name in names}
         index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def copy_small_files(source: Path, names: tuple[str, ...], folder: Path) -> None:
-    """Tokenizer and generation config as they are."""
-    for name in names:
-        if name not in (CONFIG, INDEX, CARD):
-            shutil.copyfile(source / name, folder / name)
 
 
 def _claim(folder: Path, fingerprint: str, keep: Mapping[str, object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ...core.errors import UserError
+from ...core.files import check_folder, write_reason
 from ...models import format_bytes
 from ...models.host import free_disk
 from ..check.verification import ExportError
@@ -44,16 +45,19 @@ def target_folder(
     except Timeout:
         raise ExportError(f"{final} is being written by another process. Wait for it.") from None
     except OSError as error:
-        raise ExportError(f"{final} cannot be written: {_reason(error)}") from None
+        raise ExportError(f"{final} cannot be written: {write_reason(error)}") from None
     try:
         if not keep_partial:
             _empty(partial)
         yield partial
         (partial / LOCK).unlink(missing_ok=True)
         os.replace(partial, final)  # also over an empty folder
-    except OSError as error:
+    except Exception as error:
         _clear(partial, keep=False)
-        raise ExportError(f"{final} was not written: {_reason(error)}") from error
+        reason = None if isinstance(error, UserError) else write_reason(error)
+        if reason is None:
+            raise
+        raise ExportError(f"{final} was not written: {reason}") from error
     except BaseException as error:
         _clear(partial, keep_partial and isinstance(error, KeyboardInterrupt))
         raise
@@ -75,12 +79,18 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
                 f"{final} exists and is not empty. Name another folder, or remove it."
             )
     except OSError as error:
-        raise ExportError(f"{final} cannot be read: {_reason(error)}") from None
+        raise ExportError(f"{final} cannot be read: {write_reason(error)}") from None
     above = final.parent
     while not above.exists():
         above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ExportError(f"{final} cannot be written: {above} is read-only or no folder.")
+    if not above.is_dir():
+        raise ExportError(f"{final} cannot be written: {above} is no folder.")
+    if final.is_mount():
+        raise ExportError(f"{final} is where a disk is mounted: name a folder in it.")
+    try:
+        check_folder(above, final)
+    except UserError as error:
+        raise ExportError(str(error)) from None
     return final
 
 
@@ -107,11 +117,3 @@ def _empty(folder: Path) -> None:
 def _clear(partial: Path, keep: bool) -> None:
     if not keep:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _reason(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "permission denied, or the disk is read-only."
-    return f"{error.strerror or error}."

@@ -181,7 +181,8 @@ def _routed(loaded: LoadedModel, wanted: Wanted, family: str) -> str:
     form, reason = stock_moe(loaded.converted(wanted.asked), wanted.form)
     if form is None:
         return f"{_branches(family, True)} {reason}"
-    return f"A stock {TARGETS[form].title} model: {TARGETS[form].note}"
+    _, note = TARGETS[form].in_files(wanted_dtype(loaded, wanted.dtype))
+    return f"A stock {TARGETS[form].title} model: {note}"
 
 
 def _branches(family: str, routed: bool) -> str:

@@ -7,24 +7,21 @@ there; checkpoints are written and verified in a folder of the system that is no
 
 from __future__ import annotations
 
-import atexit
 import secrets
 import shutil
-import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic
 
 from gradio.utils import get_upload_folder
 
+from ...models.scratch import scratch_folder, scratch_root, sweep_scratch
 from .export_result import Made
 
-SERVED, UNSERVED = "mlpmoe-zip-", "mlpmoe-export-"  # how the folders' names begin
 KEPT_SECONDS = 3600.0  # that a zip waits at most, should its visitor's leaving go unnoticed
-LEFT_SECONDS = 86_400.0  # from which a folder is one that a server left behind as it was killed
 MOST_KEPT = 8  # visitors' zips at a time; the oldest makes room
 
 
@@ -34,8 +31,8 @@ class HandedOut:
     def __init__(self) -> None:
         self._made: dict[str, tuple[float, Made]] = {}
         self._lock = threading.Lock()
-        remove_leftovers()
-        atexit.register(self.clear)
+        sweep_scratch()
+        sweep_scratch(Path(get_upload_folder()))
 
     def get(self, session: str) -> Made | None:
         """What this visitor can download; None if nothing was made, or it was removed."""
@@ -59,32 +56,19 @@ class HandedOut:
         if entry:
             shutil.rmtree(entry[1].zip.parent, ignore_errors=True)
 
-    def clear(self) -> None:
-        for session in list(self._made):
-            self.forget(session)
-
-
-def remove_leftovers() -> None:
-    """Remove what servers that were killed have left on this machine."""
-    for place, prefix in ((get_upload_folder(), SERVED), (tempfile.gettempdir(), UNSERVED)):
-        for folder in Path(place).glob(f"{prefix}*"):
-            with suppress(OSError):  # another server may be as fast
-                if time() - folder.stat().st_mtime > LEFT_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
-
 
 @contextmanager
 def workspace() -> Iterator[Path]:
     """A folder of this process's user alone, not served, and gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=UNSERVED) as folder:
-        yield Path(folder)
+    with scratch_folder("export") as folder:
+        yield folder
 
 
 def zip_folder(folder: Path) -> Path:
     """The folder as one stored, uncompressed zip where Gradio serves it from, below a name of 128
     random bits. Removed again if it fails."""
-    served = Path(get_upload_folder()) / f"{SERVED}{secrets.token_hex(16)}"
-    served.mkdir(parents=True)
+    served = scratch_root(Path(get_upload_folder())) / secrets.token_hex(16)
+    served.mkdir()
     try:
         file = served / f"{folder.name}.zip"
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

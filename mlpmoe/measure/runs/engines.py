@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ...core.errors import SpecError, UserError
 from ...core.spec import ConversionSpec
 from ..quality.encoding import EncodedText
 from .pace import Pace
-from .sweep import AT_ONCE, Baseline, Report, Run, runs_first, sweep
+from .sweep import AT_ONCE, Baseline, Report, Run, Take, runs_first, sweep
 
 ENGINES = ("local", "ray")
 DEFAULT_WORKERS = 2
@@ -47,12 +46,14 @@ def run_locally(
     specs: Sequence[ConversionSpec],
     load: Load,
     report: Report = lambda message: None,
+    take: Take = list,
 ) -> Iterator[Run]:
     """Measure the specs in this process, in their order; see `sweep`."""
     if specs:
         model, _ = load(job.model, job.dtype, job.device)
         yield from sweep(
-            model, job.text, specs, job.calibration, job.window, job.stride, report, job.state
+            model, job.text, specs, job.calibration, job.window, job.stride, report, job.state,
+            take,
         )  # fmt: skip
 
 
@@ -62,8 +63,9 @@ def run_on_ray(
     load: Load,
     workers: int = DEFAULT_WORKERS,
     report: Report = lambda message: None,
+    take: Take = list,
 ) -> Iterator[Run]:
-    """Measure the specs on Ray; yields runs as they are known, in any order.
+    """Measure the specs on Ray; yields runs as they are known, in any order. take: see `sweep`.
 
     Uses the Ray that is initialised, else the cluster that RAY_ADDRESS names, else one that is
     started on this machine and ended again. Each worker takes one CPU core, and a share of the
@@ -78,23 +80,27 @@ def run_on_ray(
     if workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}.")
     pace = Pace(len(specs))
-    yield from runs_first(_outcomes(job, specs, load, workers, report, pace), pace)
+    outcomes = _outcomes(job, specs, load, workers, report, pace, pace.leaving_out(take))
+    yield from runs_first(outcomes, pace)
 
 
 def _outcomes(
-    job: Job, specs: Sequence[ConversionSpec], load: Load, workers: int, report: Report, pace: Pace
-) -> Generator[Run | SpecError, None, None]:
+    job: Job, specs: Sequence[ConversionSpec], load: Load, workers: int, report: Report, pace: Pace,
+    take: Take,
+) -> Generator[Run | SpecError, None, None]:  # fmt: skip
     # Groups as large as share a pass over the calibration text, but two for each worker at least.
     size = min(AT_ONCE, -(-len(specs) // (2 * workers)))
-    groups = deque(specs[start : start + size] for start in range(0, len(specs), size))
+    cut = (specs[start : start + size] for start in range(0, len(specs), size))
+    groups = (some for group in cut if (some := take(group)))  # each asked for when it is its turn
     report(f"starting Ray, {pace}")
     with _ray(workers) as ray:
         options = {"num_cpus": 1, "num_gpus": _gpus_each(ray.cluster_resources(), job, workers)}
         kind = ray.remote(**options)(_Worker)
-        actors = [kind.remote(job, load) for _ in range(min(workers, len(groups)))]
+        actors = [kind.remote(job, load) for _ in range(min(workers, -(-len(specs) // size)))]
         try:
             # The first thing that each does is to load the model, which may fail.
-            working = {actor.measure.remote(groups.popleft()): actor for actor in actors}
+            begun = zip(actors, groups)  # noqa: B905 – others may have taken some
+            working = {actor.measure.remote(some): actor for actor, some in begun}
             while working:
                 report(f"{len(actors)} workers on Ray, {pace}")
                 (ready, *_), _ = ray.wait(list(working), num_returns=1)
@@ -102,8 +108,8 @@ def _outcomes(
                     yield ray.get(next(ready))
                 except StopIteration:  # the group is done
                     actor = working.pop(ready)
-                    if groups:
-                        working[actor.measure.remote(groups.popleft())] = actor
+                    if some := next(groups, None):
+                        working[actor.measure.remote(some)] = actor
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from error
                 except ray.exceptions.RayActorError as error:

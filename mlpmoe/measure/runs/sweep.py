@@ -33,6 +33,8 @@ AT_ONCE = 4  # conversions held at a time; they share the passes over the calibr
 MOST_OBSERVED = 2**32  # bytes that what was seen on that text may take; else it is read each time
 
 Report = Callable[[str], None]
+# Of a group of specs, those that are to be measured here, asked for right before it is
+Take = Callable[[Sequence[ConversionSpec]], Sequence[ConversionSpec]]
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,17 @@ class Baseline:
         self.dense, self.report = measure(model, text, window, stride), parameter_report(model)
 
     def outcomes(
-        self, specs: Sequence[ConversionSpec], report: Report = lambda doing: None
+        self,
+        specs: Sequence[ConversionSpec],
+        report: Report = lambda doing: None,
+        take: Take = list,
     ) -> Generator[Run | SpecError, None, None]:
-        """A run for each spec, or why there is none, in their order. AT_ONCE specs are converted
-        together."""
-        for some in _together(specs):
+        """A run for each spec that is to be measured here, or why there is none, in their order.
+        AT_ONCE specs are converted together."""
+        for group in _together(specs):
+            some = take(group)
+            if not some:
+                continue
             self._observe(some, report)
             try:
                 converted = convert_all(
@@ -184,12 +192,14 @@ def sweep(
     stride: int | None = None,
     report: Report = lambda message: None,
     state: Path | None = None,
+    take: Take = list,
 ) -> Iterator[Run]:
     """Measure each spec against the dense model; yields runs as they are known.
 
     text: what perplexity is measured on. calibration: what methods may look at. report: told what
     is being done, how much of it and how long the rest takes, again and again; what it raises ends
     the work within a layer or a window. state: a folder from which training that was ended goes on.
+    take: which of the next specs still are to be measured; others may have done so.
     Raises SpecError at once where a spec does not fit the
     model or misses its calibration; where it shows only in converting, after all others are
     measured.
@@ -200,7 +210,9 @@ def sweep(
     with stoppable(lambda: report("perplexity, dense")):
         baseline = Baseline(model, text, calibration, window, stride, state)
     pace = Pace(len(specs))
-    outcomes = baseline.outcomes(specs, lambda doing: report(f"{doing}, {pace}"))
+    outcomes = baseline.outcomes(
+        specs, lambda doing: report(f"{doing}, {pace}"), pace.leaving_out(take)
+    )
     yield from runs_first(outcomes, pace)
 
 
