@@ -18,10 +18,12 @@ from ..core.written import SPARSITY
 from ..measure.text.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE, default_text
 from .server.asked import Conversion, spec_of
-from .server.events import IN_TURNS, MODEL_QUEUE, readable
+from .server.background import each_in_thread
+from .server.events import IN_TURNS, readable
 from .server.loaded import LoadedModel
+from .server.turns import Place
 from .server.workbench import Workbench
-from .shell.answer import check_writing
+from .shell.answer import check_writing, in_a_turn
 from .shell.preview import summary
 
 USUAL = {"branches": 16, "fade": 0.0, "keep": None, "compensation": "sqrt"}
@@ -97,12 +99,17 @@ def add_endpoints(workbench: Workbench) -> None:
         """Perplexity of both models on a text: "stories", "prose", "proxy", "wikitext2" or "c4";
         None is the one of the model's kind.
 
-        Streams {"done", "total"} tokens; the last message holds the result.
+        Streams {"done", "total"} tokens, with "before" and "seconds" (turns of others, and about
+        how long they take) while it waits; the last message holds the result.
         """
         loaded, asked = find(model, branches, fade, keep, compensation, more)
         text = default_text(loaded.key) if text is None else text
-        for step in loaded.evaluate(asked, text):
-            if step.complete:
+        done, total = 0, None
+        for step in each_in_thread(loaded.evaluate(asked, text)):
+            if isinstance(step, Place):
+                before = {"before": step.ahead, "seconds": step.seconds}
+                yield {"done": done, "total": total or loaded.plan(text).tokens} | before
+            elif step.complete:
                 yield {
                     "spec": spec_of(asked).to_dict(),
                     "text": text,
@@ -117,7 +124,8 @@ def add_endpoints(workbench: Workbench) -> None:
                     "bits_per_byte": step.converted.bits_per_byte,
                 }
             else:
-                yield {"done": 0 if step.look else step.dense.tokens, "total": step.total}
+                done, total = 0 if step.look else step.dense.tokens, step.total
+                yield {"done": done, "total": total}
 
     @readable
     def generate(
@@ -134,22 +142,26 @@ def add_endpoints(workbench: Workbench) -> None:
         """Dense and converted model continue a prompt in lockstep.
 
         Streams {"dense", "converted", "tokens", "parted_at"}; parted_at is the index of the first
-        token that differs, or null.
+        token that differs, or null. Writing takes turns with what others have computed.
         """
         check_writing(prompt, tokens, temperature)
         loaded, asked = find(model, branches, fade, keep, compensation, more)
         pair = (loaded.model, loaded.converted(asked))
-        for dense, converted in write_side_by_side(
-            pair, loaded.tokenizer, prompt, tokens, temperature
-        ):
-            yield {
-                "dense": dense.text,
-                "converted": converted.text,
-                "tokens": [len(dense.tokens), len(converted.tokens)],
-                "parted_at": parted_at(dense.tokens, converted.tokens),
-            }
+        steps = write_side_by_side(pair, loaded.tokenizer, prompt, tokens, temperature)
+        ended = False
+        with loaded.in_use():
+            while not ended:
+                written, ended = in_a_turn(loaded, steps)
+                if written:
+                    dense, converted = written[-1]
+                    yield {
+                        "dense": dense.text,
+                        "converted": converted.text,
+                        "tokens": [len(dense.tokens), len(converted.tokens)],
+                        "parted_at": parted_at(dense.tokens, converted.tokens),
+                    }
 
     gr.api(models, api_name="models")
-    gr.api(preview, api_name="preview", concurrency_limit=2)
+    gr.api(preview, api_name="preview", **IN_TURNS)
     gr.api(evaluate, api_name="evaluate", **IN_TURNS)
-    gr.api(generate, api_name="generate", **MODEL_QUEUE)
+    gr.api(generate, api_name="generate", **IN_TURNS)

@@ -47,7 +47,7 @@ from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 # After each event Gradio sums up the latest 10,000 for a page that is switched off here; once after
 # this many instead.
 NEVER = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**12)}
-QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
+QUEUE_LENGTH = 500  # waiting events of all visitors; more are told that the queue is full
 ADDRESS = f"(query, tab, says) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}', says)"
 TOLD = ("weights", "lesson", "tokens", "runs", "export")
 TELL = f"(...shown) => mlpmoe.tell({json.dumps(TOLD)}, '{FIRST_TAB}', ...shown)"
@@ -207,7 +207,7 @@ def _wire_opening(
     restored = [picker.name, *texts, *controls, tabs, state.linked]
     asked = [state.model, convert.branches, convert.keep, *texts]
     loads = [*shown, convert.branches, convert.keep, state.share, *texts]
-    loading = {"concurrency_id": "load", **QUIET}
+    loading = {**IN_TURNS, **QUIET}
     opened = demo.load(
         readable(handlers.open_link), None, [state.taken, *shown, *restored],
         concurrency_limit=None,  # visitors wait for the same model

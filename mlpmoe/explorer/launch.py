@@ -12,6 +12,9 @@ from starlette.routing import Route
 from ..models import assets_folder
 from .plots.style import CSS_VARIABLES
 
+# Who waits for a turn keeps a thread: with fewer, thirty visitors who measure would leave none for
+# what is answered at once.
+THREADS = 400
 COMPONENTS = {"network"}  # scripts that a component of the page runs by itself
 
 
@@ -28,6 +31,7 @@ def launch_kwargs() -> dict[str, Any]:
         "enable_monitoring": False,
         "run_history": False,  # it would keep all that events give, in the place of the runs
         "max_file_size": "1mb",
+        "max_threads": THREADS,
         "strict_cors": True,
     }
 

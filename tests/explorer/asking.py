@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic, sleep
 
 from mlpmoe.explorer.server.turns import Turns
@@ -36,3 +37,22 @@ def started(work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+@contextmanager
+def taken(turns: Turns) -> Iterator[None]:
+    """Somebody else has the turn."""
+    begun, over = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with turns.turn():
+            begun.set()
+            over.wait(SOON)
+
+    thread = started(work)
+    assert begun.wait(SOON)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(SOON)

@@ -276,7 +276,7 @@ def test_stop_acts_between_two_tokens_of_a_generation(tab, visitor, monkeypatch)
 
 
 def test_another_model_ends_it_and_keeps_its_own_table(tab, visitor, one_layer, workbench, within):
-    workbench._models[one_layer.key] = one_layer
+    workbench.hold(one_layer)
     shown = []
     within(paper, "decode", 1, lambda: shown.append(tab.show(visitor(), one_layer.key)))
     *_, last = tab.reproduce(visitor(), "demo")
@@ -333,7 +333,7 @@ def test_a_first_look_is_not_shown(tab, demo, visitor):
 
 @pytest.mark.parametrize("published", TABLES, ids=lambda table: table.key)
 def test_the_paper_s_own_model_is_held_against_its_table(tab, demo, workbench, visitor, published):
-    own = workbench._models[published.key] = replace(demo, key=published.key, label="Paper's")
+    own = workbench.hold(replace(demo, key=published.key, label="Paper's"))
     found = table(tab.reproduce(visitor(), published.key))
     for row in published.rows:
         cells = found[row.variant]
@@ -366,7 +366,7 @@ def test_no_other_model_is_held_against_the_paper(tab, visitor):
 
 def test_without_a_gate_fade_works_on_half_of_the_mlps(gateless, visitor):
     tab = PaperHandlers(Workbench())
-    tab.workbench._models[gateless.key] = gateless
+    tab.workbench.hold(gateless)
     *_, (_, html) = tab.reproduce(visitor(), gateless.key)
     ups = sum(mlp.weights.up.numel() for mlp in gateless.mlps)
     mlps = sum(p.numel() for mlp in gateless.mlps for p in mlp.module.parameters())

@@ -23,14 +23,15 @@ _held: ContextVar[tuple[_Turn, ...]] = ContextVar("held", default=())
 
 
 class Place(str):
-    """Where somebody stands who waits, as words; ahead: turns before theirs. seconds: until
-    then, about."""
+    """Where somebody stands who waits, as words. ahead: turns before theirs. seconds: until then,
+    about; None while no turn has ended."""
 
     ahead: int
-    seconds: float
+    seconds: float | None
 
-    def __new__(cls, ahead: int, seconds: float) -> Place:
-        place = super().__new__(cls, f"waiting, {ahead} before you, {about(seconds)}")
+    def __new__(cls, ahead: int, seconds: float | None) -> Place:
+        long = "" if seconds is None else f", {about(seconds)}"
+        place = super().__new__(cls, f"waiting, {ahead} before you{long}")
         place.ahead, place.seconds = ahead, seconds
         return place
 
@@ -151,7 +152,7 @@ class Turns:
     def _place(self, mine: _Turn) -> Place:
         rounds = self._asked[mine.visitor].index(mine)
         ahead = self._line.index(mine.visitor) + rounds * len(self._line)
-        return Place(ahead, ahead * self._usual)
+        return Place(ahead, ahead * self._usual if self._usual else None)
 
     def _is_wanted(self) -> bool:
         """Whether anybody waits."""
