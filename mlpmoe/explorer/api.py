@@ -23,7 +23,7 @@ from .server.events import IN_TURNS, readable
 from .server.loaded import LoadedModel
 from .server.turns import Place
 from .server.workbench import Workbench
-from .shell.answer import check_writing, in_a_turn
+from .shell.answer import check_writing, in_turns
 from .shell.preview import summary
 
 USUAL = {"branches": 16, "fade": 0.0, "keep": None, "compensation": "sqrt"}
@@ -142,24 +142,30 @@ def add_endpoints(workbench: Workbench) -> None:
         """Dense and converted model continue a prompt in lockstep.
 
         Streams {"dense", "converted", "tokens", "parted_at"}; parted_at is the index of the first
-        token that differs, or null. Writing takes turns with what others have computed.
+        token that differs, or null; with "before" and "seconds" (turns of others, and about how
+        long they take) while it waits.
         """
         check_writing(prompt, tokens, temperature)
         loaded, asked = find(model, branches, fade, keep, compensation, more)
         pair = (loaded.model, loaded.converted(asked))
-        steps = write_side_by_side(pair, loaded.tokenizer, prompt, tokens, temperature)
-        ended = False
-        with loaded.in_use():
-            while not ended:
-                written, ended = in_a_turn(loaded, steps)
-                if written:
-                    dense, converted = written[-1]
-                    yield {
-                        "dense": dense.text,
-                        "converted": converted.text,
-                        "tokens": [len(dense.tokens), len(converted.tokens)],
-                        "parted_at": parted_at(dense.tokens, converted.tokens),
-                    }
+        steps = (
+            {
+                "dense": dense.text,
+                "converted": converted.text,
+                "tokens": [len(dense.tokens), len(converted.tokens)],
+                "parted_at": parted_at(dense.tokens, converted.tokens),
+            }
+            for dense, converted in write_side_by_side(
+                pair, loaded.tokenizer, prompt, tokens, temperature
+            )
+        )
+        last = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
+        for written in each_in_thread(in_turns(loaded, steps)):
+            if isinstance(written, Place):
+                yield last | {"before": written.ahead, "seconds": written.seconds}
+                continue
+            for last in written:
+                yield last
 
     gr.api(models, api_name="models")
     gr.api(preview, api_name="preview", **IN_TURNS)

@@ -166,12 +166,14 @@ def _answered(
     models = (model,) if dense else (loaded.model, model)
     started, writings, ended = monotonic(), (), False
     steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
+    turns = in_turns(loaded, steps)
     while not ended:
         with stoppable(check):
-            written, ended = in_a_turn(loaded, steps)
+            written = next(turns, None)
+        ended = written is None
         if written:
             writings = (dense, *written[-1]) if dense else written[-1]
-        yield tuple(writing.text for writing in writings)
+            yield tuple(writing.text for writing in writings)
         if monotonic() - started > WRITING_SECONDS:
             gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
             break
@@ -183,19 +185,21 @@ def _answered(
     yield answer
 
 
-def in_a_turn(loaded: LoadedModel, steps: Iterator[T]) -> tuple[list[T], bool]:
-    """What models write in a turn of TURN seconds, and whether that was the end. Nothing is
-    yielded in it: a slow page would hold others up."""
-    written, ended = [], object()
-    with loaded.turns.turn():
-        until = monotonic() + TURN
-        while not written or monotonic() < until:
-            may_stop()
-            step = next(steps, ended)
-            if step is ended:
-                return written, True
-            written.append(step)
-    return written, False
+def in_turns(loaded: LoadedModel, steps: Iterator[T]) -> Iterator[list[T]]:
+    """What models write, as much of it at a time as a turn of TURN seconds gives. Nothing is
+    yielded within a turn: a slow page would hold others up."""
+    ended = object()
+    step = None
+    with loaded.in_use():
+        while step is not ended:
+            written = []
+            with loaded.turns.turn():
+                until = monotonic() + TURN
+                while step is not ended and (not written or monotonic() < until):
+                    may_stop()
+                    step = next(steps, ended)
+                    written += [] if step is ended else [step]
+            yield written
 
 
 def _scored(

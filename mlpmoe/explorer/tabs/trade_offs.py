@@ -22,7 +22,7 @@ from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
 from ..server.texts import text_name
 from ..server.workbench import Workbench
-from ..shell.answer import WRITING_SECONDS, check_writing, in_a_turn
+from ..shell.answer import WRITING_SECONDS, check_writing, in_turns
 from ..shell.imported import imported_records
 from ..shell.records import Record, pinned, read_records, write_records
 from ..shell.run_words import model_name, short_recipe
@@ -158,11 +158,9 @@ def _write(
     models = [one.converted(conversion) for one, conversion in zip(loaded, asked, strict=True)]
     if loaded[0] is not loaded[1]:
         raise UserError("A and B are of different models, so they do not write the same text.")
-    started, ended = monotonic(), False
-    texts = ("", "")
+    started, texts = monotonic(), ("", "")
     steps = write_side_by_side(tuple(models), loaded[0].tokenizer, prompt, COMPARED_TOKENS, 0.0)
-    while not ended:
-        written, ended = in_a_turn(loaded[0], steps)
+    for written in in_turns(loaded[0], steps):
         if written:
             texts = tuple(writing.text.lstrip() for writing in written[-1])
             yield texts
