@@ -14,6 +14,7 @@ from ..models import host_allows_any_model, open_page_to
 from .api import add_endpoints
 from .server.events import IN_TURNS, PRIVATE, QUIET, Together, readable
 from .server.first_model import FirstModel
+from .server.housekeeping import begin_housekeeping
 from .server.looks import Looks
 from .server.workbench import Workbench
 from .shell.answer import AnswerHandlers
@@ -91,6 +92,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     shared = os.environ.get("GRADIO_SHARE", "").lower() == "true"
     open_page_to(os.environ.get("GRADIO_SERVER_NAME"), shared)
     workbench = workbench or Workbench()
+    begin_housekeeping()
     first = FirstModel(workbench)
     first.start()
     with gr.Blocks(

@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlpmoe.core.memory import return_memory
+
 from . import gguf_reading, hub, packaged
 from .checkpoint import check_headers, folder_checkpoint, small_files, total_bytes, weight_files
 from .errors import ModelError, format_bytes, shorten
@@ -213,6 +215,7 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
         )
         if problem is None:
             tell_own_head(model)
+            return_memory()  # reading may have taken as much again
             return model.eval()
     except Exception as error:
         logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)

@@ -34,9 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 def session() -> str | None:
-    """Of the visitor, or the program, that is answered at this moment."""
+    """Of the visitor, or the program, that is answered at this moment. A call without a session,
+    which Gradio gives one of its own, is the machine's that it comes from."""
     request = LocalContext.request.get(None)
-    return getattr(request, "session_hash", None)
+    found = getattr(request, "session_hash", None)
+    if found is not None and found == LocalContext.event_id.get(None):
+        return getattr(request.client, "host", found)
+    return found
 
 
 def readable(handler: Callable) -> Callable:

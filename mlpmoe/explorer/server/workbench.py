@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from math import inf
 from time import monotonic
 
 from ...core.errors import UserError
+from ...core.memory import return_memory
 from ...core.spec import ConversionSpec
 from ...models import find_entry, load_checked, preflight
 from ...models.catalogue import DEMO_KEY
@@ -102,6 +104,8 @@ class Workbench:
         while idle and short > 0:
             short -= idle[0].checked.memory_needed
             self._drop(idle.pop(0))
+        gc.collect()  # what belongs to a dropped model refers to it in circles
+        return_memory()
         model, tokenizer = load_checked(checked, on_progress=report)
         entry = find_entry(key)
         loaded = LoadedModel(
