@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.checks import known
 from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
@@ -57,7 +58,7 @@ def add_endpoints(workbench: Workbench) -> None:
             "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
         }  # fmt: skip
         # what stands there unasked is no part of a routed spec, nor is a fade beside a sparsity
-        if more.get("method") in ROUTED_METHODS or SPARSITY in more:
+        if known(more.get("method"), ROUTED_METHODS) or SPARSITY in more:
             common = {name: value for name, value in common.items() if value != USUAL[name]}
         spec = ConversionSpec.from_dict(common | more)
         loaded = workbench.loaded(model)
@@ -159,13 +160,17 @@ def add_endpoints(workbench: Workbench) -> None:
                 pair, loaded.tokenizer, prompt, tokens, temperature
             )
         )
-        last = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
+        last = said = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
         for written in each_in_thread(in_turns(loaded, steps)):
             if isinstance(written, Place):
-                yield last | {"before": written.ahead, "seconds": written.seconds}
+                said = last | {"before": written.ahead, "seconds": written.seconds}
+                yield said
                 continue
             for last in written:
+                said = last
                 yield last
+        if said is not last:  # it waited for a turn in which nothing was left to write
+            yield last
 
     gr.api(models, api_name="models")
     gr.api(preview, api_name="preview", **IN_TURNS)

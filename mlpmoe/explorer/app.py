@@ -16,6 +16,7 @@ from .server.events import IN_TURNS, PRIVATE, QUIET, Together, readable
 from .server.first_model import FirstModel
 from .server.housekeeping import begin_housekeeping
 from .server.looks import Looks
+from .server.refusals import refuse_too_few
 from .server.workbench import Workbench
 from .shell.answer import AnswerHandlers
 from .shell.answer_panel import answer_panel, wire_answer
@@ -183,6 +184,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         )  # fmt: skip
         another_model.on(model.change)
     _report_progress_on(demo, picker.title)
+    refuse_too_few(demo)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
 

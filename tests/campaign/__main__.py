@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tests.campaign.clients import campaign as clients
+from tests.campaign.hostile import campaign as hostile
 
 
 def main() -> int:
@@ -18,9 +19,14 @@ def main() -> int:
     part.add_argument("--count", type=int, default=20)
     part.add_argument("--minutes", type=float, default=10.0)
     part.add_argument("--calibrated", action="store_true", help="calibrated conversions too")
+    part.set_defaults(
+        run=lambda at, got: clients(at, got.model, got.count, got.minutes, got.calibrated)
+    )
+    part = parts.add_parser("hostile", help="input that nobody's program means to send")
+    part.set_defaults(run=lambda at, got: hostile(at))
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mlpmoe-campaign-") as folder:
-        table = clients(Path(folder), chosen.model, chosen.count, chosen.minutes, chosen.calibrated)
+        table = chosen.run(Path(folder), chosen)
     print(table)
     return 0 if table.fine else 1
 

@@ -16,6 +16,7 @@ import gradio as gr
 import torch
 from transformers import PreTrainedModel
 
+from ...core.checks import check_characters
 from ...core.errors import UserError
 from ...core.stopping import may_stop, stoppable
 from ...measure.quality.routing import routing
@@ -266,6 +267,7 @@ def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:
     """Raise UserError for what the components forbid, since the API can send anything."""
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
         raise UserError(f"the prompt must be a text of at most {MAX_PROMPT:,} characters.")
+    check_characters(prompt, "the prompt")
     if not _is(Integral, tokens) or not 1 <= tokens <= MAX_NEW_TOKENS:
         raise UserError(f"tokens must be a whole number between 1 and {MAX_NEW_TOKENS}.")
     if not _is(Real, temperature) or not 0 <= temperature <= 2:
