@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checks import check_characters
 from .errors import CalibrationWarning, UserError
 from .mlps import read_mlps
 
@@ -55,6 +56,7 @@ class Calibration:
                 f"{tokens:,} calibration tokens make {tokens // length} samples of {length:,}; at "
                 f"least {MIN_SAMPLES} are needed."
             )
+        check_characters(text, "the calibration text")
         ids: list[int] = []
         for document in text.split(DOCUMENT_SEPARATOR):
             if document.strip():

@@ -7,7 +7,7 @@ from collections.abc import Collection, Container
 from numbers import Integral, Real
 from typing import Any
 
-from .errors import SpecError
+from .errors import SpecError, UserError
 
 MAX_PATTERN = 64  # the m of n:m
 NONE = "none"  # of the layers
@@ -30,6 +30,17 @@ def known(value: Any, allowed: Container[str]) -> bool:
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     if not known(value, allowed):
         raise SpecError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}.")
+
+
+def check_characters(text: str, what: str = "the text") -> None:
+    """Raise UserError for half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start:,} of {what} is half a character (a lone surrogate). Take it "
+            "out."
+        ) from None
 
 
 def integer(name: str, value: Any) -> int:

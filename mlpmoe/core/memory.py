@@ -1,7 +1,9 @@
-"""How much memory is free."""
+"""How much memory is free, and giving back what is not used any more."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,15 @@ def available_memory(device: torch.device) -> int | None:
     available = psutil.virtual_memory().available  # an Apple GPU shares the main memory
     headroom = cgroup_headroom()
     return available if headroom is None else min(available, headroom)
+
+
+def return_memory() -> None:
+    """Give back to the system what this process has freed. The C library keeps it otherwise, in a
+    heap for every few threads: many times what is in use. Where it has no such call (other than
+    glibc), nothing happens. Takes about a tenth of a second for each GB that goes back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)  # without holding up other threads of Python
 
 
 def cgroup_headroom(root: Path = CGROUP_ROOT, membership: Path = CGROUP_MEMBERSHIP) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.checks import known
 from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
@@ -18,10 +19,12 @@ from ..core.written import SPARSITY
 from ..measure.text.generation import parted_at, write_side_by_side
 from ..models import CATALOGUE, default_text
 from .server.asked import Conversion, spec_of
-from .server.events import IN_TURNS, MODEL_QUEUE, readable
+from .server.background import each_in_thread
+from .server.events import IN_TURNS, readable
 from .server.loaded import LoadedModel
+from .server.turns import Place
 from .server.workbench import Workbench
-from .shell.answer import check_writing
+from .shell.answer import check_writing, in_turns
 from .shell.preview import summary
 
 USUAL = {"branches": 16, "fade": 0.0, "keep": None, "compensation": "sqrt"}
@@ -55,7 +58,7 @@ def add_endpoints(workbench: Workbench) -> None:
             "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
         }  # fmt: skip
         # what stands there unasked is no part of a routed spec, nor is a fade beside a sparsity
-        if more.get("method") in ROUTED_METHODS or SPARSITY in more:
+        if known(more.get("method"), ROUTED_METHODS) or SPARSITY in more:
             common = {name: value for name, value in common.items() if value != USUAL[name]}
         spec = ConversionSpec.from_dict(common | more)
         loaded = workbench.loaded(model)
@@ -97,12 +100,17 @@ def add_endpoints(workbench: Workbench) -> None:
         """Perplexity of both models on a text: "stories", "prose", "proxy", "wikitext2" or "c4";
         None is the one of the model's kind.
 
-        Streams {"done", "total"} tokens; the last message holds the result.
+        Streams {"done", "total"} tokens, with "before" and "seconds" (turns of others, and about
+        how long they take) while it waits; the last message holds the result.
         """
         loaded, asked = find(model, branches, fade, keep, compensation, more)
         text = default_text(loaded.key) if text is None else text
-        for step in loaded.evaluate(asked, text):
-            if step.complete:
+        done, total = 0, None
+        for step in each_in_thread(loaded.evaluate(asked, text)):
+            if isinstance(step, Place):
+                before = {"before": step.ahead, "seconds": step.seconds}
+                yield {"done": done, "total": total or loaded.plan(text).tokens} | before
+            elif step.complete:
                 yield {
                     "spec": spec_of(asked).to_dict(),
                     "text": text,
@@ -117,7 +125,8 @@ def add_endpoints(workbench: Workbench) -> None:
                     "bits_per_byte": step.converted.bits_per_byte,
                 }
             else:
-                yield {"done": 0 if step.look else step.dense.tokens, "total": step.total}
+                done, total = 0 if step.look else step.dense.tokens, step.total
+                yield {"done": done, "total": total}
 
     @readable
     def generate(
@@ -134,22 +143,36 @@ def add_endpoints(workbench: Workbench) -> None:
         """Dense and converted model continue a prompt in lockstep.
 
         Streams {"dense", "converted", "tokens", "parted_at"}; parted_at is the index of the first
-        token that differs, or null.
+        token that differs, or null; with "before" and "seconds" (turns of others, and about how
+        long they take) while it waits.
         """
         check_writing(prompt, tokens, temperature)
         loaded, asked = find(model, branches, fade, keep, compensation, more)
         pair = (loaded.model, loaded.converted(asked))
-        for dense, converted in write_side_by_side(
-            pair, loaded.tokenizer, prompt, tokens, temperature
-        ):
-            yield {
+        steps = (
+            {
                 "dense": dense.text,
                 "converted": converted.text,
                 "tokens": [len(dense.tokens), len(converted.tokens)],
                 "parted_at": parted_at(dense.tokens, converted.tokens),
             }
+            for dense, converted in write_side_by_side(
+                pair, loaded.tokenizer, prompt, tokens, temperature
+            )
+        )
+        last = said = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
+        for written in each_in_thread(in_turns(loaded, steps)):
+            if isinstance(written, Place):
+                said = last | {"before": written.ahead, "seconds": written.seconds}
+                yield said
+                continue
+            for last in written:
+                said = last
+                yield last
+        if said is not last:  # it waited for a turn in which nothing was left to write
+            yield last
 
     gr.api(models, api_name="models")
-    gr.api(preview, api_name="preview", concurrency_limit=2)
+    gr.api(preview, api_name="preview", **IN_TURNS)
     gr.api(evaluate, api_name="evaluate", **IN_TURNS)
-    gr.api(generate, api_name="generate", **MODEL_QUEUE)
+    gr.api(generate, api_name="generate", **IN_TURNS)

@@ -14,7 +14,9 @@ from ..models import host_allows_any_model, open_page_to
 from .api import add_endpoints
 from .server.events import IN_TURNS, PRIVATE, QUIET, Together, readable
 from .server.first_model import FirstModel
+from .server.housekeeping import begin_housekeeping
 from .server.looks import Looks
+from .server.refusals import refuse_too_few
 from .server.workbench import Workbench
 from .shell.answer import AnswerHandlers
 from .shell.answer_panel import answer_panel, wire_answer
@@ -47,7 +49,7 @@ from .tabs.weights_panel import WeightsPanel, weights_panel, wire_weights
 # After each event Gradio sums up the latest 10,000 for a page that is switched off here; once after
 # this many instead.
 NEVER = {"GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**12)}
-QUEUE_LENGTH = 32  # waiting events; more are told that the queue is full
+QUEUE_LENGTH = 500  # waiting events of all visitors; more are told that the queue is full
 ADDRESS = f"(query, tab, says) => mlpmoe.address(query, tab || '{FIRST_TAB}', '{FIRST_TAB}', says)"
 TOLD = ("weights", "lesson", "tokens", "runs", "export")
 TELL = f"(...shown) => mlpmoe.tell({json.dumps(TOLD)}, '{FIRST_TAB}', ...shown)"
@@ -91,6 +93,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
     shared = os.environ.get("GRADIO_SHARE", "").lower() == "true"
     open_page_to(os.environ.get("GRADIO_SERVER_NAME"), shared)
     workbench = workbench or Workbench()
+    begin_housekeeping()
     first = FirstModel(workbench)
     first.start()
     with gr.Blocks(
@@ -181,6 +184,7 @@ def build_demo(workbench: Workbench | None = None) -> gr.Blocks:
         )  # fmt: skip
         another_model.on(model.change)
     _report_progress_on(demo, picker.title)
+    refuse_too_few(demo)
     return demo.queue(max_size=QUEUE_LENGTH, api_open=False)
 
 
@@ -207,7 +211,7 @@ def _wire_opening(
     restored = [picker.name, *texts, *controls, tabs, state.linked]
     asked = [state.model, convert.branches, convert.keep, *texts]
     loads = [*shown, convert.branches, convert.keep, state.share, *texts]
-    loading = {"concurrency_id": "load", **QUIET}
+    loading = {**IN_TURNS, **QUIET}
     opened = demo.load(
         readable(handlers.open_link), None, [state.taken, *shown, *restored],
         concurrency_limit=None,  # visitors wait for the same model

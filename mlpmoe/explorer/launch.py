@@ -11,7 +11,11 @@ from starlette.routing import Route
 
 from ..models import assets_folder
 from .plots.style import CSS_VARIABLES
+from .server.refusals import exception_handlers
 
+# Who waits for a turn keeps a thread: with fewer, thirty visitors who measure would leave none for
+# what is answered at once.
+THREADS = 400
 COMPONENTS = {"network"}  # scripts that a component of the page runs by itself
 
 
@@ -23,11 +27,15 @@ def launch_kwargs() -> dict[str, Any]:
         "css_paths": sorted(assets_folder().glob("*.css")),
         "head": "".join(f"<script>{script}</script>" for script in _scripts()),
         # a saved plot carries plotly with it, so that it opens without a network
-        "app_kwargs": {"routes": [Route("/plotly.js", _plotly_js)]},
+        "app_kwargs": {
+            "routes": [Route("/plotly.js", _plotly_js)],
+            "exception_handlers": exception_handlers(),
+        },
         "footer_links": ["api", "settings"],
         "enable_monitoring": False,
         "run_history": False,  # it would keep all that events give, in the place of the runs
         "max_file_size": "1mb",
+        "max_threads": THREADS,
         "strict_cors": True,
     }
 

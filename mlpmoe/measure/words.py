@@ -94,8 +94,11 @@ def spared_in_words(spec: ConversionSpec) -> str:
 
 
 def capital(text: str) -> str:
-    """The text, beginning with a capital."""
-    return text[:1].upper() + text[1:]
+    """The text, beginning with a capital; a name such as fade_unit or model.safetensors is left as
+    it is written."""
+    first = text.split(maxsplit=1)[0].rstrip(".,:;!?") if text.strip() else ""
+    is_name = any(c in "_./\\" or c.isdigit() for c in first)
+    return text if is_name else text[:1].upper() + text[1:]
 
 
 def joined(names: Sequence[str]) -> str:

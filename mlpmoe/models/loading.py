@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlpmoe.core.memory import return_memory
+
 from . import gguf_reading, hub, packaged
 from .checkpoint import (
     check_headers,
@@ -236,6 +238,7 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
             tell_own_head(model)
             if "generation_config" in files:  # the same object: transformers has made a copy
                 model.generation_config = files["generation_config"]
+            return_memory()  # reading may have taken as much again
             return model.eval()
     except Exception as error:
         logger.debug("%s: the weights cannot be read", checked.name, exc_info=True)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from mlpmoe.core.calibration import DOCUMENT_SEPARATOR
+from mlpmoe.core.checks import check_characters
 from mlpmoe.core.errors import UserError
 
 from .catalogue import DEMO_KEY, assets_folder, find_entry
@@ -168,13 +169,7 @@ def check_own_text(content: str | bytes) -> str:
         raise UserError(
             f"this is no text: character {text.index(chr(0)):,} is a zero. Take it out."
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"character {error.start:,} of the text is half a character (a lone surrogate). Take "
-            "it out."
-        ) from None
+    check_characters(text)
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import psutil
@@ -52,3 +53,22 @@ def test_available_memory(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", no_driver)
     assert memory.available_memory(GPU) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of this C library")
+def test_freed_memory_is_returned_to_the_system():
+    """A heap whose last piece is in use keeps all before it."""
+    process, pieces = psutil.Process(), [bytearray(60_000) for _ in range(2000)]
+    for piece in pieces:
+        piece[::4096] = bytes([1]) * len(piece[::4096])
+    kept = pieces[-1]
+    pieces.clear()
+    before = process.memory_info().rss
+    memory.return_memory()
+    assert process.memory_info().rss < before - 2**26
+    assert len(kept) == 60_000
+
+
+def test_another_c_library_is_no_obstacle(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    memory.return_memory()

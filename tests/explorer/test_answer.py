@@ -57,7 +57,7 @@ def token_by_token(monkeypatch):
     """A clock by which each token takes a whole turn."""
     clock = count()
     monkeypatch.setattr(module, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(module, "TURN", 1.5)
+    monkeypatch.setattr(module, "TURN", 0.5)
     monkeypatch.setattr(module, "WRITING_SECONDS", math.inf)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import CancelledError
 from itertools import islice
 
 import pytest
 
-from mlpmoe.core.stopping import may_stop
+from mlpmoe.core.stopping import may_stop, stoppable
 from mlpmoe.explorer.server import background as module
-from mlpmoe.explorer.server.background import in_thread
-from tests.explorer.asking import SOON
+from mlpmoe.explorer.server import turns as turns_module
+from mlpmoe.explorer.server.background import each_in_thread, in_thread
+from mlpmoe.explorer.server.turns import Place
+from tests.explorer.asking import SOON, AskedTurns, taken
 
 
 def drained(steps) -> tuple[list[str], object]:
@@ -82,4 +85,59 @@ def test_what_fails_comes_out():
         raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):
+        drained(in_thread(work))
+
+
+def test_work_that_waits_for_its_turn_says_its_place_and_then_what_it_said(monkeypatch):
+    monkeypatch.setattr(turns_module, "TICK", 1e-3)
+    monkeypatch.setattr(turns_module, "PATIENCE", 0.0)
+    turns, go_on = AskedTurns(), threading.Event()
+
+    def work(report):
+        report("reading")
+        with turns.turn():
+            assert go_on.wait(SOON)
+        return 7
+
+    with taken(turns):
+        steps = in_thread(work)
+        while "before you" not in (said := next(steps)):
+            assert said in ("waiting", "reading")
+    while next(steps) != "reading":  # and no longer that it waits
+        pass
+    go_on.set()
+    assert drained(steps)[1] == 7
+
+
+def test_each_step_is_taken_in_a_thread_and_waiting_is_told_between(monkeypatch):
+    monkeypatch.setattr(turns_module, "TICK", 1e-3)
+    monkeypatch.setattr(turns_module, "PATIENCE", 0.0)
+    turns, main = AskedTurns(), threading.get_ident()
+
+    def work():
+        for number in range(3):
+            with turns.turn():
+                assert threading.get_ident() != main
+            yield number
+
+    steps = each_in_thread(work())
+    with taken(turns):
+        place = next(steps)
+        assert (place.ahead, place.seconds) == (1, None)
+    assert [step for step in steps if not isinstance(step, Place)] == [0, 1, 2]
+
+
+def test_what_may_stop_the_one_who_asks_stops_the_work(monkeypatch):
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > 3:
+            raise CancelledError
+
+    def work(report):
+        while True:
+            may_stop()
+
+    with pytest.raises(CancelledError), stoppable(check):
         drained(in_thread(work))

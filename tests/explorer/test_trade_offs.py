@@ -195,7 +195,7 @@ def pair(first: ConversionSpec, second: ConversionSpec, **change) -> str:
 
 
 def test_two_pinned_runs_write_what_the_library_writes(tab, visitor, demo, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.tabs.trade_offs.UPDATES_PER_SECOND", inf)
+    monkeypatch.setattr("mlpmoe.explorer.shell.answer.TURN", 0.0)
     first, second = ConversionSpec(keep=12), ConversionSpec(branches=8, fade=0.9)
     text = pair(first, second)
     assert tab.show(text, "demo", "stories", "macs", "nonzero", ALL)[-1]["visible"] is True
@@ -240,7 +240,7 @@ def test_a_run_is_compared_as_it_was_calibrated(tab, visitor, demo):
 
 
 def test_a_comparison_is_stopped(tab, visitor, monkeypatch):
-    monkeypatch.setattr("mlpmoe.explorer.tabs.trade_offs.UPDATES_PER_SECOND", inf)
+    monkeypatch.setattr("mlpmoe.explorer.shell.answer.TURN", 0.0)
     text = pair(ConversionSpec(keep=12), ConversionSpec(keep=3))
     running = tab.compare(visitor(), text, 0, "gate", "Hello")
     seen = [next(running) for _ in range(4)]

@@ -222,13 +222,13 @@ def test_a_second_visitor_waits_and_sees_the_place(demo, monkeypatch):
     worker.start()
     assert begun.wait(30)
     waiting = demo.convert(second)
-    assert any("1 training before this one" in next(waiting) for _ in range(20))
+    assert any("waiting, 1 before you" in next(waiting) for _ in range(20))
     go_on.set()
     messages = list(waiting)
     assert any("training all" in message for message in messages)
     worker.join(30)
     assert demo.recovery(first).what == "lora" and demo.recovery(second).what == "all"
-    assert not loading._training._waiting
+    assert not loading._training.taken
 
 
 def test_a_visitor_who_goes_ends_it(demo):
@@ -238,7 +238,7 @@ def test_a_visitor_who_goes_ends_it(demo):
         pass
     steps.close()
     assert demo.is_to_train(asked) and demo.recovery(asked) is None
-    assert not loading._training._waiting
+    assert not loading._training.taken
 
 
 def stopped_at(handlers, request, step, **change):
@@ -353,7 +353,7 @@ def test_too_little_memory_is_said_with_both_numbers(handlers, visitor, monkeypa
     assert "0.1 GB are free" in said and not began
     shown = Measured(*handlers.measuring_failed(*shown_values(**ASKED)))
     assert "press Measure again" in shown.perplexity
-    assert not loading._training._waiting
+    assert not loading._training.taken
 
 
 def test_a_limit_without_room_for_a_step_is_said(handlers, visitor, monkeypatch):

@@ -12,26 +12,42 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from gradio.context import LocalContext
 from gradio.events import EventListener
 
 from ...core.errors import UserError
 from ...measure.words import capital
+from .guests import Guests
 
 PRIVATE = {"api_visibility": "private"}
 QUIET = {**PRIVATE, "show_progress": "hidden"}
-# one at a time: whatever runs a model over a text
-MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
-# what takes turns step by step (see `turns.Turns`) needs no queue of its own
-IN_TURNS = {"concurrency_id": "in-turns", "concurrency_limit": 16}
+# What takes turns step by step (see `turns.Turns`) needs no queue of its own: in Gradio's, which
+# knows of no visitors, one sweep would hold up everybody.
+IN_TURNS = {"concurrency_limit": None}
 # a plot that was redrawn while its tab was hidden had no width to fit into
 RESIZE = "() => { setTimeout(() => window.dispatchEvent(new Event('resize')), 50) }"
+
+GUESTS = Guests()
+_ENDED = object()
 
 logger = logging.getLogger(__name__)
 
 
+def session() -> str | None:
+    """Of the visitor, or the program, that is answered at this moment. A call without a session,
+    which Gradio gives one of its own, is the machine's that it comes from."""
+    request = LocalContext.request.get(None)
+    found = getattr(request, "session_hash", None)
+    if found is not None and found == LocalContext.event_id.get(None):
+        return getattr(request.client, "host", found)
+    return found
+
+
 def readable(handler: Callable) -> Callable:
-    """Turn what a user can mend into a message on the page; log anything else and say so. And
-    leave the page as it is where a generator has nothing to say: Gradio would clear its outputs."""
+    """Turn what a user can mend into a message on the page; log anything else and say so. Turns
+    that the handler asks for are the visitor's, who has so much under way at a time (see `Guests`).
+    Where a generator has nothing to say the page is left as it is: Gradio would clear its outputs.
+    """
 
     def shown(error: Exception) -> gr.Error:
         if isinstance(error, UserError):  # toasts show HTML, and a link can name an image in it
@@ -45,7 +61,8 @@ def readable(handler: Callable) -> Callable:
     @wraps(handler)
     def call(*args: Any) -> Any:
         try:
-            return handler(*args)
+            with GUESTS.work_of(session()) as visit, visit():
+                return handler(*args)
         except gr.Error:
             raise
         except Exception as error:
@@ -54,9 +71,13 @@ def readable(handler: Callable) -> Callable:
     @wraps(handler)
     def stream(*args: Any) -> Iterator[Any]:
         try:
-            with closing(handler(*args)) as steps:
-                yield next(steps, gr.skip())  # one is enough for all outputs
-                yield from steps
+            with GUESTS.work_of(session()) as visit, closing(handler(*args)) as steps:
+                with visit():
+                    step = next(steps, gr.skip())  # one is enough for all outputs
+                while step is not _ENDED:
+                    yield step
+                    with visit():  # not over a yield: it would hold for the one who asks
+                        step = next(steps, _ENDED)
         except gr.Error:
             raise
         except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
@@ -93,7 +94,7 @@ class LoadedModel:
     _calibrating: threading.Lock = field(default_factory=threading.Lock)
     _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
     in_training: Conversion | None = None  # at this moment
-    _converting: int = 0  # conversions under way
+    _users: set[object] = field(default_factory=set)  # what is under way, also between its turns
 
     def __post_init__(self) -> None:
         if self.checked.bytes_on_disk <= SMALL_BYTES:
@@ -102,7 +103,17 @@ class LoadedModel:
     @property
     def is_busy(self) -> bool:
         """Whether it is run or converted at this moment."""
-        return self.turns.taken or self._converting > 0 or self.in_training is not None
+        return self.turns.taken or bool(self._users) or self.in_training is not None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Over work that takes many turns: nobody drops the model meanwhile."""
+        user = object()
+        self._users.add(user)
+        try:
+            yield
+        finally:
+            self._users.discard(user)
 
     @cached_property
     def mlps(self) -> list[DenseMLP]:
@@ -182,11 +193,8 @@ class LoadedModel:
         progress."""
         if asked in self._conversions:
             return
-        self._converting += 1
-        try:
+        with self.in_use():
             made = yield from in_thread(lambda report: self._convert(asked, report))
-        finally:
-            self._converting -= 1
         self._conversions.put(asked, made)
 
     def _convert(
@@ -195,16 +203,18 @@ class LoadedModel:
         spec, calibration = spec_of(asked), None
         if spec.needs_calibration:
             calibration = self.calibration(asked.text, report)
+        if calibration is None:  # soon done, and others' previews need not wait
+            return convert_all(self.model, [spec], None, report)[0]
         if not spec.recovers:
-            return convert_all(self.model, [spec], calibration, report)[0]
-
-        def wait(ahead: int) -> None:
-            if report:
-                report(f"{ahead} training{'s' if ahead > 1 else ''} before this one", None)
-
-        with _training.turn(wait):
+            with self.turns.turn(long=True):
+                return convert_all(self.model, [spec], calibration, report)[0]
+        with _training.turn():
             # who waited may have waited for the same
-            return self._conversions.get(asked) or self._train(asked, calibration, report)
+            made = self._conversions.get(asked)
+            if made is None:
+                with self.turns.turn(long=True):
+                    made = self._train(asked, calibration, report)
+            return made
 
     def _train(
         self, asked: Calibrated, calibration: Calibration | Observed,
@@ -240,9 +250,13 @@ class LoadedModel:
         if numbers * weights.up.element_size() > OBSERVED_BYTES:
             return calibration
         with self._calibrating:
-            return self._observed.get_or_make(
-                text, lambda: observe(self.model, calibration, report)
-            )
+            return self._observed.get_or_make(text, lambda: self._observe(calibration, report))
+
+    def _observe(
+        self, calibration: Calibration, report: Callable[[str, float], None] | None
+    ) -> Observed:
+        with self.turns.turn(long=True):
+            return observe(self.model, calibration, report)
 
     def few_tokens(self, asked: Calibrated) -> str | None:
         """A sentence, if the calibration text is short for what is fitted on it."""
@@ -256,9 +270,12 @@ class LoadedModel:
 
     def routing(self, asked: Conversion) -> list[LayerRouting]:
         """Which experts or neurons each token of a text runs, layer by layer."""
-        return self._routing.get_or_make(
-            asked, lambda: routing(self.converted(asked), self.routing_ids)
-        )
+        return self._routing.get_or_make(asked, lambda: self._route(asked))
+
+    def _route(self, asked: Conversion) -> list[LayerRouting]:
+        converted, ids = self.converted(asked), self.routing_ids
+        with self.turns.turn(long=True):
+            return routing(converted, ids)
 
     def known_routing(self, asked: Conversion) -> list[LayerRouting] | None:
         return self._routing.get(asked)
@@ -330,11 +347,12 @@ class LoadedModel:
         if known and ends_here(known, whole):
             yield known
             return
-        for step in sharpen(plan, dense, losses, *scores, self.turns.turn):
-            self._losses.get_or_make((None, text), lambda: dense)  # others make room first
-            yield step
-            if ends_here(step, whole):
-                break
+        with self.in_use():
+            for step in sharpen(plan, dense, losses, *scores, self.turns.turn):
+                self._losses.get_or_make((None, text), lambda: dense)  # others make room first
+                yield step
+                if ends_here(step, whole):
+                    break
 
     def _known(self, asked: Conversion | None, text: str) -> Losses:
         return self._losses.get((asked, text)) or Losses()
@@ -348,14 +366,15 @@ class LoadedModel:
         """Writing speed against dense, round by round; the last is kept. Each round is a turn."""
         shape = self._shape(asked)
         rounds = decode_rounds(self.model, self.converted(asked))
-        while True:
-            with self.turns.turn():
-                report = next(rounds, "done")
-            if report == "done":
-                return
-            if report is not None:
-                self._speeds.put(shape, report)
-            yield report
+        with self.in_use():
+            while True:
+                with self.turns.turn():
+                    report = next(rounds, "done")
+                if report == "done":
+                    return
+                if report is not None:
+                    self._speeds.put(shape, report)
+                yield report
 
     def _shape(self, asked: Conversion) -> Any:
         """Conversions of one shape write at one speed: zeros in place cost and save nothing."""

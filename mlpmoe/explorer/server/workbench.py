@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 from time import monotonic
 
 from ...core.errors import UserError
+from ...core.memory import return_memory
 from ...core.spec import ConversionSpec
 from ...models import find_entry, load_checked, preflight
 from ...models.catalogue import DEMO_KEY
 from .background import in_thread
 from .loaded import LoadedModel
 from .texts import Texts
+from .turns import Turns
 
 MAX_IDLE = 1  # models that nobody uses, held beside those that stay; the one used longest ago goes
 IN_USE = 60.0  # seconds after its last use in which a visitor still looks at a model
@@ -27,7 +30,7 @@ class Workbench:
     def __init__(self) -> None:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # the last used last
         self._used: dict[str, float] = {}  # when each was
-        self._loading, self._changing = threading.Lock(), threading.Lock()
+        self._loading, self._changing = Turns(), threading.Lock()
         self.staying = {DEMO_KEY}  # keys
         self.texts = Texts()
 
@@ -55,10 +58,15 @@ class Workbench:
         iterator gives up."""
         key = model_key(name)
         yield "checking"
-        with self._loading:
-            if key not in self._models:
-                yield from self._load(key, by_host)
-        yield self._use(key)
+        while (found := self._use(key)) is None:  # it may have made room for another meanwhile
+            yield from in_thread(lambda report: self._load_in_turn(key, by_host, report))
+        yield found
+
+    def _load_in_turn(self, key: str, by_host: bool, report: Callable[..., None]) -> None:
+        """One model at a time; nobody waits for that who asks for one that is there."""
+        with self._loading.turn():
+            if not self.holds(key):
+                self._load(key, by_host, report)
 
     def hold(self, loaded: LoadedModel) -> LoadedModel:
         """Add a model that was loaded elsewhere."""
@@ -87,7 +95,7 @@ class Workbench:
         with self._changing:
             del self._models[loaded.key], self._used[loaded.key]
 
-    def _load(self, key: str, by_host: bool) -> Iterator[str]:
+    def _load(self, key: str, by_host: bool, report: Callable[..., None]) -> None:
         idle = self._idle()
         freed = sum(loaded.checked.memory_needed for loaded in idle)
         checked = preflight(key, by_host=by_host, reclaimable=freed)
@@ -96,9 +104,9 @@ class Workbench:
         while idle and short > 0:
             short -= idle[0].checked.memory_needed
             self._drop(idle.pop(0))
-        model, tokenizer = yield from in_thread(
-            lambda report: load_checked(checked, on_progress=report)
-        )
+        gc.collect()  # what belongs to a dropped model refers to it in circles
+        return_memory()
+        model, tokenizer = load_checked(checked, on_progress=report)
         entry = find_entry(key)
         loaded = LoadedModel(
             key,
@@ -108,7 +116,7 @@ class Workbench:
             tokenizer,
             self.texts,
         )
-        yield "reading its MLPs"
+        report("reading its MLPs")
         loaded.converted(ConversionSpec(branches=1))  # refuses what cannot be split
         del model  # so that nothing but the workbench holds it
         self.hold(loaded)

@@ -10,28 +10,34 @@ from functools import cached_property
 from html import escape
 from numbers import Integral, Real
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 import torch
+from transformers import PreTrainedModel
 
+from ...core.checks import check_characters
 from ...core.errors import UserError
-from ...core.stopping import stoppable
+from ...core.stopping import may_stop, stoppable
 from ...measure.quality.routing import routing
 from ...measure.quality.tokens import TokenChange, text_changes
 from ...measure.text.generation import Writing, encode_prompt, parted_at, write_side_by_side
 from ...models.catalogue import DEMO_KEY
 from ..server.asked import Conversion, spec_of
+from ..server.background import each_in_thread
 from ..server.events import status
 from ..server.jobs import Job, Jobs
 from ..server.loaded import LoadedModel
 from ..server.looks import Looks
+from ..server.turns import Place
 from ..server.workbench import Workbench
 from .answer_panel import BEGINNINGS, MAX_NEW_TOKENS, MAX_PROMPT, QUESTIONS, STORIES
 from .front import network_of
 from .network import cells_used
 from .settings import parted, read_asked
 from .tint import Tint
+
+T = TypeVar("T")
 
 SETTLED = 0.8  # seconds for which a visitor looks at a setting before it is written with
 TICK = 0.1
@@ -130,12 +136,18 @@ class AnswerHandlers:
             for message in loaded.convert(asked):
                 check()
                 yield gr.skip(), gr.skip(), status(f"{message} …"), gr.skip()
-        for step in _answered(loaded, asked, (prompt, tokens, temperature), check):
-            if isinstance(step, Answer):
+        steps = _answered(loaded, asked, (prompt, tokens, temperature), check)
+        waited = False
+        for step in each_in_thread(steps):
+            if isinstance(step, Place):
+                waited = True
+                yield gr.skip(), gr.skip(), status(f"{step} …"), gr.skip()
+            elif isinstance(step, Answer):
                 network = network_of(loaded, asked, layer, step.used) if step.used else gr.skip()
                 yield *_tinted(step), report(loaded, step), network
             else:
-                yield *(pane(escape(text.lstrip())) for text in step), gr.skip(), gr.skip()
+                said, waited = "" if waited else gr.skip(), False
+                yield *(pane(escape(text.lstrip())) for text in step), said, gr.skip()
 
 
 def _answered(
@@ -155,33 +167,49 @@ def _answered(
     models = (model,) if dense else (loaded.model, model)
     started, writings, ended = monotonic(), (), False
     steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
+    turns = in_turns(loaded, steps)
     while not ended:
-        # nothing is yielded in it: a slow page would hold others up
-        with stoppable(check), loaded.turns.turn():
-            until = monotonic() + TURN
-            while not ended and monotonic() < until:
-                check()
-                step = next(steps, None)
-                ended = step is None
-                writings = writings if ended else (dense, *step) if dense else step
-        yield tuple(writing.text for writing in writings)
+        with stoppable(check):
+            written = next(turns, None)
+        ended = written is None
+        if written:
+            writings = (dense, *written[-1]) if dense else written[-1]
+            yield tuple(writing.text for writing in writings)
         if monotonic() - started > WRITING_SECONDS:
             gr.Info(f"Stopped after {WRITING_SECONDS:.0f} seconds.")
             break
     with stoppable(check), loaded.turns.turn():
-        answer = _scored(loaded, asked, prompt, writings)
+        answer = _scored(loaded, model, asked, prompt, writings)
     if ended:  # else it may be written to its end another time
         loaded.answers.put(wish, writings[0])
         loaded.answers.put((asked, wish), answer)
     yield answer
 
 
+def in_turns(loaded: LoadedModel, steps: Iterator[T]) -> Iterator[list[T]]:
+    """What models write, as much of it at a time as a turn of TURN seconds gives. Nothing is
+    yielded within a turn: a slow page would hold others up."""
+    ended = object()
+    step = None
+    with loaded.in_use():
+        while step is not ended:
+            written = []
+            with loaded.turns.turn():
+                until = monotonic() + TURN
+                while step is not ended and (not written or monotonic() < until):
+                    may_stop()
+                    step = next(steps, ended)
+                    written += [] if step is ended else [step]
+            yield written
+
+
 def _scored(
-    loaded: LoadedModel, asked: Conversion, prompt: str, writings: tuple[Writing, Writing]
-) -> Answer:
+    loaded: LoadedModel, converted: PreTrainedModel, asked: Conversion, prompt: str,
+    writings: tuple[Writing, Writing],
+) -> Answer:  # fmt: skip
     """With the losses of both texts under both models."""
     before = encode_prompt(loaded.tokenizer, prompt)[0].tolist()
-    pair = (loaded.model, loaded.converted(asked))
+    pair = (loaded.model, converted)
     changes = tuple(
         text_changes(pair, [*before, *writing.tokens], len(before), loaded.tokenizer)
         for writing in writings
@@ -239,6 +267,7 @@ def check_writing(prompt: Any, tokens: Any, temperature: Any) -> None:
     """Raise UserError for what the components forbid, since the API can send anything."""
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
         raise UserError(f"the prompt must be a text of at most {MAX_PROMPT:,} characters.")
+    check_characters(prompt, "the prompt")
     if not _is(Integral, tokens) or not 1 <= tokens <= MAX_NEW_TOKENS:
         raise UserError(f"tokens must be a whole number between 1 and {MAX_NEW_TOKENS}.")
     if not _is(Real, temperature) or not 0 <= temperature <= 2:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from ..server.events import QUIET, Together, readable
+from ..server.events import IN_TURNS, QUIET, Together, readable
 from .inputs import LimitedSlider
 
 if TYPE_CHECKING:
     from .answer import AnswerHandlers
 
-# many wait until their setting has settled; what writes takes turns
-WRITING = {"concurrency_id": "writing", "concurrency_limit": 16}
 MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
 # What a model can go on from: one that tells stories, one that answers, one that completes.
@@ -106,11 +104,11 @@ def wire_answer(
     gr.on(
         [panel.write.click, panel.prompt.submit],
         readable(handlers.write), inputs, [*shown, network],
-        trigger_mode="multiple", **WRITING, **QUIET,
+        trigger_mode="multiple", **IN_TURNS, **QUIET,
     )  # fmt: skip
     for event in settled:
         event(
             readable(handlers.write_by_itself), [panel.follow, *inputs], [*shown, network],
-            trigger_mode="multiple", **WRITING, **QUIET,
+            trigger_mode="multiple", **IN_TURNS, **QUIET,
         )  # fmt: skip
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.report, **QUIET)

@@ -20,10 +20,11 @@ from ...core.checks import layer_numbers
 from ...core.errors import UserError
 from ...core.stopping import stoppable
 from ..server.asked import Calibrated, Conversion, spec_of
-from ..server.background import in_thread
+from ..server.background import each_in_thread, in_thread
 from ..server.events import sentence
 from ..server.loaded import LoadedModel, ends_here
 from ..server.looks import Looks
+from ..server.turns import Place
 from ..server.workbench import Workbench
 from .convert_panel import CUSTOM
 from .front import FRONT, Front, axis_for, dense_network, front
@@ -236,8 +237,12 @@ def _steps(chosen: _Chosen, whole: bool, speed_anew: bool) -> Iterator[tuple[Any
         shown = monotonic() if late else shown
         return late
 
-    for number, found in enumerate(loaded.evaluate(asked, text, whole)):
-        ended = ends_here(found, whole)
+    number = -1
+    for found in each_in_thread(loaded.evaluate(asked, text, whole)):
+        if isinstance(found, Place):
+            yield measured(f"{found} …")
+            continue
+        number, ended = number + 1, ends_here(found, whole)
         if due() or ended:
             # the run together with its figures: who sees them may go on at once
             yield *measured("measuring …")[:-1], run() if ended else gr.skip()

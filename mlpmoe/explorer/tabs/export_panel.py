@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...checkpoints.forms.choose import AUTO, FORM_WORDS
 from ...checkpoints.write.export import SAVED
-from ..server.events import QUIET, readable
+from ..server.events import IN_TURNS, QUIET, readable
 from ..shell.inputs import OpenRadio
 from .export_result import EMPTY
 from .pushing import PushHandlers, PushPanel, can_push, push_panel, wire_push
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from .exporting import ExportHandlers
 
 TAB = "export"
-# one at a time, beside what is measured: others' figures need not wait for a long export
-EXPORT_QUEUE = {"concurrency_id": "export", "concurrency_limit": 1}
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def wire_export(
     made = turn.success(
         readable(handlers.make), inputs, shown,
         trigger_mode="multiple",  # a turn that is taken is used
-        **EXPORT_QUEUE, **QUIET,
+        **IN_TURNS, **QUIET,
     )  # fmt: skip
     # once it is made, more is known of its form; and the settings may have moved meanwhile
     made.success(readable(handlers.describe), inputs, described, **QUIET)

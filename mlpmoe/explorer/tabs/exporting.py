@@ -4,8 +4,9 @@ and a conversion.json sets the controls again."""
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
-from contextlib import closing
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic, time_ns
 from typing import Any
@@ -23,6 +24,7 @@ from ..server.events import sentence, status
 from ..server.jobs import Job, Jobs
 from ..server.loaded import LoadedModel
 from ..server.texts import OWN_PREFIX, text_name
+from ..server.turns import Turns
 from ..server.workbench import Workbench
 from ..shell.links import Link
 from ..shell.run_words import model_name, short_recipe
@@ -34,6 +36,7 @@ from .handed_out import HandedOut, workspace, zip_folder
 
 SHOWN = 5  # outputs of `make`
 SHOW_SECONDS = 2.0  # from which the time so far is shown
+_making = Turns()  # one at a time: each takes a second model in memory, and room on the disk
 OWN_CALIBRATION = "a text of its maker's own"
 
 
@@ -97,13 +100,15 @@ class ExportHandlers:
         wanted = _wanted(loaded, form, dtype, settings)
         started, unchanged = monotonic(), (gr.skip(),) * (SHOWN - 1)
         found: list[Made] = []
-        with workspace() as folder, closing(_work(loaded, wanted, text, folder, found)) as work:
-            for message in work:
-                if job.stopped:
-                    return status("Stopped."), *unchanged
-                yield status(f"{message} …{_since(started)}"), *unchanged
-        made = found[0]
-        self.handed_out.put(session, made)
+        with _unless_handed_out(found), workspace() as folder, loaded.in_use():
+            steps = _work(loaded, wanted, text, folder, found)
+            with closing(in_thread(lambda report: _in_turn(steps, report))) as work:
+                for message in work:
+                    if job.stopped:
+                        return status("Stopped."), *unchanged
+                    yield status(f"{message} …{_since(started)}"), *unchanged
+            made = found.pop()
+            self.handed_out.put(session, made)
         download = f"Download {made.zip.name} ({format_bytes(made.bytes)})"
         return (
             status(f"Made and verified in {monotonic() - started:.0f} s."),
@@ -145,6 +150,22 @@ def _wanted(loaded: LoadedModel, form: str, dtype: str, settings: tuple) -> Want
     return wanted
 
 
+@contextmanager
+def _unless_handed_out(found: list[Made]) -> Iterator[None]:
+    """Removes what is left there: who stops it may come later than the zip."""
+    try:
+        yield
+    finally:
+        for made in found:
+            shutil.rmtree(made.zip.parent, ignore_errors=True)
+
+
+def _in_turn(work: Iterator[str], report: Callable[[str], None]) -> None:
+    with _making.turn(), closing(work):
+        for message in work:
+            report(message)
+
+
 def _work(
     loaded: LoadedModel, wanted: Wanted, text: str, folder: Path, found: list[Made]
 ) -> Iterator[str]:
@@ -160,8 +181,12 @@ def _work(
     encoded = yield from in_thread(lambda report: loaded.text(text))
     exported = yield from _exported(loaded, wanted, text, encoded, folder / name)
     yield "packing the zip"
-    file = yield from in_thread(lambda report: zip_folder(exported.folder))
-    found.append(Made(wanted, name, file, exported.bytes, zipped_files(file), exported.record))
+
+    def pack(report: Any) -> None:
+        file = zip_folder(exported.folder)
+        found.append(Made(wanted, name, file, exported.bytes, zipped_files(file), exported.record))
+
+    yield from in_thread(pack)
 
 
 def _exported(
@@ -173,12 +198,17 @@ def _exported(
         calibration = f"{ours.label} of mlpmoe" if ours else OWN_CALIBRATION
 
     def work(report: Any) -> Exported:
+        def politely(message: str, share: float | None) -> None:
+            report(message, share)
+            with loaded.turns.turn():  # between steps, whoever waits goes first
+                pass
+
         report("converting", None)
         return export(
             loaded.converted(wanted.asked), folder, tokenizer=loaded.tokenizer, text=encoded,
             text_name=text_name(text), dense=loaded.model,
             known=loaded.known_whole(wanted.asked, text), calibration_name=calibration,
-            form=wanted.form, dtype=SAVED if wanted.dtype == SAVED else None, on_progress=report,
+            form=wanted.form, dtype=SAVED if wanted.dtype == SAVED else None, on_progress=politely,
         )  # fmt: skip
 
     return (yield from in_thread(work))

@@ -102,7 +102,7 @@ def _search(loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float
     """Fill `found.tried`, yielding what is being done; closing the iterator stops."""
 
     def work(report: Any) -> None:
-        deadline, text = Deadline(seconds), named_calibration(default_calibration(loaded.key))
+        text = named_calibration(default_calibration(loaded.key))
         report("searching")
         if calibrated:
             found.calibration = Calibration.from_text(loaded.tokenizer, text)
@@ -110,14 +110,16 @@ def _search(loaded: LoadedModel, found: _Found, calibrated: bool, seconds: float
         def told(message: str, share: float | None = None) -> None:
             report(f"searching, {message}", share)
 
-        with suppress(TimeUp):
+        with loaded.turns.turn(long=True), suppress(TimeUp):
+            deadline = Deadline(seconds)  # from the first turn on
             found.trials = prepare(
                 loaded.model, loaded.tokenizer, text, found.calibration, deadline, told
             )
             for run in search(found.trials, found.budget, deadline, report=told):
                 found.tried.append(run)
 
-    yield from in_thread(work)
+    with loaded.in_use():
+        yield from in_thread(work)
 
 
 def _measure(loaded: LoadedModel, found: _Found, seconds: float) -> Iterator[str]:
@@ -151,9 +153,10 @@ def _forecast(
     known = {s: loaded.known_evaluation(loaded.asked(s), text) for s in specs}
     missing = [spec for spec, one in known.items() if not (one and one.complete)]
     calibration = found.calibration.samples.numel() if found.calibration else 0
-    seconds = found.trials.forecast(
-        missing, tokens, calibration, dense is None or dense.tokens < tokens
-    )
+    with loaded.turns.turn(long=True):
+        seconds = found.trials.forecast(
+            missing, tokens, calibration, dense is None or dense.tokens < tokens
+        )
     times = dict(zip(missing, seconds, strict=True))
     return [times.get(spec, 0.0) for spec in specs]
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...measure.runs.search import Budget
 from ..plots.front_plot import front_plot
-from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, Together, readable
+from ..server.events import IN_TURNS, PRIVATE, QUIET, RESIZE, Together, readable
 from ..shell.inputs import LimitedSlider
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def wire_suggest(
         [model, *panel.settings],
         [*results, measured],
         trigger_mode="once",
-        **MODEL_QUEUE,
+        **IN_TURNS,
         **QUIET,
     )
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)

@@ -16,7 +16,7 @@ from ...core.static.compensation import COMPENSATIONS, FILLS
 from ...core.static.order import ORDERS
 from ...core.static.schedule import SCHEDULES
 from ...core.static.scores import SCORES
-from ..server.events import MODEL_QUEUE, QUIET, readable
+from ..server.events import IN_TURNS, QUIET, readable
 
 if TYPE_CHECKING:
     from .sweeping import SweepHandlers
@@ -134,6 +134,6 @@ def wire_sweep(
     )  # fmt: skip
     panel.start.click(
         readable(handlers.sweep), inputs, [panel.status, measured], trigger_mode="once",
-        **MODEL_QUEUE, **QUIET,
+        **IN_TURNS, **QUIET,
     )  # fmt: skip
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)

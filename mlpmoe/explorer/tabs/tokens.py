@@ -52,7 +52,7 @@ class TokenHandlers:
         return (
             worst_html(worst(sentences(changes), WORST), measured.dense.tokens, tint),
             so_far(measured) + text_html(changes, tint),
-            drift_plot(drift(loaded.model, loaded.converted(asked), ids)),
+            drift_plot(_drift(loaded, asked, ids)),
             *_branches(loaded, asked, ids, layer),
         )
 
@@ -70,6 +70,12 @@ class TokenHandlers:
         return gr.update(maximum=max(1, layers - 1), value=0)
 
 
+def _drift(loaded: LoadedModel, asked: Conversion, ids: torch.Tensor) -> Any:
+    converted = loaded.converted(asked)
+    with loaded.turns.turn(long=True):
+        return drift(loaded.model, converted, ids)
+
+
 def _branches(
     loaded: LoadedModel, asked: Conversion, ids: torch.Tensor, layer: int
 ) -> tuple[Any, ...]:
@@ -78,7 +84,8 @@ def _branches(
         return gr.update(visible=False), *(gr.skip(),) * 3
     whole = loaded.converted(loaded.structure.whole(asked))
     spec = spec_of(asked)
-    found = branch_statistics(whole, min(layer, len(loaded.mlps) - 1), ids, spec.kept)
+    with loaded.turns.turn(long=True):
+        found = branch_statistics(whole, min(layer, len(loaded.mlps) - 1), ids, spec.kept)
     return (
         gr.update(visible=True), branches_html(found, spec), norms_plot(found),
         correlations_plot(found),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from ..server.events import MODEL_QUEUE, QUIET, RESIZE, Together, readable
+from ..server.events import IN_TURNS, QUIET, RESIZE, Together, readable
 from ..shell.inputs import LimitedSlider
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ def wire_tokens(
         inputs,
         [panel.worst, panel.text, panel.drift, *branches],
         trigger_mode="always_last",
-        **MODEL_QUEUE,
+        **IN_TURNS,
         **QUIET,
     )
     panel.layer.input(
-        readable(handlers.branches), inputs, branches, trigger_mode="always_last", **MODEL_QUEUE,
+        readable(handlers.branches), inputs, branches, trigger_mode="always_last", **IN_TURNS,
         **QUIET,
     )  # fmt: skip
     another_model.add(handlers.another_model, [model], [panel.layer])

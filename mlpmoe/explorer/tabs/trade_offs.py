@@ -22,7 +22,7 @@ from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
 from ..server.texts import text_name
 from ..server.workbench import Workbench
-from ..shell.answer import WRITING_SECONDS, check_writing
+from ..shell.answer import WRITING_SECONDS, check_writing, in_turns
 from ..shell.imported import imported_records
 from ..shell.records import Record, pinned, read_records, write_records
 from ..shell.run_words import model_name, short_recipe
@@ -34,7 +34,6 @@ from .weights import histograms, layer_and_projection
 
 COMPARED = 6  # outputs of `compare`
 COMPARED_TOKENS = 96  # that both write
-UPDATES_PER_SECOND = 20  # of their text
 
 
 class TradeOffHandlers:
@@ -159,16 +158,13 @@ def _write(
     models = [one.converted(conversion) for one, conversion in zip(loaded, asked, strict=True)]
     if loaded[0] is not loaded[1]:
         raise UserError("A and B are of different models, so they do not write the same text.")
-    started = shown = monotonic()
-    texts = ("", "")
+    started, texts = monotonic(), ("", "")
     steps = write_side_by_side(tuple(models), loaded[0].tokenizer, prompt, COMPARED_TOKENS, 0.0)
-    for writings in steps:
-        texts = tuple(writing.text.lstrip() for writing in writings)
-        now = monotonic()
-        if now - shown > 1 / UPDATES_PER_SECOND:
-            shown = now
+    for written in in_turns(loaded[0], steps):
+        if written:
+            texts = tuple(writing.text.lstrip() for writing in written[-1])
             yield texts
-        if now - started > WRITING_SECONDS:
+        if monotonic() - started > WRITING_SECONDS:
             break
     yield texts
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...core.spec import PROJECTIONS
 from ..plots.tradeoff_plot import AXES, LAYERS, tradeoff_plot
-from ..server.events import MODEL_QUEUE, PRIVATE, QUIET, RESIZE, Together, readable
+from ..server.events import IN_TURNS, PRIVATE, QUIET, RESIZE, Together, readable
 from ..shell.answer_panel import MAX_PROMPT, STORIES
 from ..shell.inputs import LimitedSlider, OpenRadio
 from .paper_panel import PaperPanel, paper_panel
@@ -196,7 +196,7 @@ def wire_trade_offs(
         [fields.stored, panel.layer, panel.projection, panel.prompt],
         [panel.status, panel.results, *panel.histograms, *panel.texts],
         trigger_mode="once",
-        **MODEL_QUEUE,
+        **IN_TURNS,
         **QUIET,
     )
     panel.stop.click(readable(handlers.jobs.press_stop), None, panel.status, **QUIET)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.calibration import DOCUMENT_SEPARATOR
+from ...core.checks import check_characters
 from ...core.errors import UserError
 from ...core.mlps import context_length
 
@@ -192,6 +193,7 @@ def _check_window(window: int, limit: int | None) -> None:
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Sequence[int]]:
     """Token ids, and the UTF-8 bytes that begin with each: of a character that is spread over
     several tokens all bytes count at the first. A tokenizer's own marks have none."""
+    check_characters(text)
     encoding = tokenizer(text, verbose=False, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding["input_ids"]
     if not ids:

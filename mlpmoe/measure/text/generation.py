@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ...core.calibration import check_tokens
+from ...core.checks import check_characters
 from ...core.errors import UserError, not_finite
 from ...core.mlps import context_length
 from .decoding import Reader
@@ -46,6 +47,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     the user alone."""
     if not prompt.strip():
         raise UserError("the prompt is empty: write a few words for the models to go on from.")
+    check_characters(prompt, "the prompt")
     ids = _as_chat(tokenizer, prompt) or tokenizer(prompt, verbose=False)["input_ids"]
     return torch.tensor([ids])
 

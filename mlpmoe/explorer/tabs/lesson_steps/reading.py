@@ -66,7 +66,8 @@ def read_layers(loaded: LoadedModel) -> list[Reading]:
     special = torch.tensor(sorted(loaded.tokenizer.all_special_ids), dtype=ids.dtype)
     is_text = ~torch.isin(ids, special)
     words = tuple(_word(loaded, token) for token in ids[is_text].tolist())
-    observed = observe(loaded.model, Calibration(ids[None]))
+    with loaded.turns.turn(long=True):
+        observed = observe(loaded.model, Calibration(ids[None]))
     return [
         Reading(
             layer,

@@ -1,0 +1,35 @@
+"""Run a part of the campaign; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.campaign.clients import campaign as clients
+from tests.campaign.hostile import campaign as hostile
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign")
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("clients", help="many programs at once")
+    part.add_argument("--model", default="demo")
+    part.add_argument("--count", type=int, default=20)
+    part.add_argument("--minutes", type=float, default=10.0)
+    part.add_argument("--calibrated", action="store_true", help="calibrated conversions too")
+    part.set_defaults(
+        run=lambda at, got: clients(at, got.model, got.count, got.minutes, got.calibrated)
+    )
+    part = parts.add_parser("hostile", help="input that nobody's program means to send")
+    part.set_defaults(run=lambda at, got: hostile(at))
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mlpmoe-campaign-") as folder:
+        table = chosen.run(Path(folder), chosen)
+    print(table)
+    return 0 if table.fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
