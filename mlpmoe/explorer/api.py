@@ -100,16 +100,18 @@ def add_endpoints(workbench: Workbench) -> None:
         """Perplexity of both models on a text: "stories", "prose", "proxy", "wikitext2" or "c4";
         None is the one of the model's kind.
 
-        Streams {"done", "total"} tokens, with "before" and "seconds" (turns of others, and about
-        how long they take) while it waits; the last message holds the result.
+        Streams {"done", "total", "doing"}: tokens, and what is being done; with "before" and
+        "seconds" (turns of others, and about how long they take) while it waits. The last message
+        holds the result.
         """
         loaded, asked = find(model, branches, fade, keep, compensation, more)
         text = default_text(loaded.key) if text is None else text
-        done, total = 0, None
+        done, total = 0, loaded.plan(text).tokens
+        for message in loaded.convert(asked):
+            yield {"done": done, "total": total} | _doing(message)
         for step in each_in_thread(loaded.evaluate(asked, text)):
             if isinstance(step, Place):
-                before = {"before": step.ahead, "seconds": step.seconds}
-                yield {"done": done, "total": total or loaded.plan(text).tokens} | before
+                yield {"done": done, "total": total} | _doing(step)
             elif step.complete:
                 yield {
                     "spec": spec_of(asked).to_dict(),
@@ -126,7 +128,7 @@ def add_endpoints(workbench: Workbench) -> None:
                 }
             else:
                 done, total = 0 if step.look else step.dense.tokens, step.total
-                yield {"done": done, "total": total}
+                yield {"done": done, "total": total} | _doing("measuring")
 
     @readable
     def generate(
@@ -142,37 +144,38 @@ def add_endpoints(workbench: Workbench) -> None:
     ) -> Iterator[dict]:
         """Dense and converted model continue a prompt in lockstep.
 
-        Streams {"dense", "converted", "tokens", "parted_at"}; parted_at is the index of the first
-        token that differs, or null; with "before" and "seconds" (turns of others, and about how
-        long they take) while it waits.
+        Streams {"dense", "converted", "tokens", "parted_at", "doing"}; parted_at is the index of
+        the first token that differs, or null; with "before" and "seconds" (turns of others, and
+        about how long they take) while it waits. The last message has no "doing".
         """
         check_writing(prompt, tokens, temperature)
         loaded, asked = find(model, branches, fade, keep, compensation, more)
+        written = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
+        for message in loaded.convert(asked):
+            yield written | _doing(message)
         pair = (loaded.model, loaded.converted(asked))
-        steps = (
-            {
-                "dense": dense.text,
-                "converted": converted.text,
-                "tokens": [len(dense.tokens), len(converted.tokens)],
-                "parted_at": parted_at(dense.tokens, converted.tokens),
-            }
-            for dense, converted in write_side_by_side(
-                pair, loaded.tokenizer, prompt, tokens, temperature
-            )
-        )
-        last = said = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
-        for written in each_in_thread(in_turns(loaded, steps)):
-            if isinstance(written, Place):
-                said = last | {"before": written.ahead, "seconds": written.seconds}
-                yield said
+        steps = write_side_by_side(pair, loaded.tokenizer, prompt, tokens, temperature)
+        for step in each_in_thread(in_turns(loaded, steps)):
+            if isinstance(step, Place):
+                yield written | _doing(step)
                 continue
-            for last in written:
-                said = last
-                yield last
-        if said is not last:  # it waited for a turn in which nothing was left to write
-            yield last
+            for dense, converted in step:
+                written = {
+                    "dense": dense.text,
+                    "converted": converted.text,
+                    "tokens": [len(dense.tokens), len(converted.tokens)],
+                    "parted_at": parted_at(dense.tokens, converted.tokens),
+                }
+                yield written | _doing("writing")
+        yield written
 
     gr.api(models, api_name="models")
     gr.api(preview, api_name="preview", **IN_TURNS)
     gr.api(evaluate, api_name="evaluate", **IN_TURNS)
     gr.api(generate, api_name="generate", **IN_TURNS)
+
+
+def _doing(message: str) -> dict[str, Any]:
+    """What is being done, for a program; and its place in the line, while it waits."""
+    place = isinstance(message, Place) and {"before": message.ahead, "seconds": message.seconds}
+    return {"doing": str(message)} | (place or {})

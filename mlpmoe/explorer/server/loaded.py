@@ -7,7 +7,6 @@ held over the network, the disk or a tokenizer: see `Recent`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -91,7 +90,7 @@ class LoadedModel:
     answers: Recent = field(default_factory=lambda: Recent(ANSWERS_HELD))  # see answer.py
     _routing: Recent = field(default_factory=lambda: Recent(ROUTINGS_HELD))
     _observed: Recent = field(default_factory=lambda: Recent(1))
-    _calibrating: threading.Lock = field(default_factory=threading.Lock)
+    _calibrating: Turns = field(default_factory=Turns)
     _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
     in_training: Conversion | None = None  # at this moment
     _users: set[object] = field(default_factory=set)  # what is under way, also between its turns
@@ -189,13 +188,16 @@ class LoadedModel:
         return held.get_or_make(asked, lambda: self._convert(asked))
 
     def convert(self, asked: Conversion) -> Iterator[str]:
-        """Convert, yielding what is being done. Closing the iterator gives up after the layer in
-        progress."""
-        if asked in self._conversions:
+        """Convert, unless `converted` answers at once, yielding what is being done. Closing the
+        iterator gives up after the layer in progress."""
+        if self.is_converted(asked):
             return
+
+        def work(report: Callable[..., None]) -> None:
+            self._conversions.get_or_make(asked, lambda: self._convert(asked, report))
+
         with self.in_use():
-            made = yield from in_thread(lambda report: self._convert(asked, report))
-        self._conversions.put(asked, made)
+            yield from in_thread(work)
 
     def _convert(
         self, asked: Conversion, report: Callable[[str, float], None] | None = None
@@ -249,7 +251,7 @@ class LoadedModel:
         numbers = len(self.mlps) * calibration.samples.numel() * weights.d_model
         if numbers * weights.up.element_size() > OBSERVED_BYTES:
             return calibration
-        with self._calibrating:
+        with self._calibrating.turn():
             return self._observed.get_or_make(text, lambda: self._observe(calibration, report))
 
     def _observe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .asked import Calibrated, Conversion
+from .asked import Conversion
 from .background import in_thread
 from .loaded import LoadedModel
 
@@ -14,8 +14,7 @@ def measuring(loaded: LoadedModel, asked: Conversion, text: str) -> Iterator[str
     """Convert and measure, yielding what is being done, at least four times a second; `loaded`
     knows the run then. Closing the iterator ends it between two modules of a model, or two
     steps of a stage."""
-    if isinstance(asked, Calibrated):
-        yield from loaded.convert(asked)
+    yield from loaded.convert(asked)
 
     def work(report: Any) -> None:
         for step in loaded.evaluate(asked, text):

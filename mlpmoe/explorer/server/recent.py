@@ -8,6 +8,9 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, TypeVar
 
+from ...core.stopping import may_stop
+from .turns import TICK
+
 T = TypeVar("T")
 
 
@@ -30,13 +33,16 @@ class Recent(OrderedDict):
         self._making: dict[object, threading.RLock] = {}
 
     def get_or_make(self, key: object, make: Callable[[], T]) -> T:
-        """The value of the key, made now if there is none; only once, whoever asks meanwhile."""
+        """The value of the key, made now if there is none; only once, whoever asks meanwhile. Who
+        waits for that may stop."""
         with self._lock:
             if key in self:
                 self.move_to_end(key)
                 return self[key]
             making = self._making.setdefault(key, threading.RLock())
-        with making:
+        while not making.acquire(timeout=TICK):
+            may_stop()
+        try:
             with self._lock:
                 if key in self:
                     return self[key]
@@ -46,6 +52,8 @@ class Recent(OrderedDict):
             finally:
                 with self._lock:
                     self._making.pop(key, None)
+        finally:
+            making.release()
         return value
 
     def put(self, key: object, value: object) -> None:

@@ -132,10 +132,9 @@ class AnswerHandlers:
         check_writing(prompt, tokens, temperature)
         loaded = self.workbench.loaded(model)
         asked = read_asked(loaded, settings)
-        if not loaded.is_converted(asked):
-            for message in loaded.convert(asked):
-                check()
-                yield gr.skip(), gr.skip(), status(f"{message} …"), gr.skip()
+        for message in loaded.convert(asked):
+            check()
+            yield gr.skip(), gr.skip(), status(f"{message} …"), gr.skip()
         steps = _answered(loaded, asked, (prompt, tokens, temperature), check)
         waited = False
         for step in each_in_thread(steps):

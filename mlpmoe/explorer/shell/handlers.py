@@ -220,8 +220,8 @@ def _steps(chosen: _Chosen, whole: bool, speed_anew: bool) -> Iterator[tuple[Any
             gr.Warning(sentence(UserError(said)), title="Few calibration tokens")
         yield known("measuring …")
     if spec_of(asked).routed and loaded.known_routing(asked) is None:
-        for _ in in_thread(lambda report: loaded.routing(asked)):
-            yield measured("watching the experts …")
+        for said in in_thread(lambda report: loaded.routing(asked)):
+            yield measured(f"{said if isinstance(said, Place) else 'watching the experts'} …")
         yield known("measuring …")
     if not loaded.has_text(text):
         yield measured("reading the text …")

@@ -16,7 +16,7 @@ from ...core.errors import UserError
 from ...measure.runs.tables import to_csv
 from ...measure.text.generation import write_side_by_side
 from ..plots.tradeoff_plot import AXES, tradeoff_plot
-from ..server.asked import Calibrated, Conversion, spec_of
+from ..server.asked import Conversion, spec_of
 from ..server.events import status
 from ..server.jobs import Jobs
 from ..server.loaded import LoadedModel
@@ -130,9 +130,8 @@ class TradeOffHandlers:
         for letter, record in zip("AB", pair, strict=True):
             loaded.append(self.workbench.loaded(record.model))
             asked.append(loaded[-1].asked(record.run.spec, record.calibration))
-            if isinstance(asked[-1], Calibrated):
-                for message in loaded[-1].convert(asked[-1]):
-                    yield status(f"{letter}: {message} …"), gr.skip(), *nothing, *nothing
+            for message in loaded[-1].convert(asked[-1]):
+                yield status(f"{letter}: {message} …"), gr.skip(), *nothing, *nothing
         plots = [
             _histograms(one, conversion, layer, projection)
             for one, conversion in zip(loaded, asked, strict=True)
