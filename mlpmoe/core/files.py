@@ -36,7 +36,7 @@ def check_output(file: Path) -> None:
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise UserError(f"{file} cannot be a file: name one in a folder that exists.")
         if not stat.S_ISREG(file.stat().st_mode):
-            raise UserError(f"{file} is no ordinary file: name one that keeps what is written.")
+            raise UserError(f"{file} is not an ordinary file: name one that keeps what is written.")
         with open(file, "ab"):
             return
     except FileNotFoundError:  # so one has to be made, which is tried under another name

@@ -57,7 +57,7 @@ def add_endpoints(workbench: Workbench) -> None:
         common = {
             "branches": branches, "fade": fade, "keep": keep, "compensation": compensation
         }  # fmt: skip
-        # what stands there unasked is no part of a routed spec, nor is a fade beside a sparsity
+        # what stands there unasked is not part of a routed spec, nor is a fade beside a sparsity
         if known(more.get("method"), ROUTED_METHODS) or SPARSITY in more:
             common = {name: value for name, value in common.items() if value != USUAL[name]}
         spec = ConversionSpec.from_dict(common | more)

@@ -69,7 +69,7 @@ def speedup(ratio: Ratio) -> str:
 
 
 def scores(score: TaskScore) -> tuple[str, str]:
-    """What both models reach: "58.4 ± 1.0 %", or plain figures by a metric that is no share."""
+    """What both models reach: "58.4 ± 1.0 %", or plain figures by a metric that is not a share."""
     return (
         _with_error(score.dense, score.dense_stderr, score.share),
         _with_error(score.converted, score.converted_stderr, score.share),

@@ -54,7 +54,7 @@ def inspect(checkpoint: Checkpoint) -> Architecture:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(parsed), None)
     if model_class is None or not _is_causal(config, model_class.__name__):
         raise refuse_wrapper(name, declared, parsed) or ModelError(
-            f"{name} is no causal language model ({shorten(declared)}): it does not write "
+            f"{name} is not a causal language model ({shorten(declared)}): it does not write "
             "text from left to right."
         )
     return build_empty(parsed, name, _saved_dtype(parsed))

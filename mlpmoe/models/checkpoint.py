@@ -46,7 +46,7 @@ CONFIGS = {
 SMALL_FILES = {"tokenizer_config.json", "added_tokens.json"}.union(CONFIGS, *VOCABULARIES)
 TEMPLATES = "additional_chat_templates"  # a folder, which tokenizers read beside their files
 
-# Beginnings of the names of other files for tokenizers, and for processors of what is no text
+# Beginnings of the names of other files for tokenizers, and for processors of what is not text
 COMPANION = re.compile(
     r"(?:tokeniz|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece|tekken"
     r"|tiktoken|normalizer|\w*processor|[\w.]+\.(?:tiktoken|spm)$)"

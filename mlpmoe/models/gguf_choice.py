@@ -30,7 +30,7 @@ def choose_gguf(checkpoint: Checkpoint, wanted: str | None) -> str | None:
         return None
     if wanted is None:
         refuse_if_adapter(checkpoint)
-        # what sees images for a model is no model of text
+        # what sees images for a model is not a model of text
         files = [name for name in files if not name.lower().startswith("mmproj")] or files
         whole = [name for name in files if not _PART.search(name)]
         if len(whole) > 1:

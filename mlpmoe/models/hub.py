@@ -199,7 +199,9 @@ def _listed(repo_id: str, revision: str | None, access: str | bool | None) -> Ch
         token=access,
     )
     if not info.sha:
-        raise ModelError(f"The hub's answer about {repo_id} names no commit. Try again later.")
+        raise ModelError(
+            f"The hub's answer about {repo_id} does not name a commit. Try again later."
+        )
     sizes = {
         file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename
     }

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +39,7 @@ from .preflight import Preflight, preflight
 from .progress import OnProgress, Progress
 from .quiet_dtype import default_dtype_stays
 from .stored_config import read_generation_config, read_stored_config
-from .tokens import PROBE, fit_tokenizer
+from .tokens import fit_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ def prepared(checked: Preflight, *, on_progress: OnProgress | None = None) -> Pr
 
 
 def read_tokenizer(checked: Preflight, *, token: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, of a model that is no GGUF file."""
+    """The tokenizer alone, of a model that is not a GGUF file."""
     return _read_tokenizer(_files(checked, checked.small_files, token, None), checked.name)
 
 
@@ -169,17 +168,13 @@ def _files(
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
+        if (folder / "tokenizer.json").is_file():
+            # As it is. A class by model type may split text in its own way, whatever the file says,
+            # and every number measured would be wrong. And to parse a large one, which transformers
+            # would do up to three times, holds all threads of Python for seconds.
+            return PreTrainedTokenizerFast.from_pretrained(folder, **options)
         config = read_stored_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
-        tokenizer_file = folder / "tokenizer.json"
-        if tokenizer_file.is_file():
-            # transformers may choose a class by model type that splits text in its own way,
-            # whatever tokenizer.json says; every number measured would then be wrong.
-            as_saved = Tokenizer.from_file(str(tokenizer_file))
-            if not _agree(tokenizer, as_saved):
-                logger.info("%s: using tokenizer.json as it is", name)
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
-        return tokenizer
+        return AutoTokenizer.from_pretrained(folder, config=config, **options)
     except Exception as error:  # tokenizers raises a bare Exception
         logger.debug("%s: the tokenizer cannot be read", name, exc_info=True)
         raise ModelError(
@@ -198,11 +193,6 @@ def _gguf_tokenizer(folder: Path, checked: Preflight) -> PreTrainedTokenizerBase
         raise ModelError(
             f"The tokenizer of {checked.name} cannot be read ({type(error).__name__})."
         ) from error
-
-
-def _agree(tokenizer: PreTrainedTokenizerBase, as_saved: Tokenizer) -> bool:
-    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    return ids == as_saved.encode(PROBE, add_special_tokens=False).ids
 
 
 def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def read_stored_config(folder: Path) -> PreTrainedConfig:
     """config.json in a folder, parsed. What is in LEFT_TO_THIS_MACHINE is at its default, whatever
-    the file says. Raises as `AutoConfig.from_pretrained`, and ValueError for what is no JSON."""
+    the file says. Raises as `AutoConfig.from_pretrained`, and ValueError for what is not JSON."""
     fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         # a file, since a config that is parsed from fields is not put right as one from a file is
@@ -49,7 +49,7 @@ def read_stored_config(folder: Path) -> PreTrainedConfig:
 
 def read_generation_config(folder: Path, config: PreTrainedConfig, name: str) -> GenerationConfig:
     """How a model says that it wants to write: generation_config.json, or what config.json has of
-    that, without LEFT_TO_THIS_MACHINE. What is no such thing leaves the defaults, and the special
+    that, without LEFT_TO_THIS_MACHINE. Where it cannot be used, the defaults hold, and the special
     tokens of the config."""
     own = (folder / GENERATION).is_file()
     try:
@@ -63,7 +63,7 @@ def read_generation_config(folder: Path, config: PreTrainedConfig, name: str) ->
         found.validate()
         if all(_names_tokens(getattr(found, key, None)) for key in TOKENS):
             return found
-        problem = "special tokens that are no numbers"
+        problem = "special tokens that are not numbers"
     except Exception as error:  # it can be wrong in as many ways as it has settings
         problem = type(error).__name__
     logger.warning("%s: its %s cannot be used (%s)", name, GENERATION, problem)

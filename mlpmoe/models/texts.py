@@ -154,7 +154,7 @@ def named_text(name: str) -> str:
 
 def check_own_text(content: str | bytes) -> str:
     """A visitor's text, with one kind of line ends. Bytes are read as `decode_text` does. Raises
-    UserError for what is no text, holds nothing to predict, or is longer than MAX_OWN_TEXT."""
+    UserError for what is not text, holds nothing to predict, or is longer than MAX_OWN_TEXT."""
     text = decode_text(content) if isinstance(content, bytes) else content
     if not isinstance(text, str):
         raise UserError("there is no text: paste some, or choose a file.")
@@ -167,7 +167,7 @@ def check_own_text(content: str | bytes) -> str:
         )
     if "\0" in text:
         raise UserError(
-            f"this is no text: character {text.index(chr(0)):,} is a zero. Take it out."
+            f"this is not text: character {text.index(chr(0)):,} is a zero. Take it out."
         )
     check_characters(text)
     return text
@@ -189,7 +189,7 @@ def decode_text(content: bytes) -> str:
     if "\0" in text:
         start = len(text[: text.index("\0")].encode(encoding))
         raise UserError(
-            f"the file is no text (byte {mark + start:,} is zero). Save it as plain text, in "
+            f"the file is not text (byte {mark + start:,} is zero). Save it as plain text, in "
             "UTF-8, and try again."
         )
     return _one_kind_of_line_ends(text)

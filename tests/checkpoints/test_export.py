@@ -257,7 +257,7 @@ def test_folders_that_are_not_free(converted, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="is a file"):
         export(converted, tmp_path / "file")
-    with pytest.raises(ExportError, match="no folder"):
+    with pytest.raises(ExportError, match="not a folder"):
         export(converted, tmp_path / "file" / "out")
 
 
@@ -379,8 +379,8 @@ def test_verify_finds_another_models_checkpoint(made):
     "content, error, words",
     [
         ("{", UserError, "not valid JSON"),
-        ("[1]", UserError, "holds no conversion"),
-        ('{"format": 1, "mlpmoe": "0.1.0"}', UserError, "names no spec"),
+        ("[1]", UserError, "does not hold a conversion"),
+        ('{"format": 1, "mlpmoe": "0.1.0"}', UserError, "does not hold a spec"),
         ('{"spec": {"branches": 0}}', SpecError, "at least 1"),
         ('{"spec": {"twigs": 3}}', SpecError, "unknown field"),
         ('{"branches": 4, "keep": 9}', SpecError, "between 1 and"),

@@ -131,7 +131,7 @@ def test_blocks_are_filled_up_where_that_is_cheap(width, filled):
         (1536, 1152, 1152, None),
         (1536, 635, 640, "5 of 640 neurons per layer are zeros, so that other software can"),
         (1536, 1535, 1536, "1 of 1,536 neurons per layer are zeros"),
-        (1536, 36, 36, "36 neurons are no multiple of 32"),
+        (1536, 36, 36, "36 neurons are not a multiple of 32"),
         (1500, 635, 635, None),  # neither was the base model's
     ],
 )

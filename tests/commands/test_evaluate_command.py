@@ -663,7 +663,7 @@ def test_a_text_of_nothing_is_refused(evaluate, text):
     [
         (None, "cannot be read: No such file"),
         (b"caf\xe9", "mine.txt: the file is not UTF-8 text (byte 3)"),
-        (b"a\x00b", "mine.txt: the file is no text (byte 1 is zero)"),
+        (b"a\x00b", "mine.txt: the file is not text (byte 1 is zero)"),
     ],
 )
 def test_texts_that_cannot_be_read_fail_in_one_line(evaluate, text, content, words):

@@ -329,7 +329,7 @@ def test_fade_and_a_share_of_zeros_replace_each_other(sweep, spec_file):
 @pytest.mark.parametrize(
     ("content", "flags", "words"),
     [
-        ("{", [], "is no JSON"),
+        ("{", [], "is not valid JSON"),
         ('{"speed": 1}', [], "no field of a conversion is called 'speed'"),
         ('{"branches": null}', [], "--branches in the sweep file must be a text"),
         ('{"branches": 8}', ["--recipes"], "--recipes takes no spec flags"),

@@ -39,7 +39,7 @@ def test_an_output_is_tried_and_left_as_it_was(tmp_path):
     ("name", "words"),
     [(".", "name one in a folder that exists"), ("none/new", "name one in a folder that exists"),
      ("old/new", "name one in a folder that exists"), ("n" * 300, "File name too long"),
-     ("/dev/full", "no ordinary file"), ("/proc/new", "cannot be written")],
+     ("/dev/full", "not an ordinary file"), ("/proc/new", "cannot be written")],
 )  # fmt: skip
 def test_what_cannot_be_an_output(tmp_path, name, words):
     (tmp_path / "old").touch()

@@ -423,10 +423,10 @@ def opened(exporter: ExportHandlers, tmp_path: Path, content: object) -> tuple:
     ("content", "reason"),
     [
         ("{", "not valid JSON"),
-        ([1], "holds no conversion"),
+        ([1], "does not hold a conversion"),
         ({"spec": {"branches": 4, "keep": 9}}, "between 1 and"),
         ({"spec": {"colour": "red"}}, "unknown field"),
-        ({"spec": None, "mlpmoe": "1"}, "names no spec"),
+        ({"spec": None, "mlpmoe": "1"}, "does not hold a spec"),
         ({"spec": {"branches": D_FF + 1}}, "choose B between"),
         ({"spec": {"branches": 65}}, "at most 64"),
         ({"spec": {"seed": 5, "order": "random"}}, "no control for seed"),

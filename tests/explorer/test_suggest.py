@@ -402,7 +402,7 @@ def test_goals_make_budgets():
 
 @pytest.mark.parametrize("goal", ["", "speed", None, 3, "<img src=x>", "x" * 10**5])
 def test_a_bad_goal_is_said(tab, visitor, goal):
-    with pytest.raises(UserError, match="is no budget; allowed: nonzero, compute, perplexity"):
+    with pytest.raises(UserError, match="is not a budget; allowed: nonzero, compute, perplexity"):
         next(tab.suggest(visitor(), *order(goal)))
     with pytest.raises(gr.Error) as caught:
         next(readable(tab.suggest)(visitor(), *order(goal)))

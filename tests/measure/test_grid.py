@@ -122,8 +122,8 @@ def test_a_sweep_file():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "is no JSON"),
-        ('{"branches": 8', "is no JSON"),
+        ("", "is not valid JSON"),
+        ('{"branches": 8', "is not valid JSON"),
         ("[" * 100_000, "nested too deep"),
         ("[8, 16]", "must hold one object"),
         ("8", "must hold one object"),

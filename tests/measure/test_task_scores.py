@@ -31,14 +31,14 @@ def test_other_values_make_no_score(name, value):
     try:
         score = TaskScore.from_dict(values)
     except UserError as error:
-        assert str(error).startswith(f"this is no score of a task: {name} is ")
+        assert str(error).startswith(f"this is not a score of a task: {name} is ")
     else:
         assert json.loads(json.dumps(score.to_dict(), allow_nan=False)) == values
 
 
 @pytest.mark.parametrize("values", [None, 5, [], {}, {"task": "arc_easy"}], ids=repr)
 def test_what_is_no_score(values):
-    with pytest.raises(UserError, match="this is no score of a task"):
+    with pytest.raises(UserError, match="this is not a score of a task"):
         TaskScore.from_dict(values)
 
 
@@ -91,13 +91,13 @@ def test_runs_without_tasks_are_written_as_before():
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
-        (None, "no run: tasks is None"),
-        ("acc", "no run: tasks is 'acc'"),
-        ({}, "no run: tasks is {}"),
-        ([SCORES[0].to_dict()] * 2, "no run: tasks holds one score twice"),
-        ([SCORES[0].to_dict()] * 1001, "no run: tasks is "),
-        ([5], "no score of a task: 5"),
-        ([SCORES[0].to_dict() | {"dense": "much"}], "no score of a task: dense is 'much'"),
+        (None, "not a run: tasks is None"),
+        ("acc", "not a run: tasks is 'acc'"),
+        ({}, "not a run: tasks is {}"),
+        ([SCORES[0].to_dict()] * 2, "not a run: tasks holds one score twice"),
+        ([SCORES[0].to_dict()] * 1001, "not a run: tasks is "),
+        ([5], "not a score of a task: 5"),
+        ([SCORES[0].to_dict() | {"dense": "much"}], "not a score of a task: dense is 'much'"),
     ],
 )  # fmt: skip
 def test_other_tasks_make_no_run(tasks, words):

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    tokenization_utils_tokenizers,
+)
 
 from mlpmoe.core.errors import UserError
 from mlpmoe.measure.quality.perplexity import perplexity
@@ -343,3 +349,17 @@ def add_qwen2_biases(tensors) -> None:
         tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
     for name in [name for name in tensors if name.endswith("v_proj.weight")]:
         tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
+
+
+def test_a_tokenizer_is_parsed_once(tiny_folder, monkeypatch):
+    """Which holds all threads of Python: for seconds, where a vocabulary is large."""
+    parsed = []
+
+    class Counting:
+        def __getattr__(self, name):
+            parsed.append(name)
+            return getattr(Tokenizer, name)
+
+    monkeypatch.setattr(tokenization_utils_tokenizers, "TokenizerFast", Counting())
+    load(tiny_folder, device="cpu")
+    assert parsed == ["from_file"]

@@ -160,7 +160,7 @@ def test_models_that_do_not_write(folder):
     ):
         config.architectures = [name]
         config.save_pretrained(folder)
-        assert refusal(folder).startswith(f"model is no causal language model ({name})")
+        assert refusal(folder).startswith(f"model is not a causal language model ({name})")
 
 
 def test_unsupported_structures(folder):

@@ -144,7 +144,7 @@ def test_a_wrapper_names_its_language_model(folder, model_type, declared, inside
 
 def test_what_only_sees_is_no_language_model(folder):
     CLIPVisionConfig(architectures=["CLIPVisionModel"]).save_pretrained(folder)
-    assert "is no causal language model (CLIPVisionModel)" in refusal(folder)
+    assert "is not a causal language model (CLIPVisionModel)" in refusal(folder)
 
 
 def test_remote_code(folder):

@@ -257,11 +257,11 @@ def read_spec_file(file: str | Path) -> ConversionSpec:
         values = values["spec"]
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(
-            f"{path.name} holds no conversion: an object with the fields of a spec is needed, "
-            'such as {"branches": 16, "keep": 12}.'
+            f"{path.name} does not hold a conversion: an object with the fields of a spec is "
+            'needed, such as {"branches": 16, "keep": 12}.'
         )
     if "spec" in values or "mlpmoe" in values:
-        raise UserError(f"{shorten(path.name)} names no spec.")
+        raise UserError(f"{shorten(path.name)} does not hold a spec.")
     return ConversionSpec.from_dict(values)
 
 

@@ -56,12 +56,12 @@ def quantisable(width: int) -> int:
 
 
 def block_note(width: int) -> str | None:
-    """What should be known of a width that is no multiple of BLOCK."""
+    """What should be known of a width that is not a multiple of BLOCK."""
     if width % BLOCK == 0:
         return None
     return (
-        f"{width:,} neurons are no multiple of {BLOCK}, so software that quantises in such blocks, "
-        "as llama.cpp does, leaves the down matrices as they are or refuses them."
+        f"{width:,} neurons are not a multiple of {BLOCK}, so software that quantises in such "
+        "blocks, as llama.cpp does, leaves the down matrices as they are or refuses them."
     )
 
 

@@ -70,7 +70,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     """The folder's path if a checkpoint can be written there. Raises ExportError."""
     final = Path(folder).expanduser().absolute()
     if final.name.endswith(PARTIAL) or not final.name:
-        raise ExportError(f"{folder} is no name for a checkpoint.")
+        raise ExportError(f"{folder} cannot be the name of a checkpoint.")
     if final.is_file():
         raise ExportError(f"{final} is a file; a checkpoint is a folder.")
     try:
@@ -84,7 +84,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     while not above.exists():
         above = above.parent
     if not above.is_dir():
-        raise ExportError(f"{final} cannot be written: {above} is no folder.")
+        raise ExportError(f"{final} cannot be written: {above} is not a folder.")
     if final.is_mount():
         raise ExportError(f"{final} is where a disk is mounted: name a folder in it.")
     try:

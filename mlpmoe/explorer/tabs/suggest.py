@@ -182,7 +182,7 @@ def read_budget(goal: str, share: float, increase: float) -> Budget:
     if goal == "perplexity":
         return Budget("nonzero", None, 1 + increase / 100)
     if not isinstance(goal, str) or goal not in COSTS:
-        raise UserError(f"{goal!r:.60} is no budget; allowed: {', '.join(COSTS)}, perplexity.")
+        raise UserError(f"{goal!r:.60} is not a budget; allowed: {', '.join(COSTS)}, perplexity.")
     return Budget(goal, share / 100)
 
 

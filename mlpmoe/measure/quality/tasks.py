@@ -51,13 +51,13 @@ class TaskScore:
 
     @classmethod
     def from_dict(cls, values: Any) -> TaskScore:
-        """The inverse of `to_dict`; UserError for what is no score."""
+        """The inverse of `to_dict`; UserError for what is not a score."""
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or any(name not in values for name in names):
-            raise UserError(f"this is no score of a task: {shown(values)}.")
+            raise UserError(f"this is not a score of a task: {shown(values)}.")
         for name in names:
             if not _fits(name, values[name]):
-                raise UserError(f"this is no score of a task: {name} is {shown(values[name])}.")
+                raise UserError(f"this is not a score of a task: {name} is {shown(values[name])}.")
         return cls(**{name: values[name] for name in names})
 
 

@@ -62,9 +62,9 @@ def read_grid(text: str) -> dict[str, list[str]]:
     try:
         content = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
-        raise UserError("the sweep file is no JSON of a sweep: it is nested too deep.") from None
+        raise UserError("the sweep file is not valid JSON: it is nested too deep.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"the sweep file is no JSON: {error}.") from None
+        raise UserError(f"the sweep file is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UserError('the sweep file must hold one object, such as {"branches": "8,16"}.')
     found = {}

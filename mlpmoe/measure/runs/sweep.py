@@ -76,9 +76,9 @@ class Run:
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """The inverse of `to_dict`. Infinite figures may also be given as such, and entries beside
         those of a run are passed over, such as the setting in a line of a file. Raises UserError
-        for what is no run: fields that are missing, of another type, below 0 or undefined."""
+        for what is not a run: fields that are missing, of another type, below 0 or undefined."""
         if not isinstance(values, Mapping) or not isinstance(values.get("spec"), Mapping):
-            raise UserError("this is no run: it has no spec.")
+            raise UserError("this is not a run: it has no spec.")
         spec = ConversionSpec.from_dict(values["spec"])
         figures = {
             f.name: _figure(f.name, f.type, values)
@@ -91,7 +91,7 @@ class Run:
 def _figure(name: str, kind: str, values: Mapping[str, Any]) -> int | float:
     """A number of a run; kind: "int" or "float"."""
     if name not in values:
-        raise UserError(f"this is no run: {name} is missing.")
+        raise UserError(f"this is not a run: {name} is missing.")
     value = values[name]
     if value is None and name in MAY_BE_INFINITE:
         return inf
@@ -101,16 +101,16 @@ def _figure(name: str, kind: str, values: Mapping[str, Any]) -> int | float:
     if kind == "float" and (whole or isinstance(value, float)) and value >= 0:
         if value <= 1e300 or (value == inf and name in MAY_BE_INFINITE):
             return float(value)
-    raise UserError(f"this is no run: {name} is {shown(value)}.")
+    raise UserError(f"this is not a run: {name} is {shown(value)}.")
 
 
 def _scores(values: Any) -> tuple[TaskScore, ...]:
     """The scores of a run."""
     if not isinstance(values, list | tuple) or len(values) > MOST_SCORES:
-        raise UserError(f"this is no run: tasks is {shown(values)}.")
+        raise UserError(f"this is not a run: tasks is {shown(values)}.")
     scores = tuple(TaskScore.from_dict(entry) for entry in values)
     if len({(score.task, score.metric) for score in scores}) < len(scores):
-        raise UserError("this is no run: tasks holds one score twice.")
+        raise UserError("this is not a run: tasks holds one score twice.")
     return scores
 
 

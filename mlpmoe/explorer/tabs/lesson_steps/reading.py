@@ -21,7 +21,7 @@ TOKENS = 64  # of the evaluation text, the beginning of the text included
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One MLP and its input. Tokens that are no text, like the one that begins a text, are left
+    """One MLP and its input. Tokens that are not text, like the one that begins a text, are left
     out: models park large numbers there, which would drown all words."""
 
     layer: int
