@@ -8,7 +8,7 @@ held over the network, the disk or a tokenizer: see `Recent`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
@@ -45,6 +45,7 @@ from ...models.texts import TEXTS
 from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
 from .recent import Recent
+from .room import Room, room_on
 from .structure import Structure
 from .texts import OWN_PREFIX, SHIPPED, Texts
 from .turns import Turns
@@ -94,8 +95,10 @@ class LoadedModel:
     _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
     in_training: Conversion | None = None  # at this moment
     _users: set[object] = field(default_factory=set)  # what is under way, also between its turns
+    room: Room = field(init=False)  # for conversions
 
     def __post_init__(self) -> None:
+        self.room = room_on(self.checked.device)
         if self.checked.bytes_on_disk <= SMALL_BYTES:
             self._conversions.size = SMALL_CONVERSIONS_HELD
 
@@ -205,18 +208,28 @@ class LoadedModel:
         spec, calibration = spec_of(asked), None
         if spec.needs_calibration:
             calibration = self.calibration(asked.text, report)
-        if calibration is None:  # soon done, and others' previews need not wait
+        if _only_cuts(asked):
             return convert_all(self.model, [spec], None, report)[0]
-        if not spec.recovers:
+        if spec.recovers:
+            with _training.turn():
+                # who waited may have waited for the same
+                return self._conversions.get(asked) or self._train(asked, calibration, report)
+        with self._room(report):  # before a turn: others free memory in theirs
+            if calibration is None:  # soon done, and others' previews need not wait
+                return convert_all(self.model, [spec], None, report)[0]
             with self.turns.turn(long=True):
                 return convert_all(self.model, [spec], calibration, report)[0]
-        with _training.turn():
-            # who waited may have waited for the same
-            made = self._conversions.get(asked)
-            if made is None:
-                with self.turns.turn(long=True):
-                    made = self._train(asked, calibration, report)
-            return made
+
+    def _room(self, report: Callable[..., None] | None) -> AbstractContextManager[None]:
+        """For a copy of all MLPs, which most conversions are."""
+
+        def waiting() -> None:
+            if report:
+                report("waiting for memory", None)
+
+        weights = (weight for mlp in self.mlps for weight in mlp.module.parameters())
+        needed = sum(weight.numel() * weight.element_size() for weight in weights)
+        return self.room.holding(needed, self._conversions.forget_oldest, waiting)
 
     def _train(
         self, asked: Calibrated, calibration: Calibration | Observed,
@@ -229,10 +242,11 @@ class LoadedModel:
 
         self.in_training = asked
         try:
-            (made,) = convert_all(
-                self.model, [asked.spec], calibration, report, recovery_folder(),
-                host_training_seconds(), look,
-            )  # fmt: skip
+            with self._room(report), self.turns.turn(long=True):
+                (made,) = convert_all(
+                    self.model, [asked.spec], calibration, report, recovery_folder(),
+                    host_training_seconds(), look,
+                )  # fmt: skip
         finally:
             self.in_training = None
         done = recovery_of(made)

@@ -63,5 +63,10 @@ class Recent(OrderedDict):
             while len(self) > self.size or (len(self) > 1 and self._bytes() > self.most_bytes):
                 self.popitem(last=False)
 
+    def forget_oldest(self) -> bool:
+        """Forget what was used longest ago; whether there was anything."""
+        with self._lock:
+            return bool(self) and self.popitem(last=False) is not None
+
     def _bytes(self) -> int:
         return sum(map(self.bytes_of, self.values()))
