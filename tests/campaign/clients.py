@@ -151,7 +151,11 @@ def campaign(folder: Path, model: str, count: int, minutes: float, calibrated: b
         wanted = dict(
             serial(server, model, {key for key, _ in log.answers if "'models'" not in key})
         )
-    wrong = [key for key, found in log.answers if key in wanted and differs(found, wanted[key])]
+    wrong = [
+        f"{key}: {found} and not {wanted[key]}"
+        for key, found in log.answers
+        if key in wanted and differs(found, wanted[key])
+    ]
     table.row("calls answered", f"{len(log.answers):,}", bool(log.answers))
     table.row("calls that failed", f"{len(log.failed)}", not log.failed)
     table.row(f"wrong numbers, against {len(wanted)} serial answers", f"{len(wrong)}", not wrong)
