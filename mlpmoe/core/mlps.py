@@ -102,6 +102,7 @@ CONVERTED = (
 )
 # Exact types: a subclass may compute something else (quantised layers do).
 LINEAR_TYPES = (nn.Linear, Conv1D, FalconLinear)
+PARAMETER_TYPES = (nn.Parameter,)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -168,7 +169,7 @@ def read_linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"the weights of {name} are not in memory (offloaded to disk or CPU, or never "
             "loaded). Load the whole model on one device."
         )
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES:
+    if type(weight) not in PARAMETER_TYPES or weight.dtype not in FLOAT_DTYPES:
         raise UnsupportedModelError(
             f"{name} stores {type(weight).__name__} of {weight.dtype}; allowed are plain float16, "
             "bfloat16, float32 and float64 weights."

@@ -14,6 +14,7 @@ from ..mlps import MLPWeights
 from ..registry import Choice
 from ..static.order import permute
 from ..stopping import may_stop
+from ..wide import wide_device, wide_sum
 from .partition import Partition
 
 RIDGE = 1e-3  # of the mean variance of the input
@@ -153,7 +154,8 @@ def fit_router(x: Tensor, wanted: Tensor) -> LinearRouter:
     """The linear map of x that predicts the wanted scores best: ridge regression, in closed form.
 
     x: (tokens, d_model). wanted: (tokens, experts)."""
-    x_mean, wanted_mean = (t.mean(0, dtype=torch.float64) for t in (x, wanted))
+    home, x, wanted = x.device, *(t.to(wide_device(t.device)) for t in (x, wanted))
+    x_mean, wanted_mean = (wide_sum(t, 0) / len(t) for t in (x, wanted))
     gram, cross = 0.0, 0.0  # (d_model, d_model), (d_model, experts)
     for some, said in zip(x.split(PRODUCT_ROWS), wanted.split(PRODUCT_ROWS), strict=True):
         may_stop()
@@ -162,7 +164,8 @@ def fit_router(x: Tensor, wanted: Tensor) -> LinearRouter:
         cross += some.T @ (said.double() - wanted_mean)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     weight = torch.linalg.solve(gram, cross).T  # (experts, d_model)
-    return LinearRouter(weight, wanted_mean - weight @ x_mean)
+    bias = wanted_mean - weight @ x_mean
+    return LinearRouter(weight.float().to(home), bias.float().to(home))
 
 
 def oracle(
