@@ -92,15 +92,17 @@ class OracleRouter(nn.Module):
 
     def __init__(self, weights: MLPWeights, experts: int) -> None:
         super().__init__()
-        self.weights, self.experts = weights, experts
+        self.experts, self.act_fn = experts, weights.activation
+        for name in ("gate", "up", "gate_bias", "up_bias"):  # buffers move with the model
+            self.register_buffer(name, getattr(weights, name), persistent=False)
         self.register_buffer("size", weights.down.float().norm(dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weights
-        h = F.linear(x, w.up, w.up_bias)
-        h = w.activation(h if w.gate is None else F.linear(x, w.gate, w.gate_bias)) * (
-            1 if w.gate is None else h
-        )
+        h = F.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            h = self.act_fn(h)
+        else:
+            h = self.act_fn(F.linear(x, self.gate, self.gate_bias)) * h
         return (h.float().abs() * self.size).unflatten(-1, (self.experts, -1)).sum(-1)
 
 
