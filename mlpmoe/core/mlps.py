@@ -22,6 +22,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError, UserError
+from .one_device import check_one_device
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def read_mlps(model: nn.Module) -> list[DenseMLP]:
 
     Raises UnsupportedModelError, naming the module and the reason, for what cannot be split:
     norms between up and down, layers without an MLP module, existing mixtures of experts,
-    quantised or offloaded weights.
+    quantised or offloaded weights, and for a model that is spread over several devices.
     """
+    check_one_device(model)
     return [
         DenseMLP(name, module, read_mlp(name, module, layout))
         for name, module, layout in _locate(model)

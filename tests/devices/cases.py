@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import torch
+
+from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.choices import ALLOCATIONS, PROFILES
 from mlpmoe.core.recovery.kinds import NOTHING, RECOVERIES
 from mlpmoe.core.routed import ROUTED_METHODS
@@ -13,9 +17,17 @@ from mlpmoe.core.static.compensation import COMPENSATIONS, FILLS
 from mlpmoe.core.static.order import ORDERS
 from mlpmoe.core.static.schedule import SCHEDULES
 from mlpmoe.core.static.scores import SCORES
+from tests.families import VOCABULARY
 
 EXPERTS = {"experts": 8}
 EVERYWHERE = {"fade": 0.6, "fade_schedule": "uniform", "fade_projections": "gate-up-down"}
+
+
+@cache
+def calibration() -> Calibration:
+    """Random tokens that any of the tiny models has."""
+    generator = torch.Generator().manual_seed(2)
+    return Calibration(torch.randint(VOCABULARY, (40, 32), generator=generator))
 
 
 def static_specs() -> Iterator[ConversionSpec]:
@@ -90,3 +102,8 @@ def first_specs() -> list[ConversionSpec]:
         for name, method in ROUTED_METHODS.items()
     ]  # fmt: skip
     return [static, *routed]
+
+
+def grouped_specs() -> list[ConversionSpec]:
+    """Those of experts, which can run one by one."""
+    return [spec for spec in first_specs() if spec.routed and "experts" in spec.routed.fields]

@@ -7,7 +7,7 @@ Apple's do, to hold float64. So what runs here moves its tensors where they belo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from mlpmoe.core import conversion, mlps
@@ -58,7 +57,7 @@ class Elsewhere(Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """To where it is already, as torch must see it: nothing is copied then."""
-        args, kwargs = tree_map(lambda given: "meta" if _is_here(given) else given, (args, kwargs))
+        args, kwargs = _each((args, kwargs), lambda given: "meta" if _is_here(given) else given)
         return super().to(*args, **kwargs)
 
     def data_ptr(self) -> int:
@@ -132,7 +131,8 @@ def _enter(stack: ExitStack) -> None:
 
 
 def _run(func: Any, args: tuple, kwargs: dict) -> Any:
-    leaves = tree_leaves((args, kwargs))
+    leaves: list[Any] = []
+    _each((args, kwargs), leaves.append)
     found = any(isinstance(leaf, Elsewhere) for leaf in leaves)
     asked = [leaf.type for leaf in leaves if isinstance(leaf, torch.device)]
     here = asked != ["cpu"] if asked else found
@@ -140,12 +140,12 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         _check_places(func, args, kwargs, leaves)
     if here and kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a '{_devices[-1]}' device type for generator but found 'cpu'")
-    inner_args, inner_kwargs = tree_map(_held, (args, kwargs))
+    inner_args, inner_kwargs = _each((args, kwargs), _held)
     out = func(*inner_args, **inner_kwargs)
     if not here:
         return out
     known = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, Elsewhere)}
-    out = tree_map(lambda value: known[id(value)] if id(value) in known else _placed(value), out)
+    out = _each(out, lambda value: known[id(value)] if id(value) in known else _placed(value))
     return return_and_correct_aliasing(func, args, kwargs, out) if found else out
 
 
@@ -185,6 +185,18 @@ def _held(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
     return value.held if isinstance(value, Elsewhere) else value
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same containers of what `change` makes of each value: torch's own `tree_map` knows more
+    kinds of them, and takes most of the time of a test."""
+    if type(value) in (tuple, list):
+        return type(value)([_each(part, change) for part in value])
+    if type(value) is dict:
+        return {key: _each(part, change) for key, part in value.items()}
+    if isinstance(value, tuple | list):  # what torch returns by name, or keeps immutable
+        return tuple(_each(part, change) for part in value)
+    return change(value)
 
 
 def _is_here(value: Any) -> bool:

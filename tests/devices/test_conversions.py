@@ -7,13 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from mlpmoe.core import activations
-from mlpmoe.core.calibration import Calibration
 from mlpmoe.core.conversion import convert, convert_all, loop_over_branches, mlp_modules, observe
 from mlpmoe.core.routed import ROUTED_METHODS
 from mlpmoe.core.routed.routed_mlp import GROUPED_FROM
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.core.static.branched import BranchedMLP
-from tests.devices.cases import all_specs, first_specs
+from tests.devices.cases import all_specs, calibration, first_specs, grouped_specs
 from tests.devices.stand_in import APPLE, INTEL, another_device, moved
 from tests.families import VOCABULARY, build
 from tests.tiny import D_FF, tiny_model
@@ -24,6 +23,8 @@ FEW = 5  # one of so many specs is tried on the device with float64, too
 KINDS = ("llama-bias", "phi3", "gpt2", "bloom")  # biases, fused, transposed, with the residual
 CHOOSING = tuple(name for name, method in ROUTED_METHODS.items() if method.family != "directions")
 STATIC = ConversionSpec(branches=8, fade=0.9)
+ORACLE = ConversionSpec(method="random", experts=8, active=0.5, router="oracle")
+OF_ANY_KIND = [(kind, spec) for n, spec in enumerate(first_specs()) for kind in KINDS[n % 2 :: 2]]
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlpmoe.CalibrationWarning")
 
@@ -32,12 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::mlpmoe.CalibrationWarning")
 def pieces(monkeypatch):
     """Activations are looked at in two pieces."""
     monkeypatch.setattr(activations, "CHUNK", 20 * 32 * D_FF)
-
-
-@cache
-def calibration() -> Calibration:
-    generator = torch.Generator().manual_seed(2)
-    return Calibration(torch.randint(VOCABULARY, (40, 32), generator=generator))
 
 
 @cache
@@ -84,13 +79,12 @@ def test_a_conversion_on_a_device_with_float64_is_the_one_here(spec):
     compare(spec, INTEL)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spec", first_specs(), ids=ConversionSpec.to_query)
-def test_mlps_of_any_kind_convert_there(spec, kind):
+@pytest.mark.parametrize("kind, spec", OF_ANY_KIND)
+def test_mlps_of_any_kind_convert_there(kind, spec):
     compare(spec, kind=kind)
 
 
-@pytest.mark.parametrize("spec", first_specs(), ids=ConversionSpec.to_query)
+@pytest.mark.parametrize("spec", grouped_specs(), ids=ConversionSpec.to_query)
 def test_experts_one_by_one_say_the_same_there(spec, monkeypatch):
     for size in GROUPED_FROM:
         monkeypatch.setitem(GROUPED_FROM, size, 0)
@@ -105,6 +99,14 @@ def test_what_was_observed_there_converts_many_times():
         converted = convert_all(there, specs, observe(there, calibration()))
         for one, other in zip(converted, expected, strict=True):
             agree(everything(one, device), everything(other, CPU), device)
+
+
+@pytest.mark.parametrize("spec", [*first_specs(), ORACLE], ids=ConversionSpec.to_query)
+def test_what_was_converted_here_moves_there(spec):
+    converted = convert(tiny_model(), spec, calibration())
+    expected = everything(converted, CPU)
+    with another_device() as device:
+        agree(everything(moved(converted, device), device), expected, device)
 
 
 def test_the_loop_over_branches_runs_there():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...core.errors import UserError
+from ...core.one_device import check_one_device
 from ...core.stopping import stoppable_twin
 
 LOGITS_AT_ONCE = 2**24  # numbers; a few copies of them in float32 are all that is allocated
@@ -42,7 +43,9 @@ def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """Losses in nats of ids[first:], each predicted from all ids before it; (tokens - first,)
     float32 on the CPU. Work may stop between the modules of the model. UserError where float16 has
     no numbers for what it computes; in a wider dtype, infinite losses are those of a broken model.
+    UnsupportedModelError for a model that is spread over several devices.
     """
+    check_one_device(model)
     losses = _token_losses(stoppable_twin(model), ids.to(model.device), first)
     if model.dtype == torch.float16 and not losses.isfinite().all():
         raise UserError(

@@ -19,6 +19,7 @@ from transformers import (
 
 from ...core.errors import UserError
 from ...core.mlps import context_length
+from ...core.one_device import check_one_device
 from .decoding import Reader
 
 TOP_P = 0.95  # share of probability that sampling chooses from
@@ -74,8 +75,11 @@ def write_side_by_side(
     temperature 0 takes the most likely token, as `generate` does with greedy search. Above 0,
     tokens are sampled (top-p 0.95) with the same random numbers for every model, so texts part
     only where the models differ. Stops early when every model has written its end-of-text token.
-    Raises UserError if the prompt is empty or longer than the model's context.
+    Raises UserError if the prompt is empty or longer than the model's context, and
+    UnsupportedModelError for a model that is spread over several devices.
     """
+    for model in models:
+        check_one_device(model)
     ids = encode_prompt(tokenizer, prompt)
     limit = min(context_length(model) or 2**31 for model in models)
     if ids.shape[1] >= limit:
