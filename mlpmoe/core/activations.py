@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .mlps import MLPWeights
 from .stopping import may_stop
+from .wide import wide_sum, wide_zeros
 
 T = TypeVar("T")
 
@@ -34,6 +35,13 @@ def hidden(weights: MLPWeights, x: Tensor) -> tuple[Tensor, Tensor]:
 def _with_ones(h: Tensor) -> Tensor:
     """(tokens, d_ff + 1): h and a column of ones, whose products are sums."""
     return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+
+
+def _means(total: Tensor, mask: Tensor) -> Tensor:
+    """(N, ...) float32 on the CPU: sums (N, n) over the tokens in which `mask` (tokens, N) holds,
+    each by their number."""
+    count = mask.sum(0).clamp(min=1).to(total.device)
+    return (total / count[:, None]).float().cpu()
 
 
 class LayerActivations:
@@ -100,12 +108,12 @@ class LayerActivations:
         """One pass: gate means per sample, signed and absolute; Σh, Σ|h|, Σh²."""
         samples, d_ff = self.x.shape[0], self.weights.d_ff
         signed, absolute = self.x.new_empty((2, samples, d_ff), dtype=torch.float32)
-        sums = self.x.new_zeros((3, d_ff), dtype=torch.float64)
+        sums = wide_zeros(3, d_ff, device=self.x.device)
         for where, gated, h in self.pieces():
             signed[where], absolute[where] = gated.mean(1), gated.abs().mean(1)
             flat = h.flatten(0, 1)
             for total, values in zip(sums, (flat, flat.abs(), flat.square()), strict=True):
-                total += values.sum(0, dtype=torch.float64)
+                total += wide_sum(values, 0)
         return signed.cpu(), absolute.cpu(), *sums.cpu()
 
     def gate_means(self, profile: str) -> Tensor:
@@ -137,10 +145,10 @@ class LayerActivations:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """(d_ff,) and (d_ff, d_ff): mean and covariance of h, float64, from one pass."""
-        sums = self.x.new_zeros((self.weights.d_ff + 1,) * 2, dtype=torch.float64)
+        sums = wide_zeros(self.weights.d_ff + 1, self.weights.d_ff + 1, device=self.x.device)
         for _, h in self._flat_pieces():
             h = _with_ones(h)
-            sums += h.T @ h
+            sums += (h.T @ h).to(sums.device)
         sums = (sums / self.tokens).cpu()
         mean = sums[:-1, -1]
         return mean, sums[:-1, :-1] - torch.outer(mean, mean)
@@ -148,10 +156,10 @@ class LayerActivations:
     @cached_property
     def input_moment(self) -> Tensor:
         """(d_model, d_model): mean of x xᵀ, float64."""
-        total = self.x.new_zeros((self.weights.d_model,) * 2, dtype=torch.float64)
+        total = wide_zeros(self.weights.d_model, self.weights.d_model, device=self.x.device)
         for x in self.inputs().split(PRODUCT_ROWS):
             may_stop()
-            total += x.T @ x
+            total += (x.T @ x).to(total.device)
         return (total / self.tokens).cpu()
 
     def regression(
@@ -162,11 +170,11 @@ class LayerActivations:
         of that output; float64."""
         d_model = self.weights.d_model
         # [h 1]ᵀ [h 1 y], summed over the tokens: one product holds all that is asked for
-        sums = self.x.new_zeros((n + 1, n + 1 + d_model), dtype=torch.float64)
+        sums = wide_zeros(n + 1, n + 1 + d_model, device=self.x.device)
         for where, y in self.outputs():
             may_stop()
             left = _with_ones(activations(self.x[where].flatten(0, 1)))
-            sums += left.T @ torch.cat([left, y], dim=1)
+            sums += (left.T @ torch.cat([left, y], dim=1)).to(sums.device)
         sums = (sums / self.tokens).cpu()
         mean, target = sums[:n, n], sums[n, n + 1 :]
         covariance = sums[:n, :n] - torch.outer(mean, mean)
@@ -230,27 +238,27 @@ class LayerActivations:
 
     def mean_where(self, mask: Tensor, groups: Tensor) -> Tensor:
         """(N, m): mean of h over the tokens in which `mask` (tokens, N) holds; 0 without any."""
-        total = self.x.new_zeros(groups.shape, dtype=torch.float64)
+        total = wide_zeros(*groups.shape, device=self.x.device)
         for where, h in self._flat_pieces():
             grouped = h[:, groups.flatten()].unflatten(1, groups.shape)
-            total += torch.einsum("tn,tnm->nm", mask[where].float(), grouped)
-        return (total / mask.sum(0).clamp(min=1)[:, None]).float().cpu()
+            total += torch.einsum("tn,tnm->nm", mask[where].float(), grouped).to(total.device)
+        return _means(total, mask)
 
     def mean_squares(self, mask: Tensor) -> Tensor:
         """(N, d_ff): mean of h² over the tokens in which `mask` (tokens, N) holds; 0 if none."""
-        total = self.x.new_zeros((mask.shape[1], self.weights.d_ff), dtype=torch.float64)
+        total = wide_zeros(mask.shape[1], self.weights.d_ff, device=self.x.device)
         for where, h in self._flat_pieces():
-            total += mask[where].T.float() @ h.square_()
-        return (total / mask.sum(0).clamp(min=1)[:, None]).float().cpu()
+            total += (mask[where].T.float() @ h.square_()).to(total.device)
+        return _means(total, mask)
 
     def idle_mean(self, chosen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(d_ff,): mean of h over the tokens for which a neuron is not chosen; 0 without any.
         chosen: of x (tokens, d_model) and φ(gate x) (tokens, d_ff), bool (tokens, d_ff)."""
-        total, count = self.x.new_zeros((2, self.weights.d_ff), dtype=torch.float64)
+        total, count = wide_zeros(2, self.weights.d_ff, device=self.x.device)
         for where, gated, h in self.pieces():
             idle = ~chosen(self.x[where].flatten(0, 1), gated.flatten(0, 1))
-            total += (h.flatten(0, 1) * idle).sum(0, dtype=torch.float64)
-            count += idle.sum(0)
+            total += wide_sum(h.flatten(0, 1) * idle, 0)
+            count += idle.sum(0).to(count.device)
         return (total / count.clamp(min=1)).float().cpu()
 
     def _flat_pieces(self) -> Iterator[tuple[slice, Tensor]]:

@@ -23,6 +23,7 @@ from .activations import LayerActivations
 from .calibration import Calibration, check_tokens, warn_of_few_tokens
 from .errors import SpecError, UnsupportedModelError, not_finite
 from .mlps import DenseMLP, MLPWeights, read_mlps
+from .one_device import check_one_device
 from .recovery.recover import recover
 from .recovery.report import RecoveryReport
 from .routed import ROUTED_TYPES, build_routed
@@ -61,16 +62,18 @@ def convert(
     """A new model whose MLPs are replaced by what `spec` asks for; `model` is unchanged.
 
     A static conversion shares every tensor with `model` except those that a stage changed and the
-    new α (layers · K scalars); training the one therefore trains the other. A routed one holds
-    its own MLP weights, sorted by expert. Each MLP's reading is first proved against the original
-    module on random input. calibration: text that methods may look at, where `spec` needs it.
+    new α (layers · K scalars); training the one therefore trains the other, and moving the one
+    would move parts of the other, so move `model` before. A routed one holds its own MLP weights,
+    sorted by expert. Each MLP's reading is first proved against the original module on random
+    input. calibration: text that methods may look at, where `spec` needs it.
     on_progress(message, share) is told what is being done and which share of the layers was begun
     before, again and again, one call at a time but maybe from several threads; what it raises ends
     the work within a layer and comes out of here. state, recover_seconds, on_look: of training
     after it, a folder from which it goes on after it was ended, a limit of time (with which
     `spec_of` tells the steps that fitted in), and who is told of its looks; see `recover`. Raises
-    UnsupportedModelError if the model cannot be split, SpecError if the spec does not fit it or the
-    calibration is missing. Warns (CalibrationWarning) where a fit has too few calibration tokens.
+    UnsupportedModelError if the model cannot be split or lies on several devices, SpecError if the
+    spec does not fit it or the calibration is missing. Warns (CalibrationWarning) where a fit has
+    too few calibration tokens.
     """
     if calibration is not None:
         warn_of_few_tokens(model, [spec], calibration)
@@ -339,7 +342,9 @@ def mlp_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def twin_of(model: _Module) -> _Module:
-    """A second module tree over the same tensors: hooks on it leave the first alone."""
+    """A second module tree over the same tensors: hooks on it leave the first alone. Raises
+    UnsupportedModelError for a model that is spread over several devices."""
+    check_one_device(model)
     return _with_modules_replaced(model, {})
 
 

@@ -22,6 +22,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError, UserError
+from .one_device import check_one_device
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ CONVERTED = (
 )
 # Exact types: a subclass may compute something else (quantised layers do).
 LINEAR_TYPES = (nn.Linear, Conv1D, FalconLinear)
+PARAMETER_TYPES = (nn.Parameter,)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -119,8 +121,9 @@ def read_mlps(model: nn.Module) -> list[DenseMLP]:
 
     Raises UnsupportedModelError, naming the module and the reason, for what cannot be split:
     norms between up and down, layers without an MLP module, existing mixtures of experts,
-    quantised or offloaded weights.
+    quantised or offloaded weights, and for a model that is spread over several devices.
     """
+    check_one_device(model)
     return [
         DenseMLP(name, module, read_mlp(name, module, layout))
         for name, module, layout in _locate(model)
@@ -168,7 +171,7 @@ def read_linear(name: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"the weights of {name} are not in memory (offloaded to disk or CPU, or never "
             "loaded). Load the whole model on one device."
         )
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOAT_DTYPES:
+    if type(weight) not in PARAMETER_TYPES or weight.dtype not in FLOAT_DTYPES:
         raise UnsupportedModelError(
             f"{name} stores {type(weight).__name__} of {weight.dtype}; allowed are plain float16, "
             "bfloat16, float32 and float64 weights."

@@ -239,6 +239,8 @@ def _read_model(folder: Path, checked: Preflight) -> PreTrainedModel:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     raise ModelError(problem)
 
 

@@ -120,7 +120,8 @@ def _variants(
     """All models that are compared, by their names."""
     names = [name for name in trained if name != MIXTURE]
     apart = [trained[name] for name in names]
-    by_context = ByContext(train, copies.seed.config.get_text_config(decoder=True).vocab_size)
+    vocabulary = copies.seed.config.get_text_config(decoder=True).vocab_size
+    by_context = ByContext(train, vocabulary).to(copies.seed.device)
     with_context = copies.experts(apart, lambda path: by_context)
     by_context.reads(with_context)
     all_told = copies.experts(apart, lambda path: told)

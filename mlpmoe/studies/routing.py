@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..core.routed import RoutedMLP
 from ..core.routed.routers import LinearRouter, fit_router
+from ..core.wide import wide_sum
 from ..measure.text.graphs import CACHE
 
 TOGETHER = 4  # samples in a pass
@@ -110,7 +111,7 @@ def share_of_expert(model: PreTrainedModel, expert: int, samples: Tensor) -> flo
     handles = [
         module.register_forward_pre_hook(
             lambda module, given: found.append(
-                module.select(given[0].flatten(0, -2))[:, expert].double().sum()
+                wide_sum(module.select(given[0].flatten(0, -2))[:, expert])
             )
         )
         for module in _experts(model).values()

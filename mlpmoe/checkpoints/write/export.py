@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.conversion import recovery_of, spec_of
 from ...core.errors import UserError
+from ...core.one_device import check_one_device
 from ...measure.quality.encoding import EncodedText, encode_text, windows
 from ...measure.quality.perplexity import Perplexity
 from ...models import origin_of
@@ -81,9 +82,11 @@ def export(
     cancel.
 
     Raises ExportError if the folder is not free or does not fit, and if the checkpoint does not
-    repeat the model: then it is deleted. FormError if the form cannot hold the conversion.
+    repeat the model: then it is deleted. FormError if the form cannot hold the conversion, and
+    UnsupportedModelError for a model that is spread over several devices.
     """
     report = on_progress or (lambda message, share: None)
+    check_one_device(model)
     check_target(folder)
     converted_mlps(model)  # or there is nothing to export
     if text is not None and not isinstance(text, EncodedText):

@@ -209,7 +209,8 @@ class Course:
             with torch.enable_grad():
                 found = loss = self._divergence(some, self.step) / ids.numel()
                 if (penalty := self._plain().penalty) is not None:
-                    loss = found + penalty * (some.numel() / ids.numel())
+                    share = some.numel() / ids.numel()
+                    loss = found + (penalty * share).to(found.device)
                 self.accelerator.backward(self.scale * loss.float())
             total += float(found)
         for parameter in self._trained():

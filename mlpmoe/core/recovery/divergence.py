@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..wide import wide_sum, wide_zeros
+
 AT_ONCE = 2**22  # logits that are held in float32
 
 
@@ -15,7 +17,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        total = wide_zeros(device=logits.device)
         gradient = torch.empty_like(logits)
         rows = max(1, AT_ONCE // logits.shape[-1])
         parts = (tensor.split(rows) for tensor in (logits, wanted, gradient))
@@ -24,7 +26,7 @@ class _Divergence(torch.autograd.Function):
             probability = due.exp()
             terms = probability * (due - said)
             # a logit of -inf counts nothing; what is undefined stays undefined
-            total += terms.masked_fill_(probability == 0, 0).sum(dtype=torch.float64)
+            total += wide_sum(terms.masked_fill_(probability == 0, 0))
             place.copy_(said.exp_().sub_(probability))
         ctx.save_for_backward(gradient)
         return total
@@ -32,13 +34,13 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None
+        return gradient * outer[0].to(gradient), None
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Σ over tokens of KL(wanted ‖ logits) in nats, a float64 scalar; both (..., vocabulary), of
-    any floating dtype. Computed in float32, or float64 where that is given; differentiable in
-    `logits`."""
+    """Σ over tokens of KL(wanted ‖ logits) in nats, a float64 scalar (on the CPU where their device
+    has none); both (..., vocabulary), of any floating dtype. Computed in float32, or float64 where
+    that is given; differentiable in `logits`."""
     return _Divergence.apply(logits.flatten(0, -2), wanted.flatten(0, -2))
 
 

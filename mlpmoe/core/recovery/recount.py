@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..routed import ROUTED_TYPES, InputMLP
 from ..routed.input_mlp import Stages
+from ..wide import widened
 from .student import frozen_twin
 
 TOKENS = 4096  # that are counted on, at most
@@ -35,7 +36,7 @@ def recount(model: PreTrainedModel, samples: Tensor) -> None:
     for some in samples[: max(1, TOKENS // length)].split(max(1, TOGETHER // length)):
         twin.get_decoder()(some.to(model.device), use_cache=False)
     for name, module in modules.items():
-        mean = torch.cat(found[name]).double().mean(0).tolist()
+        mean = widened(torch.cat(found[name])).mean(0).tolist()
         module.active = Stages(*mean) if isinstance(module, InputMLP) else mean[0]
 
 

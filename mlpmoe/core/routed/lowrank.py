@@ -12,6 +12,7 @@ from ..mlps import MLPWeights
 from ..static.branched import BranchedMLP
 from ..static.compensation import Moments, refit
 from ..stopping import may_stop
+from ..wide import wide_sum
 from .low_rank_mlp import Factors, LowRankMLP
 from .method import RoutedMethod
 
@@ -66,7 +67,7 @@ def _inputs(layer: LayerActivations, spec) -> _Seen:
     if spec.router != PLAIN:
         moment = layer.input_moment
     if spec.compensation != "none":
-        mean = layer.inputs().mean(0, dtype=torch.float64).cpu()
+        mean = (wide_sum(layer.inputs(), 0) / layer.tokens).cpu()
         moment = None if moment is None else moment - torch.outer(mean, mean)
     return _Seen(moment, mean, _some(layer, spec))
 

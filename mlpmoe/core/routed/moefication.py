@@ -18,7 +18,7 @@ def partition(request: Request) -> Partition:
     rows = F.normalize(first.detach().float()[rest], dim=-1)
     groups = len(rest) // request.size
     assigned = balanced_kmeans(rows, groups, request.generator)
-    return Partition(shared, rest[members(assigned, groups)])
+    return Partition(shared, rest[members(assigned, groups).cpu()])
 
 
 METHOD = RoutedMethod(

@@ -14,6 +14,7 @@ from ..mlps import MLPWeights
 from ..registry import Choice
 from ..static.order import permute
 from ..stopping import may_stop
+from ..wide import wide_device, wide_sum
 from .partition import Partition
 
 RIDGE = 1e-3  # of the mean variance of the input
@@ -91,15 +92,17 @@ class OracleRouter(nn.Module):
 
     def __init__(self, weights: MLPWeights, experts: int) -> None:
         super().__init__()
-        self.weights, self.experts = weights, experts
+        self.experts, self.act_fn = experts, weights.activation
+        for name in ("gate", "up", "gate_bias", "up_bias"):  # buffers move with the model
+            self.register_buffer(name, getattr(weights, name), persistent=False)
         self.register_buffer("size", weights.down.float().norm(dim=0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weights
-        h = F.linear(x, w.up, w.up_bias)
-        h = w.activation(h if w.gate is None else F.linear(x, w.gate, w.gate_bias)) * (
-            1 if w.gate is None else h
-        )
+        h = F.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            h = self.act_fn(h)
+        else:
+            h = self.act_fn(F.linear(x, self.gate, self.gate_bias)) * h
         return (h.float().abs() * self.size).unflatten(-1, (self.experts, -1)).sum(-1)
 
 
@@ -153,7 +156,8 @@ def fit_router(x: Tensor, wanted: Tensor) -> LinearRouter:
     """The linear map of x that predicts the wanted scores best: ridge regression, in closed form.
 
     x: (tokens, d_model). wanted: (tokens, experts)."""
-    x_mean, wanted_mean = (t.mean(0, dtype=torch.float64) for t in (x, wanted))
+    home, x, wanted = x.device, *(t.to(wide_device(t.device)) for t in (x, wanted))
+    x_mean, wanted_mean = (wide_sum(t, 0) / len(t) for t in (x, wanted))
     gram, cross = 0.0, 0.0  # (d_model, d_model), (d_model, experts)
     for some, said in zip(x.split(PRODUCT_ROWS), wanted.split(PRODUCT_ROWS), strict=True):
         may_stop()
@@ -162,7 +166,8 @@ def fit_router(x: Tensor, wanted: Tensor) -> LinearRouter:
         cross += some.T @ (said.double() - wanted_mean)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     weight = torch.linalg.solve(gram, cross).T  # (experts, d_model)
-    return LinearRouter(weight, wanted_mean - weight @ x_mean)
+    bias = wanted_mean - weight @ x_mean
+    return LinearRouter(weight.float().to(home), bias.float().to(home))
 
 
 def oracle(

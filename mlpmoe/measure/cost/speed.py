@@ -175,6 +175,6 @@ def with_kernels(dense: PreTrainedModel) -> PreTrainedModel:
 
 
 def wait(model: PreTrainedModel) -> None:
-    """For what a GPU still has to do."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    """For what a GPU, of whatever make, still has to do."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ...core.calibration import check_tokens
 from ...core.errors import not_finite
+from ...core.one_device import check_one_device
 from ...core.stopping import stoppable_twin
 
 LOGITS_AT_ONCE = 2**24  # numbers; a few copies of them in float32 are all that is allocated
@@ -43,8 +44,10 @@ def token_losses(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     """Losses in nats of ids[first:], each predicted from all ids before it; (tokens - first,)
     float32 on the CPU. Work may stop between the modules of the model. UserError for tokens that
     have no row in the model, and where float16 has no numbers for what it computes; in a wider
-    dtype, infinite losses are those of a broken model.
+    dtype, infinite losses are those of a broken model. UnsupportedModelError for a model that is
+    spread over several devices.
     """
+    check_one_device(model)
     check_tokens(model, ids)
     losses = _token_losses(stoppable_twin(model), ids.to(model.device), first)
     if model.dtype == torch.float16 and not losses.isfinite().all():

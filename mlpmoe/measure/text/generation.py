@@ -21,6 +21,7 @@ from ...core.calibration import check_tokens
 from ...core.checks import check_characters
 from ...core.errors import UserError, not_finite
 from ...core.mlps import context_length
+from ...core.one_device import check_one_device
 from .decoding import Reader
 
 TOP_P = 0.95  # share of probability that sampling chooses from
@@ -78,10 +79,12 @@ def write_side_by_side(
     tokens are sampled (top-p 0.95) with the same random numbers for every model, so texts part
     only where the models differ. Stops early when every model has written its end-of-text token.
     Raises UserError if the prompt is empty or longer than the model's context, and where float16
-    has no numbers for what a model computes.
+    has no numbers for what a model computes; UnsupportedModelError for a model that is spread over
+    several devices.
     """
     ids = encode_prompt(tokenizer, prompt)
     for model in models:
+        check_one_device(model)
         check_tokens(model, ids)
     limit = min(context_length(model) or 2**31 for model in models)
     if ids.shape[1] >= limit:

@@ -8,6 +8,7 @@ from math import sqrt
 from torch import Tensor
 
 from ....core.spec import ConversionSpec
+from ....core.wide import widened
 from ....measure.notation import number
 from ...plots.lesson_plots import keep_curves
 from .reading import Reading
@@ -43,7 +44,7 @@ class Kept:
 
 def kept(reading: Reading) -> Kept:
     said, _ = reading.looped(BRANCHES)
-    sums = said.double().cumsum(0).flatten(1)  # (B, tokens · d_model)
+    sums = widened(said).cumsum(0).flatten(1)  # (B, tokens · d_model)
     whole, sizes = sums[-1], sums.norm(dim=1).clamp(min=1e-30)
     cosine = (sums @ whole) / (sizes * sizes[-1])
     return Kept(size=(sizes / sizes[-1]).float().cpu(), cosine=cosine.float().cpu())
