@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -150,6 +151,15 @@ def test_control_c_leaves_no_traceback(capsys, monkeypatch):
     assert main(["evaluate", "demo"]) == 130
     out, err = capsys.readouterr()
     assert (out, err) == ("", "mlpmoe: interrupted\n")
+
+
+def test_an_output_that_takes_nothing(capsys, monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err == "mlpmoe: the output cannot be written: the disk is full.\n"
+    with suppress(OSError):
+        full.close()
 
 
 # The real thing ----------------------------------------------------------------------------
