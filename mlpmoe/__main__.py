@@ -39,9 +39,12 @@ EXIT_STATUS = (
 def process() -> int:
     """`main` as a process of its own, which ends soon after it is asked to, and removes what killed
     ones have left."""
-    end_when_asked()
-    sweep_scratch()
-    return main()
+    try:
+        end_when_asked()
+        sweep_scratch()
+        return main()
+    except KeyboardInterrupt as asked:  # before a command has begun
+        return _interrupted(asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,10 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)
-    except Terminated:
-        return _fail("ended", 143)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as asked:
+        return _interrupted(asked)
 
 
 @contextmanager
@@ -87,6 +88,10 @@ def _warnings_as_sentences() -> Iterator[None]:
         warnings.simplefilter("always", CalibrationWarning)
         warnings.showwarning = show
         yield
+
+
+def _interrupted(asked: KeyboardInterrupt) -> int:
+    return _fail("ended", 143) if isinstance(asked, Terminated) else _fail("interrupted", 130)
 
 
 def _in_words(error: OSError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,7 @@ def main() -> int:
     part.add_argument("--moments", type=int, default=20, help="at which each work is killed")
     part.add_argument("--only", nargs="*", default=(), help="of these works, app and disks")
     part.set_defaults(run=lambda at, got: faults(at, got.model, got.moments, tuple(got.only)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background too: see `faults`
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mlpmoe-campaign-") as folder:
         table = chosen.run(Path(folder), chosen)

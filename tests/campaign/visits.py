@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +23,7 @@ from tests.campaign.server import Server, serving, started, wait_for
 from tests.campaign.table import Table
 
 SPECS = (("16", "0.6", "null"), ("8", "0", "6"))  # that are measured, by B, fade and K
+ADDRESS = re.compile(r"0x[0-9a-f]+")
 EARLY = 5  # of so many ends, one is while the page starts
 
 
@@ -93,8 +94,6 @@ class Visited:
 
     model: str
     room: Room
-    random: Random
-    counts: Counter = field(default_factory=Counter)
     slowest: float = 0.0
 
     def __post_init__(self) -> None:
@@ -118,9 +117,10 @@ class Visited:
 
     def ended(self, number: int, doing: str, times: int) -> Iterator[str]:
         """End it so many times; yields what is wrong."""
+        random, self.slowest = Random(f"{doing} {number}"), 0.0
         for turn in range(1, times + 1):
             early = turn % EARLY == 1
-            moment = self.random.uniform(0.05, self.takes["starts" if early else doing])
+            moment = random.uniform(0.05, self.takes["starts" if early else doing])
             wrong = [*self._once(number, None if early else doing, moment)]
             if not wrong and turn == times:
                 wrong = [*self._as_before()]
@@ -137,7 +137,6 @@ class Visited:
         finally:
             server.process.kill()
             server.process.wait()
-        self.counts["ends"] += 1
         if helpers:
             yield f"{helpers} processes that it had started go on"
         if _about(self.room.cache_folder) != self.cache:
@@ -203,9 +202,11 @@ def _end(server: Server, number: int) -> tuple[float, int | None, int]:
     return seconds, server.process.poll(), len(alive)
 
 
-def _looks(page: Page) -> dict[str, Any]:
-    """The page as a browser gets it, without what is new each time."""
-    return {name: value for name, value in page.config.items() if name not in ("app_id", "root")}
+def _looks(page: Page) -> str:
+    """The page as a browser gets it, without what is new each time: the process, its address, and
+    those of functions."""
+    kept = {name: value for name, value in page.config.items() if name not in ("app_id", "root")}
+    return ADDRESS.sub("", json.dumps(kept))
 
 
 def _about(cache: Path) -> dict[str, tuple[int, int]]:
@@ -220,13 +221,12 @@ def _about(cache: Path) -> dict[str, tuple[int, int]]:
 def visits(folder: Path, model: str, moments: int, table: Table) -> None:
     """The rows of the page."""
     folder.mkdir()
-    room = Room(folder, cache=cache_of(model, folder))
+    case = Visited(model, Room(folder, cache=cache_of(model, folder)))
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         for doing in DOING:
-            case = Visited(model, room, Random(f"app {doing} {number}"))
-            times = moments // (2 if number == signal.SIGKILL else 4)
-            wrong = list(case.ended(number, doing, max(1, times)))
-            found = f"{max(1, times)} times, then the same page, numbers and checkpoint"
+            times = max(1, moments // (2 if number == signal.SIGKILL else 4))
+            wrong = list(case.ended(number, doing, times))
+            found = f"{times} times, then the same page, numbers and checkpoint"
             if number != signal.SIGKILL:
                 found += f"; ended within {case.slowest:.1f} s"
             if wrong:

@@ -15,7 +15,7 @@ from tests.campaign.server import ROOT
 
 STORIES = ROOT / "assets" / "demo" / "stories.txt"
 SEPARATOR = "<|endoftext|>"
-TIMES = ("seconds", "folder", "speed")  # what differs between two runs of the same
+TIMES = ("seconds", "folder", "speed", "bytes")  # what differs between two runs of the same
 RECORDS = ("README.md", "conversion.json")  # files that say how long training took
 SWEEP = ("--branches", "4,8,16", "--fade", "0,0.3,0.6,0.9", "--keep", "all,75%")
 RECOVER = ("--keep", "12", "--recover", "lora", "--recover-steps", "45")
