@@ -180,6 +180,8 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
                 logger.info("%s: using tokenizer.json as it is", name)
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
         return tokenizer
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raises a bare Exception
         logger.debug("%s: the tokenizer cannot be read", name, exc_info=True)
         raise ModelError(

@@ -127,7 +127,9 @@ class Disks:
             fill(disk, 2**14)
             room = Room(self.folder, temporary=disk, cache=self.room.cache_folder)
             ended = room.run(*self.memory.arguments)
-            wrong = [f"{each} is left" for each in os.listdir(disk) if each.startswith("mlpmoe")]
+            wrong = [
+                f"{each} is left" for each in os.listdir(disk) if each.startswith(("mlpmoe", "tmp"))
+            ]
             self.refused("convert in memory, no room for temporary files", ended, "temp", wrong)
         with small_disk(self.folder / "cache disk", 64 * 2**10) as disk:
             room = Room(self.folder, cache=disk)

@@ -19,7 +19,7 @@ from tests.campaign.server import ROOT
 
 SOON = 3.0  # seconds in which a process that is asked to has ended, and what it started as well
 LONGEST = 900  # seconds that a command may take
-SCRATCH = "mlpmoe-*"  # names of the roots of temporary folders
+OTHERS = ("torchinductor_", "gradio", "ballast")  # begin the names of temporary files
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class Room:
         return self.begin(*arguments, **ways).finish()
 
     def left(self) -> list[str]:
-        """Temporary files of mlpmoe that are there."""
-        found = [*self.temporary_folder.glob(SCRATCH)]
-        found += self.temporary_folder.glob(f"gradio/{SCRATCH}")
+        """Temporary files that are there, but for those that others keep."""
+        found = [f for f in self.temporary_folder.iterdir() if not f.name.startswith(OTHERS)]
+        found += self.temporary_folder.glob("gradio/mlpmoe-*")
         return [str(path.relative_to(self.temporary_folder)) for path in found]
 
 
