@@ -157,7 +157,7 @@ class Disks:
                 "evaluate": ("evaluate", self.model, "--keep", "12", *out, *SHORT),
                 "convert file by file": _into(self.files, disk / "made"),
                 "convert in memory": _into(self.memory, disk / "made"),
-                "study": ("study", "apart", "--plot", str(disk / "plot.svg")),
+                "study": ("study", "downcycling", "--plot", str(disk / "plot.svg")),
             }.items():
                 ended = self.room.run(*arguments)
                 self.refused(f"{name}, read-only disk", ended, "read-only", [])
@@ -166,7 +166,7 @@ class Disks:
         """Files that are none."""
         for device in ("/dev/full", "/dev/zero"):
             ended = self.room.run("sweep", self.model, *SWEEP, *SHORT, "--out", device)
-            self.refused(f"sweep --out {device}", ended, "no ordinary file", [])
+            self.refused(f"sweep --out {device}", ended, "ordinary file", [])
         for words in (("models",), ("evaluate", self.model, "--no-speed", "--json", *SHORT)):
             ended = self.room.run(*words, said=Path("/dev/full"))
             self.refused(f"{words[0]} > /dev/full", ended, FULL, [])
