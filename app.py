@@ -6,7 +6,9 @@ address answers with a page that says so and then turns into the real one.
 """
 
 import os
+import signal
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # Before gradio is imported: no call home, no fallback to pickled weights in the background.
@@ -47,6 +49,8 @@ def starting_page() -> ThreadingHTTPServer:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile it ends without a traceback
     server = starting_page()
 
 from mlpmoe.explorer.app import build_demo  # noqa: E402 – the slow part
@@ -56,7 +60,8 @@ from mlpmoe.models.ending import end_when_asked  # noqa: E402
 demo = build_demo()
 
 if __name__ == "__main__":
-    end_when_asked()
-    server.shutdown()
-    server.server_close()
-    demo.launch(server_port=server.server_port, **launch_kwargs())
+    with suppress(KeyboardInterrupt):
+        end_when_asked()
+        server.shutdown()
+        server.server_close()
+        demo.launch(server_port=server.server_port, **launch_kwargs())

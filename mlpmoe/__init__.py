@@ -7,11 +7,19 @@ print(perplexity(converted, tokenizer, text))
 """
 
 import os
+import signal
+import sys
 
 # Before torch is imported: threads that wait for work sleep soon. Those of OpenMP would look for it
 # for milliseconds, and where another program wants their core everything takes many times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# As a program, `python -m mlpmoe` or `mlpmoe`: while the libraries are read, which takes seconds,
+# an interrupt ends it without a traceback.
+if os.path.basename((sys.argv or [""])[0]) in ("-m", "mlpmoe", "mlpmoe.exe"):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from .checkpoints.check.verification import ExportError, verify
 from .checkpoints.write.export import export

@@ -15,6 +15,7 @@ import transformers
 from .commands import bench, convert, evaluate, frontier, models, study, sweep
 from .commands.terminal import progress
 from .core.errors import CalibrationWarning, UnsupportedModelError, UserError
+from .core.files import write_reason
 from .models import ModelError
 from .models.ending import Terminated, end_when_asked
 from .models.scratch import sweep_scratch
@@ -38,9 +39,12 @@ EXIT_STATUS = (
 def process() -> int:
     """`main` as a process of its own, which ends soon after it is asked to, and removes what killed
     ones have left."""
-    end_when_asked()
-    sweep_scratch()
-    return main()
+    try:
+        end_when_asked()
+        sweep_scratch()
+        return main()
+    except KeyboardInterrupt as asked:  # before a command has begun
+        return _interrupted(asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ModelError, UnsupportedModelError, OSError, UnicodeError) as error:
+    except OSError as error:
+        return _fail(_in_words(error), 1)
+    except (ModelError, UnsupportedModelError, UnicodeError) as error:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)
-    except Terminated:
-        return _fail("ended", 143)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as asked:
+        return _interrupted(asked)
 
 
 @contextmanager
@@ -84,6 +88,19 @@ def _warnings_as_sentences() -> Iterator[None]:
         warnings.simplefilter("always", CalibrationWarning)
         warnings.showwarning = show
         yield
+
+
+def _interrupted(asked: KeyboardInterrupt) -> int:
+    return _fail("ended", 143) if isinstance(asked, Terminated) else _fail("interrupted", 130)
+
+
+def _in_words(error: OSError) -> str:
+    """The message of an error of ours, or what the system says, without its number."""
+    if error.errno is None:
+        return str(error)
+    if error.filename is None:  # what this command prints
+        return f"the output cannot be written: {write_reason(error)}"
+    return f"{error.filename}: {error.strerror}."
 
 
 def _fail(reason: object, status: int) -> int:

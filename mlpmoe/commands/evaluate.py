@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,13 +16,15 @@ from torch import Tensor
 from ..core.conversion import convert, mlp_modules, recovery_of, spec_of
 from ..core.errors import UserError
 from ..core.files import check_output
-from ..measure.cost.parameters import parameter_report
-from ..measure.cost.speed import decode_speed
+from ..core.recovery.report import RecoveryReport
+from ..core.spec import ConversionSpec
+from ..measure.cost.parameters import ParameterReport, parameter_report
+from ..measure.cost.speed import SpeedReport, decode_speed
 from ..measure.quality.encoding import Window, scored_tokens, windows
 from ..measure.quality.head import token_losses
 from ..measure.quality.judge import LoadedTasks, load_tasks
 from ..measure.quality.perplexity import Perplexity, compare, summarise
-from ..measure.quality.tasks import task_scores
+from ..measure.quality.tasks import TaskScore, task_scores
 from ..measure.runs.file import RunsFile
 from ..measure.runs.sweep import Run, run_of
 from ..models import load
@@ -123,18 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         speed = decode_speed(dense, converted)
     progress("counting parameters")
     reports = [parameter_report(model) for model in (dense, converted)]
-    if file and recovery and recovery.cut_short:
-        progress("")
-        print(
-            f"mlpmoe: the run is not added to {arguments.out}: the time limit cut training short, "
-            "so no settings give it again.",
-            file=sys.stderr,
-        )
-    elif file:
-        measured = run_of(spec, *perplexities, *reports)
-        _append(file, replace(measured, tasks=scored), scored_tokens(parts))
     progress("")
-    changed = compare(*perplexities)
     setting = {
         "model": arguments.model,
         "architecture": type(dense).__name__,
@@ -153,45 +145,76 @@ def run(arguments: argparse.Namespace) -> None:
         "calibration": seen.name if seen else None,
         "calibration_tokens": calibration.samples.numel() if calibration else None,
     }
-    if arguments.json:
+    try:
+        if file and recovery and recovery.cut_short:
+            print(
+                f"mlpmoe: the run is not added to {arguments.out}: the time limit cut training "
+                "short, so no settings give it again.",
+                file=sys.stderr,
+            )
+        elif file:
+            measured = run_of(spec, *perplexities, *reports)
+            _append(file, replace(measured, tasks=scored), scored_tokens(parts))
+    finally:  # a disk that is full takes no run, but what was measured is shown
+        found = Found(spec, setting, perplexities, reports, recovery, scored, speed)
+        found.print_json() if arguments.json else found.print(text.stream)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is shown in the end; of pairs the first is the dense model's."""
+
+    spec: ConversionSpec
+    setting: dict[str, Any]
+    perplexities: list[Perplexity]
+    reports: list[ParameterReport]
+    recovery: RecoveryReport | None
+    scored: Sequence[TaskScore]
+    speed: SpeedReport | None
+
+    def print_json(self) -> None:
+        changed, recovery, speed = compare(*self.perplexities), self.recovery, self.speed
         models = {
             name: _perplexity_fields(measured) | asdict(report)
             for name, measured, report in zip(
-                ("dense", "converted"), perplexities, reports, strict=True
+                ("dense", "converted"), self.perplexities, self.reports, strict=True
             )
         }
         print_json(
-            {"setting": setting, "spec": spec.to_dict(), **models}
+            {"setting": self.setting, "spec": self.spec.to_dict(), **models}
             | {"recovery": recovery and recovery.to_dict()}
             | {"perplexity_change": asdict(changed), "speed": asdict(speed) if speed else None}
-            | {"tasks": [score.to_dict() for score in scored]}
+            | {"tasks": [score.to_dict() for score in self.scored]}
         )
-        return
-    print(
-        "{model}: {architecture}, {layers} layers, {dtype} on {device}, {threads} threads\n"
-        "{text}: {documents} {pieces}, {bytes:,} bytes, {tokens:,} tokens, {windows}".format(
-            **setting,
-            pieces="windows" if text.stream else "documents",
-            windows=in_windows(window, stride),
+
+    def print(self, stream: bool) -> None:
+        """stream: whether the text was cut into windows as a whole."""
+        setting, spec = self.setting, self.spec
+        print(
+            "{model}: {architecture}, {layers} layers, {dtype} on {device}, {threads} threads\n"
+            "{text}: {documents} {pieces}, {bytes:,} bytes, {tokens:,} tokens, {windows}".format(
+                **setting,
+                pieces="windows" if stream else "documents",
+                windows=in_windows(setting["window"], setting["stride"]),
+            )
         )
-    )
-    if calibration:
-        print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))
-    print(f"converted with {spec.to_flags()}")
-    print_recovery(recovery)
-    print()
-    rows = [["", "dense", "converted", "difference"]]
-    rows += perplexity_rows(*perplexities, changed)
-    rows += parameter_rows(*reports)
-    rows += speed_rows(speed)
-    print_table(rows, align="<>><")
-    if scored:
+        if setting["calibration"]:
+            print("calibrated on {calibration}, {calibration_tokens:,} tokens".format(**setting))
+        print(f"converted with {spec.to_flags()}")
+        print_recovery(self.recovery)
         print()
-        header = ["task", "metric", "questions", "dense", "converted", "difference", ""]
-        print_table([header, *task_rows(scored)], align="<<>>><<")
-        print(TASKS_NOTE)
-    if spec.fades and spec.fade_unit != "neuron":
-        print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
+        rows = [["", "dense", "converted", "difference"]]
+        rows += perplexity_rows(*self.perplexities, compare(*self.perplexities))
+        rows += parameter_rows(*self.reports)
+        rows += speed_rows(self.speed)
+        print_table(rows, align="<>><")
+        if self.scored:
+            print()
+            header = ["task", "metric", "questions", "dense", "converted", "difference", ""]
+            print_table([header, *task_rows(self.scored)], align="<<>>><<")
+            print(TASKS_NOTE)
+        if spec.fades and spec.fade_unit != "neuron":
+            print("\nFade leaves its zeros in place: they save neither multiply-adds nor time.")
 
 
 def _tasks(arguments: argparse.Namespace) -> LoadedTasks | None:

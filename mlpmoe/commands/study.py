@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..core.errors import UserError
-from ..core.files import check_output
+from ..core.files import check_output, write_reason
 from ..measure.notation import number
 from ..models import load
 from ..studies import STUDIES, Study, check_course, find_study, run_study
@@ -53,8 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.name, model, tokenizer, arguments.steps, arguments.seed, on_progress=progress
     )
     progress("")
+    _print(arguments, study, rows, model)
     if arguments.plot:
-        arguments.plot.write_text(svg(rows, study.axes), encoding="utf-8")
+        _write(arguments.plot, svg(rows, study.axes))
+        if not arguments.json:
+            print(f"\nCurves: {arguments.plot}")
+
+
+def _print(
+    arguments: argparse.Namespace, study: Study, rows: Sequence[dict[str, Any]],
+    model: PreTrainedModel,
+) -> None:  # fmt: skip
     if arguments.json:
         setting = {
             "study": arguments.name,
@@ -67,8 +77,14 @@ def run(arguments: argparse.Namespace) -> None:
         return print_json({"setting": setting, "rows": rows})
     print(f"{study.about}\n")
     print_table(*_table(rows))
-    if arguments.plot:
-        print(f"\nCurves: {arguments.plot}")
+
+
+def _write(file: Path, plot: str) -> None:
+    try:
+        file.write_text(plot, encoding="utf-8")
+    except OSError as error:
+        file.unlink(missing_ok=True)  # half of it opens nowhere
+        raise OSError(f"{file} cannot be written: {write_reason(error)}") from error
 
 
 def _check_plot(name: str, study: Study, file: Path | None) -> None:

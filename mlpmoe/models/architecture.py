@@ -124,6 +124,8 @@ def _parse(config: dict, folder: Path, name: str) -> PreTrainedConfig:
         known = model_type in transformers.CONFIG_MAPPING
         if known:
             return read_stored_config(folder)
+    except ModelError:
+        raise
     except Exception as error:
         logger.debug("%s: config.json cannot be parsed", name, exc_info=True)
         field = re.search(r"for field '(\w+)'", str(error))

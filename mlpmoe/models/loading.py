@@ -175,6 +175,8 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast.from_pretrained(folder, **options)
         config = read_stored_config(folder)
         return AutoTokenizer.from_pretrained(folder, config=config, **options)
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raises a bare Exception
         logger.debug("%s: the tokenizer cannot be read", name, exc_info=True)
         raise ModelError(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+
+from ..core.files import write_reason
+from .errors import ModelError
+from .scratch import scratch_folder
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Which kernels compute attention and experts: a name may be of a package that is not here, or of
@@ -34,14 +39,13 @@ logger = logging.getLogger(__name__)
 
 def read_stored_config(folder: Path) -> PreTrainedConfig:
     """config.json in a folder, parsed. What is in LEFT_TO_THIS_MACHINE is at its default, whatever
-    the file says. Raises as `AutoConfig.from_pretrained`, and ValueError for what is not JSON."""
+    the file says. Raises as `AutoConfig.from_pretrained`, ValueError for what is not JSON,
+    and ModelError if this machine has no room for a small file."""
     fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        # a file, since a config that is parsed from fields is not put right as one from a file is
-        json.dump(_plain(fields), file)
-        file.flush()
+    # a file, since a config that is parsed from fields is not put right as one from a file is
+    with _as_file(CONFIG, fields) as place:
         config = AutoConfig.from_pretrained(
-            file.name, trust_remote_code=False, local_files_only=True
+            str(place / CONFIG), trust_remote_code=False, local_files_only=True
         )
     config.name_or_path = str(folder)
     return config
@@ -54,9 +58,8 @@ def read_generation_config(folder: Path, config: PreTrainedConfig, name: str) ->
     own = (folder / GENERATION).is_file()
     try:
         fields = json.loads((folder / (GENERATION if own else CONFIG)).read_text(encoding="utf-8"))
-        with tempfile.TemporaryDirectory() as place:
-            # from a file: what was read from one may be written again, whatever it says
-            Path(place, GENERATION).write_text(json.dumps(_plain(fields)), encoding="utf-8")
+        # from a file: what was read from one may be written again, whatever it says
+        with _as_file(GENERATION, fields) as place:
             found = GenerationConfig.from_pretrained(
                 place, local_files_only=True, _from_model_config=not own
             )
@@ -64,10 +67,27 @@ def read_generation_config(folder: Path, config: PreTrainedConfig, name: str) ->
         if all(_names_tokens(getattr(found, key, None)) for key in TOKENS):
             return found
         problem = "special tokens that are not numbers"
+    except ModelError:
+        raise
     except Exception as error:  # it can be wrong in as many ways as it has settings
         problem = type(error).__name__
     logger.warning("%s: its %s cannot be used (%s)", name, GENERATION, problem)
     return GenerationConfig.from_model_config(config)
+
+
+@contextmanager
+def _as_file(name: str, fields: Any) -> Iterator[Path]:
+    """A folder that is gone afterwards, with a file of this name. Raises ModelError if it cannot
+    be written: then the model is not to blame, nor is it to be read without these fields."""
+    content = json.dumps(_plain(fields))
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(scratch_folder("config"))
+            (place / name).write_text(content, encoding="utf-8")
+        except OSError as error:
+            reason = write_reason(error.__cause__ or error)
+            raise ModelError(f"Temporary files cannot be written: {reason}") from error
+        yield place
 
 
 def _names_tokens(value: Any) -> bool:

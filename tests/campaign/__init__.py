@@ -2,8 +2,7 @@
 
     python -m tests.campaign clients --model smollm2-135m --minutes 10
     python -m tests.campaign hostile
-    python -m tests.campaign kills --times 20
-    python -m tests.campaign disks
+    python -m tests.campaign faults --moments 20
 
 Each prints a table, and ends with status 1 where something is not as it should be.
 """

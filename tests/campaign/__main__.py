@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.campaign.clients import campaign as clients
+from tests.campaign.faults import campaign as faults
 from tests.campaign.hostile import campaign as hostile
 
 
@@ -24,6 +26,12 @@ def main() -> int:
     )
     part = parts.add_parser("hostile", help="input that nobody's program means to send")
     part.set_defaults(run=lambda at, got: hostile(at))
+    part = parts.add_parser("faults", help="sudden ends, full disks, two writers")
+    part.add_argument("--model", default="demo")
+    part.add_argument("--moments", type=int, default=20, help="at which each work is killed")
+    part.add_argument("--only", nargs="*", default=(), help="of these works, app and disks")
+    part.set_defaults(run=lambda at, got: faults(at, got.model, got.moments, tuple(got.only)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background too: see `faults`
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mlpmoe-campaign-") as folder:
         table = chosen.run(Path(folder), chosen)

@@ -43,9 +43,8 @@ class Server:
         return "event: complete" in said, said[-1].removeprefix("data: ")
 
 
-@contextmanager
-def serving(folder: Path, **environment: str) -> Iterator[Server]:
-    """A server that answers; folder: for its log."""
+def started(folder: Path, **environment: str) -> Server:
+    """A server that begins; folder: for its log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,13 +55,19 @@ def serving(folder: Path, **environment: str) -> Iterator[Server]:
             [sys.executable, "app.py"], cwd=ROOT, env=os.environ | own | environment,
             stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    return Server(process, f"http://127.0.0.1:{port}", log)
+
+
+@contextmanager
+def serving(folder: Path, **environment: str) -> Iterator[Server]:
+    """A server that answers, until the end of the block; folder: for its log."""
+    server = started(folder, **environment)
     try:
         wait_for(server)
         yield server
     finally:
-        process.kill()
-        process.wait()
+        server.process.kill()
+        server.process.wait()
 
 
 def wait_for(server: Server) -> None:

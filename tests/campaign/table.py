@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 
@@ -13,6 +14,7 @@ class Table:
 
     def row(self, what: str, found: str, fine: bool = True) -> None:
         self.rows.append((what, found, fine))
+        print(f"{what}: {found}", file=sys.stderr, flush=True)
 
     @property
     def fine(self) -> bool:

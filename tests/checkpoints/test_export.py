@@ -241,6 +241,24 @@ def test_a_full_disk_leaves_nothing(converted, tmp_path, monkeypatch):
     assert nothing_left(tmp_path / "out")
 
 
+def test_no_room_for_what_the_other_process_answers(converted, tmp_path, monkeypatch):
+    nowhere = property(lambda self: self.room / "none" / "answers")
+    monkeypatch.setattr(verification.FreshProcess, "_answered", nowhere)
+    with pytest.raises(ExportError, match="the disk for temporary files is full"):
+        export(converted, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_no_room_for_what_the_other_process_is_asked(converted, tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("IoError(Os { code: 28 }) (os error 28)")
+
+    monkeypatch.setattr(verification, "save_file", full)
+    with pytest.raises(ExportError, match="the disk for temporary files is full"):
+        export(converted, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
 def test_too_little_space_is_known_before(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(target, "free_disk", lambda folder: 110_000_000)
     with pytest.raises(ExportError, match=r"takes 20 MB, but the disk has 110 MB free"):

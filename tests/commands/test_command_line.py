@@ -3,8 +3,10 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -152,6 +154,15 @@ def test_control_c_leaves_no_traceback(capsys, monkeypatch):
     assert (out, err) == ("", "mlpmoe: interrupted\n")
 
 
+def test_an_output_that_takes_nothing(capsys, monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err == "mlpmoe: the output cannot be written: the disk is full.\n"
+    with suppress(OSError):
+        full.close()
+
+
 # The real thing ----------------------------------------------------------------------------
 
 
@@ -169,3 +180,25 @@ def test_in_a_process_of_its_own(folder, text):
     assert (done.returncode, done.stderr) == (0, "")
     values = row(done.stdout, "perplexity")[1:3]
     assert all(math.isfinite(float(value.split(" ? ")[0].replace(",", ""))) for value in values)
+
+
+SLOW = "import time\nprint('read', flush=True)\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize("command", [["-m", "mlpmoe", "models"], ["app.py"]])
+def test_an_interrupt_while_the_libraries_are_read(command, tmp_path):
+    """No traceback, whichever library is under way."""
+    for name in ("torch", "transformers"):  # which take seconds, and here as long as it takes
+        (tmp_path / f"{name}.py").write_text(SLOW)
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "read\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+        assert process.stderr.read() == ""

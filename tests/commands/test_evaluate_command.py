@@ -17,6 +17,7 @@ from mlpmoe.measure.cost import speed
 from mlpmoe.measure.cost.parameters import parameter_report
 from mlpmoe.measure.quality.encoding import encode_stream, scored_tokens, windows
 from mlpmoe.measure.quality.perplexity import compare, measure, perplexity
+from mlpmoe.measure.runs.file import RunsFile
 from mlpmoe.models import TEXTS, catalogue
 from mlpmoe.models import texts as named_texts
 from tests.commands.common import STORIES, TEXT, refused, row, strictly
@@ -680,3 +681,13 @@ def test_a_folder_is_no_text(evaluate, text):
     text.unlink()
     text.mkdir()
     assert evaluate()[0] == 1
+
+
+def test_what_a_full_disk_does_not_take_is_shown(evaluate, tmp_path, monkeypatch):
+    def full(self, run, tokens):
+        raise OSError(f"{self.path} cannot be written: the disk is full.")
+
+    monkeypatch.setattr(RunsFile, "append", full)
+    status, out, err = evaluate("--branches", "4", "--json", "--out", str(tmp_path / "runs"))
+    assert status == 1 and err.endswith("runs cannot be written: the disk is full.\n")
+    assert strictly(out)["converted"]["perplexity"] > 1

@@ -1,5 +1,6 @@
 """The command `study`: what it prints and writes, of a study that takes no time."""
 
+import errno
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -75,6 +76,19 @@ def test_a_table_with_errors_beside_the_figures(study, asked):
     assert row(out, "other")[1:] == ["0", "2.50 ± 0.12"]
     _, out, _ = study("plain")
     assert row(out, "a") == ["a", "1,234"]  # what is unknown is left open
+
+
+def test_a_disk_that_is_full_costs_the_curves_alone(study, tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(study_command.Path, "write_text", full)
+    file = tmp_path / "curves.svg"
+    status, out, err = study("curves", "--plot", str(file))
+    assert (status, err) == (1, f"mlpmoe: {file} cannot be written: the disk is full.\n")
+    assert row(out, "other")[1:] == ["0", "2.50 ± 0.12"] and "Curves:" not in out
+    assert not file.exists()
 
 
 def test_curves_are_written(study, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -224,3 +226,30 @@ def test_few_are_kept_and_the_disk_is_not_filled(dense, text, tmp_path, monkeypa
     monkeypatch.setattr(saved.shutil, "disk_usage", lambda folder: free)
     stop_at(30, dense, SPECS["all"], text, state=tmp_path / "full")
     assert not list((tmp_path / "full").glob("*"))
+
+
+def test_what_was_being_written_as_a_process_was_killed_goes(dense, text, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as done:
+        pass
+    dead, alive = (tmp_path / f"{'a' * 32}.{pid}.partial" for pid in (done.pid, os.getpid()))
+    for file in (dead, alive):
+        file.write_bytes(b"half")
+    stop_at(20, dense, SPECS["all"], text, state=tmp_path)
+    assert not dead.exists() and alive.exists()
+
+
+def test_an_interrupt_within_the_writing_leaves_nothing_half(dense, text, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def interrupted(values, file):
+        calls.append(values["step"])
+        save(values, file)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        convert(dense, SPECS["all"], text, state=tmp_path)
+    assert calls == [20, 20]
+    (file,) = tmp_path.glob("*")
+    assert torch.load(file, weights_only=True)["step"] == 20

@@ -17,6 +17,7 @@ from mlpmoe import UserError
 from mlpmoe.explorer.app import build_demo
 from mlpmoe.explorer.server.events import readable, sentence
 from mlpmoe.explorer.tabs.pushing import PushHandlers, PushPanel, wire_push
+from mlpmoe.models import ModelError
 
 
 def test_readable_passes_on_what_a_user_can_mend():
@@ -124,6 +125,13 @@ def test_readable_lets_a_stream_be_closed():
 def test_a_sentence_begins_with_a_capital_and_holds_no_html():
     assert sentence(UserError('no <b> & "so" on.')) == 'No &lt;b&gt; &amp; "so" on.'
     assert sentence(UserError("")) == ""
+
+
+@pytest.mark.parametrize("name", ["my-model", "demo", "model.safetensors", "fade_unit", "./mine"])
+def test_a_sentence_keeps_the_spelling_of_a_name(name):
+    assert sentence(ModelError(f"{name} has no weights.")) == f"{name} has no weights."
+    if name not in ("my-model", "demo"):  # which only an error of models begins with
+        assert sentence(UserError(f"{name} is odd.")) == f"{name} is odd."
 
 
 def test_what_a_visitor_does_next_is_not_passed_over(workbench):

@@ -1,9 +1,11 @@
 """A folder is what somebody else made: links, sizes, and settings of another machine."""
 
+import errno
 import json
 import os
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +286,21 @@ def test_our_own_model_may_be_installed_as_links(tmp_path, monkeypatch):
     module = import_module("mlpmoe.models.preflight")  # by attribute it is the function
     monkeypatch.setattr(module, "assets_folder", lambda: tmp_path / "assets")
     assert preflight(cache).parameters == 7_344_384
+
+
+# And a disk that is full ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_full_disk_is_not_the_fault_of_the_model(folder, monkeypatch, name):
+    """Nor is a model loaded without the settings that could not be passed on."""
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    write = Path.write_text
+
+    def full(self, *args, **ways):
+        if self.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args, **ways)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert refusal(folder) == "Temporary files cannot be written: the disk is full."

@@ -6,7 +6,8 @@ REQUEST: a line of JSON, a list FOLDER, WINDOWS, ANSWERS, DTYPE, DEVICE, CODE. W
 safetensors file with the token ids of each window, "ids.0", "ids.1", ..., and "firsts", the index
 of the first token to score in each. ANSWERS gets the losses of the scored tokens, the logits of the
 first LOGIT_TOKENS tokens, the ids of PROBE if there is a tokenizer, and as metadata the dtypes
-on disk and why the tokenizer cannot be read. DEVICE: "disk" reads each part of the model when it is
+on disk and why the tokenizer cannot be read; where they cannot be written, the
+exit status is NO_ROOM. DEVICE: "disk" reads each part of the model when it is
 needed. CODE: whether the checkpoint may run its own code. The process ends, whatever it is doing,
 when its standard input does: then whoever asked is gone. Nothing of mlpmoe is imported: this is
 what another person's software sees.
@@ -48,6 +49,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 LOGIT_TOKENS = 256
+NO_ROOM = 74  # exit status: where its answers are to go, what it says may find no room either
 PROBE = "Once upon a time, 3 cats didn't sleep.\n\tÜber 北京  schläft 🦊; x = 10**-3"
 ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
@@ -132,4 +134,5 @@ if __name__ == "__main__":
         about = {"dtypes": saved_dtypes(folder), "tokenizer": reason}
         save_file(found | ids, target, metadata=about)
     except Exception as error:  # safetensors raises its own
-        sys.exit(f"the folder for temporary files took no answers ({error})")
+        print(error, file=sys.stderr)
+        sys.exit(NO_ROOM)

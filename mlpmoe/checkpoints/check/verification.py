@@ -133,7 +133,10 @@ class FreshProcess:
         """Let it open the checkpoint, which is whole by now, and score these windows."""
         asked = self.room / "windows.safetensors"
         tensors = {f"ids.{index}": ids.clone() for index, (ids, _) in enumerate(pieces)}
-        save_file(tensors | {"firsts": torch.tensor([first for _, first in pieces])}, asked)
+        try:
+            save_file(tensors | {"firsts": torch.tensor([first for _, first in pieces])}, asked)
+        except Exception as error:  # safetensors raises its own
+            raise _no_room() from error
         request = [
             os.path.abspath(folder), str(asked), str(self._answered),
             str(dtype).removeprefix("torch."), device, code,
@@ -144,6 +147,8 @@ class FreshProcess:
 
     def check(self) -> None:
         """Raise ExportError if it failed."""
+        if self.process.poll() == reload.NO_ROOM:
+            raise _no_room()
         if self.process.poll():
             self.errors.seek(0)
             said = self.errors.read().decode(errors="replace").split("\n")
@@ -174,6 +179,12 @@ class FreshProcess:
     @property
     def _answered(self) -> Path:
         return self.room / "answers.safetensors"
+
+
+def _no_room() -> ExportError:
+    return ExportError(
+        "the checkpoint cannot be compared: the disk for temporary files is full, or takes nothing."
+    )
 
 
 @contextmanager

@@ -255,7 +255,6 @@ class Course:
 
     def _save(self) -> None:
         if self.saved:
-            self.kept = self.step
             self.saved.write(
                 {
                     "step": self.step,
@@ -270,6 +269,7 @@ class Course:
                     "seconds": self._elapsed(),
                 }
             )
+            self.kept = self.step
 
     def _resume(self) -> bool:
         """Go on from the file, if there is one. What is drawn on the way depends on the seed and

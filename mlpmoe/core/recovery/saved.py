@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from ..spec import ConversionSpec
 
 FORMAT = 3
 ENDING = ".recovery"
+PARTIAL = ".partial"  # end of the name of a file that is being written, after its process
 OLD = 7 * 24 * 3600  # seconds after which nobody comes back to a file
 KEPT = 16  # files of a folder; the one written longest ago makes room
 RESERVE = 2**29  # bytes of the disk that stay free
@@ -51,7 +53,7 @@ class Saved:
     def write(self, values: dict[str, Any]) -> None:
         """Replace what is there, in one go. A disk that is full or may not be written to only
         costs the way back. values["weights"]: what is trained, all else is as large in all."""
-        partial = self.file.with_suffix(f".{os.getpid()}.partial")
+        partial = self.file.with_suffix(f".{os.getpid()}{PARTIAL}")
         size = COPIES * sum(tensor.nbytes for tensor in values["weights"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,10 +63,13 @@ class Saved:
             torch.save(values | {"key": self.key}, partial)
             os.replace(partial, self.file)
         except (OSError, RuntimeError):  # torch's own writer raises the second
+            pass
+        finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
+        self._sweep()
         others = [file for file in self.folder.glob(f"*{ENDING}") if file != self.file]
         others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         for file in others[KEPT - 1 :]:
@@ -74,10 +79,18 @@ class Saved:
         """It is done. Files that were left behind long ago go, too."""
         with suppress(OSError):
             self.file.unlink(missing_ok=True)
-            for other in self.folder.glob("*"):
-                ours = other.suffix in (ENDING, ".partial")
-                if ours and time.time() - other.stat().st_mtime > OLD:
+            self._sweep()
+            for other in self.folder.glob(f"*{ENDING}"):
+                if time.time() - other.stat().st_mtime > OLD:
                     other.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what processes were writing as they were killed. Where one of another machine
+        writes here, this costs it no more than this one file."""
+        for other in self.folder.glob(f"*{PARTIAL}"):
+            process = other.name.split(".")[-2]
+            if not process.isdecimal() or not psutil.pid_exists(int(process)):
+                other.unlink(missing_ok=True)
 
 
 def key_of(

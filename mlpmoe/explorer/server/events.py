@@ -17,6 +17,7 @@ from gradio.events import EventListener
 
 from ...core.errors import UserError
 from ...measure.words import capital
+from ...models import ModelError
 from .guests import Guests
 
 PRIVATE = {"api_visibility": "private"}
@@ -112,8 +113,10 @@ class Together:
 
 
 def sentence(error: UserError) -> str:
-    """The error's message as HTML, beginning with a capital."""
-    return escape(capital(str(error)), quote=False)
+    """The error's message as HTML, beginning with a capital; those of models, such as "my-model
+    has no weights.", begin with one or with a name, which keeps its spelling."""
+    message = str(error) if isinstance(error, ModelError) else capital(str(error))
+    return escape(message, quote=False)
 
 
 def status(text: str) -> str:
