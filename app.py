@@ -53,6 +53,9 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # meanwhile it ends without a traceback
     server = starting_page()
 
+if os.environ.get("SPACES_ZERO_GPU"):
+    import spaces  # noqa: F401 – a ZeroGPU Space, where it comes before torch
+
 from mlpmoe.explorer.app import build_demo  # noqa: E402 – the slow part
 from mlpmoe.explorer.launch import launch_kwargs  # noqa: E402
 from mlpmoe.models.ending import end_when_asked  # noqa: E402

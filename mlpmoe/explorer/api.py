@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..core.routed import ROUTED_METHODS
 from ..core.spec import ConversionSpec
 from ..core.written import SPARSITY
-from ..measure.text.generation import parted_at, write_side_by_side
+from ..measure.text.generation import parted_at
 from ..models import CATALOGUE, default_text
 from .server.asked import Conversion, spec_of
 from .server.background import each_in_thread
@@ -153,8 +153,7 @@ def add_endpoints(workbench: Workbench) -> None:
         written = {"dense": "", "converted": "", "tokens": [0, 0], "parted_at": None}
         for message in loaded.convert(asked):
             yield written | _doing(message)
-        pair = (loaded.model, loaded.converted(asked))
-        steps = write_side_by_side(pair, loaded.tokenizer, prompt, tokens, temperature)
+        steps = loaded.write(asked, prompt, tokens, temperature)
         for step in each_in_thread(in_turns(loaded, steps)):
             if isinstance(step, Place):
                 yield written | _doing(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -110,7 +111,14 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def gpu_is_lent() -> bool:
+    """Whether this is a ZeroGPU Space, which has a GPU for the length of a call."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
 def _available_devices() -> list[torch.device]:
+    if gpu_is_lent():  # it says that it has one, at any time
+        return [torch.device("cpu")]
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append(torch.device("mps"))

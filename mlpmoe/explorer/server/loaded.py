@@ -34,6 +34,7 @@ from ...measure.quality.head import token_losses
 from ...measure.quality.perplexity import Perplexity
 from ...measure.quality.routing import LayerRouting, routing
 from ...measure.runs.sweep import Run, run_of
+from ...measure.text.generation import Writing, write_side_by_side
 from ...models import (
     Preflight,
     default_calibration,
@@ -42,6 +43,7 @@ from ...models import (
     recovery_folder,
 )
 from ...models.texts import TEXTS
+from . import lent
 from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
 from .recent import Recent
@@ -99,6 +101,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         self.room = room_on(self.checked.device)
+        lent.hold(self.key, self.model, self.tokenizer)
         if self.checked.bytes_on_disk <= SMALL_BYTES:
             self._conversions.size = SMALL_CONVERSIONS_HELD
 
@@ -358,7 +361,10 @@ class LoadedModel:
         plan, converted = self.plan(text), self.converted(asked)
         dense = self._losses.get_or_make((None, text), Losses)
         losses = self._losses.get_or_make((asked, text), Losses)
-        scores = _scored_by(self.model), _scored_by(converted)
+        if lent.takes(asked):
+            scores = lent.scores(lent.Request.of(self.key, asked), plan, dense, losses)
+        else:
+            scores = _scored_by(self.model), _scored_by(converted)
         known = plan.evaluation(dense, losses)
         if known and ends_here(known, whole):
             yield known
@@ -369,6 +375,17 @@ class LoadedModel:
                 yield step
                 if ends_here(step, whole):
                     break
+
+    def write(
+        self, asked: Conversion, prompt: str, tokens: int, temperature: float, dense: bool = True
+    ) -> Iterator[tuple[Writing, ...]]:
+        """What the dense model (unless it is left out) and the converted one write, token by token;
+        see `write_side_by_side`."""
+        if lent.takes(asked):
+            request = lent.Request.of(self.key, asked)
+            return lent.write(request, prompt, tokens, temperature, dense)
+        models = (self.model, self.converted(asked)) if dense else (self.converted(asked),)
+        return write_side_by_side(models, self.tokenizer, prompt, tokens, temperature)
 
     def _known(self, asked: Conversion | None, text: str) -> Losses:
         return self._losses.get((asked, text)) or Losses()

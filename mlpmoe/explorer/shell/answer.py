@@ -21,7 +21,7 @@ from ...core.errors import UserError
 from ...core.stopping import may_stop, stoppable
 from ...measure.quality.routing import routing
 from ...measure.quality.tokens import TokenChange, text_changes
-from ...measure.text.generation import Writing, encode_prompt, parted_at, write_side_by_side
+from ...measure.text.generation import Writing, encode_prompt, parted_at
 from ...models.catalogue import DEMO_KEY
 from ..server.asked import Conversion, spec_of
 from ..server.background import each_in_thread
@@ -163,9 +163,8 @@ def _answered(
         return
     prompt, tokens, temperature = wish
     dense, model = loaded.answers.get(wish), loaded.converted(asked)
-    models = (model,) if dense else (loaded.model, model)
     started, writings, ended = monotonic(), (), False
-    steps = write_side_by_side(models, loaded.tokenizer, prompt, tokens, temperature)
+    steps = loaded.write(asked, prompt, tokens, temperature, dense=not dense)
     turns = in_turns(loaded, steps)
     while not ended:
         with stoppable(check):
