@@ -6,14 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..checkpoints.forms.choose import AUTO, DENSE, FORM_WORDS
-from ..checkpoints.write.export import SAVED, Exported, export
+from ..checkpoints.write.export import SAVED, Exported, export, saved_dtype
 from ..checkpoints.write.file_export import export_files
 from ..checkpoints.write.source import PiecewiseError
 from ..checkpoints.write.streaming import streams
-from ..checkpoints.write.target import check_target
+from ..checkpoints.write.target import check_space, check_target
 from ..core.conversion import convert
 from ..core.spec import ConversionSpec
+from ..measure.cost.parameters import parameter_report
 from ..models import format_bytes, load, preflight
 from ..models.host import DTYPES
 from .arguments import (
@@ -103,6 +106,9 @@ def _from_memory(
     dense, tokenizer = load(
         arguments.model, arguments.compute, arguments.device, on_progress=progress
     )
+    # before minutes of calibration and training, whose result would be lost
+    least = _least_bytes(dense, spec, arguments.dtype)
+    check_space(arguments.folder.expanduser().absolute(), least, "takes at least")
     calibration = seen.encode(tokenizer, dense) if seen else None
     model = convert(dense, spec, calibration, **ways)
     return export(
@@ -111,6 +117,17 @@ def _from_memory(
         calibration_name=seen.name if seen else None, form=arguments.form, dtype=arguments.dtype,
         on_progress=progress,
     )  # fmt: skip
+
+
+def _least_bytes(dense: PreTrainedModel, spec: ConversionSpec, dtype: str) -> int:
+    """Of a checkpoint: what stands outside of the MLPs, and what is computed of those for a token
+    at least; which neurons are left out by fade is not known yet."""
+    report = parameter_report(dense)
+    share = spec.active if spec.routed else spec.kept / spec.branches
+    if spec.fade_unit == "neuron" and spec.fades:
+        share = 0.0
+    parameters = report.total - report.mlp_total + int(share * report.mlp_total)
+    return parameters * saved_dtype(dense, dtype).itemsize
 
 
 def _print(made: Exported) -> None:

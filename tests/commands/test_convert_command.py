@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, convert, load
 from mlpmoe.__main__ import main
+from mlpmoe.checkpoints.write import target
+from mlpmoe.commands import convert as convert_command
+from mlpmoe.models import format_bytes
 from tests.commands.common import STORIES, TEXT, refused, row, strictly
 from tests.tiny import save_tiny_model
 
@@ -135,3 +138,15 @@ def test_help_has_examples(capsys):
     out = capsys.readouterr().out
     assert "python -m mlpmoe convert demo" in out and "--spec-file" in out
     assert "granite-moe" in out and "the same command goes on" in out
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_training(run, room, tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "free_disk", lambda folder: target.DISK_RESERVE + 1000)
+    monkeypatch.setattr(convert_command, "convert", None)
+    flags = ("--branches", 8, "--keep", 6, "--order", "activation", "--recover", "all")
+    status, out, err = run(tmp_path / "out", *flags)
+    assert (status, out) == (2, "")
+    model, _ = load(room / "model")
+    mlps = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
+    least = 4 * (model.num_parameters() - mlps + 0.75 * mlps)
+    assert f"the checkpoint takes at least {format_bytes(least)}, but the disk has" in err

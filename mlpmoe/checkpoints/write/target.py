@@ -94,12 +94,12 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     return final
 
 
-def check_space(folder: Path, size: int) -> None:
-    """Raise ExportError unless `size` bytes fit beside what stays free."""
+def check_space(folder: Path, size: int, takes: str = "takes") -> None:
+    """Raise ExportError unless `size` bytes fit beside what stays free. takes: maybe "at least"."""
     free = free_disk(folder)
     if size > 0 and size + DISK_RESERVE > free:
         raise ExportError(
-            f"the checkpoint takes {format_bytes(size)}, but the disk has {format_bytes(free)} "
+            f"the checkpoint {takes} {format_bytes(size)}, but the disk has {format_bytes(free)} "
             f"free, of which {format_bytes(DISK_RESERVE)} stay reserved."
         )
 
