@@ -25,6 +25,9 @@ class Parrot:
         text_config = SimpleNamespace(max_position_embeddings=context)
         self.config = SimpleNamespace(get_text_config=lambda decoder: text_config)
 
+    def parameters(self):
+        return iter(())
+
     def forward(self, ids, use_cache, **state):
         (name, said) = state.popitem()
         said = said or 0
