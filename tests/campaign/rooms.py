@@ -4,11 +4,12 @@ ends there."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def cache_of(model: str, folder: Path) -> Path | None:
     cache = folder / "cache"
     cache.mkdir()
     for found in kept:
-        (cache / found.name).symlink_to(found)
+        shutil.copytree(found, cache / found.name)
     return cache
 
 
@@ -165,7 +166,7 @@ def name_of(number: int) -> str:
     return "kill -9" if number == signal.SIGKILL else signal.Signals(number).name
 
 
-def without(values: object, names: Mapping | tuple[str, ...]) -> object:
+def without(values: object, names: Collection[str]) -> object:
     """Plain values without the entries of these names, at any depth."""
     if isinstance(values, dict):
         return {k: without(v, names) for k, v in values.items() if k not in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shlex
 import zipfile
@@ -18,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 
 from mlpmoe import ConversionSpec, UserError, convert
+from mlpmoe.checkpoints.check.verification import ExportError
 from mlpmoe.checkpoints.write.export import SAVED
 from mlpmoe.commands.arguments import read_spec as read_flags
 from mlpmoe.commands.convert import add_arguments
@@ -368,6 +370,28 @@ def test_failed_it_leaves_nothing(exporter, served, unserved, monkeypatch, error
     assert files_in(unserved) == []
     assert not served.exists()
     exporter.begin(request())
+
+
+def test_a_disk_that_fills_while_the_zip_is_packed(
+    exporter, served, unserved, monkeypatch, instant
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    with pytest.raises(UserError, match=r"^the zip was not written: the disk is full\.$"):
+        make(exporter, *asked_for())
+    assert not files_in(served) and not files_in(unserved)
+
+
+def test_a_disk_that_fills_while_the_checkpoint_is_written(exporter, unserved, monkeypatch):
+    def export(model, folder, **_: object) -> None:
+        raise ExportError(f"{folder} was not written: the disk is full.")
+
+    monkeypatch.setattr(exporting, "export", export)
+    with pytest.raises(UserError, match=r"^demo-b4-k3 was not written: the disk is full\.$"):
+        make(exporter, *asked_for())
+    assert not files_in(unserved)
 
 
 def test_nothing_is_written_where_there_is_no_room(exporter, unserved, monkeypatch):

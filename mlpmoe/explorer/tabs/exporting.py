@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ...checkpoints.check.record import read_spec_file
+from ...checkpoints.check.verification import ExportError
 from ...checkpoints.write.export import SAVED, Exported, export
 from ...core.calibration import check_disjoint
 from ...core.errors import UserError
@@ -204,12 +205,16 @@ def _exported(
                 pass
 
         report("converting", None)
-        return export(
-            loaded.converted(wanted.asked), folder, tokenizer=loaded.tokenizer, text=encoded,
-            text_name=text_name(text), dense=loaded.model,
-            known=loaded.known_whole(wanted.asked, text), calibration_name=calibration,
-            form=wanted.form, dtype=SAVED if wanted.dtype == SAVED else None, on_progress=politely,
-        )  # fmt: skip
+        try:
+            return export(
+                loaded.converted(wanted.asked), folder, tokenizer=loaded.tokenizer, text=encoded,
+                text_name=text_name(text), dense=loaded.model,
+                known=loaded.known_whole(wanted.asked, text), calibration_name=calibration,
+                form=wanted.form, dtype=SAVED if wanted.dtype == SAVED else None,
+                on_progress=politely,
+            )  # fmt: skip
+        except ExportError as error:  # which may name the folder, nobody's business
+            raise ExportError(str(error).replace(f"{folder.parent}/", "")) from error
 
     return (yield from in_thread(work))
 

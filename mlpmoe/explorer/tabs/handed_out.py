@@ -18,6 +18,8 @@ from time import monotonic
 
 from gradio.utils import get_upload_folder
 
+from ...core.errors import UserError
+from ...core.files import write_reason
 from ...models.scratch import scratch_folder, scratch_root, sweep_scratch
 from .export_result import Made
 
@@ -66,16 +68,18 @@ def workspace() -> Iterator[Path]:
 
 def zip_folder(folder: Path) -> Path:
     """The folder as one stored, uncompressed zip where Gradio serves it from, below a name of 128
-    random bits. Removed again if it fails."""
+    random bits. Removed again if it fails. Raises UserError if the disk does not take it."""
     served = scratch_root(Path(get_upload_folder())) / secrets.token_hex(16)
-    served.mkdir()
     try:
+        served.mkdir()
         file = served / f"{folder.name}.zip"
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for item in sorted(folder.rglob("*")):
                 if item.is_file():
                     archive.write(item, Path(folder.name, item.relative_to(folder)))
         return file
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(served, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"the zip was not written: {write_reason(error)}") from error
         raise
