@@ -17,6 +17,7 @@ from mlpmoe.commands.models import NOT_HERE
 from mlpmoe.core.spec import ConversionSpec
 from mlpmoe.models import CATALOGUE, hub
 from tests.commands.common import ROOT, row, strictly
+from tests.interrupts import take_interrupts
 from tests.tiny import save_tiny_model
 
 # models ------------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ def test_an_interrupt_while_the_libraries_are_read(command, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=take_interrupts,
     ) as process:
         assert process.stdout.readline() == "read\n"
         process.send_signal(signal.SIGINT)

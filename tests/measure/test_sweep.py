@@ -169,14 +169,14 @@ def test_whole_numbers_are_figures_too():
 def test_other_figures_make_no_run(name, value):
     if value == 10**400 and name in COUNTS:
         value = 1.0
-    with pytest.raises(UserError, match=f"no run: {name} is "):
+    with pytest.raises(UserError, match=f"not a run: {name} is "):
         Run.from_dict(RUN.to_dict() | {name: value})
 
 
 @pytest.mark.parametrize("name", sorted(set(FIGURES) - set(INFINITE)))
 @pytest.mark.parametrize("value", [None, math.inf])
 def test_infinite_is_only_what_a_broken_model_gives(name, value):
-    with pytest.raises(UserError, match=f"no run: {name} is "):
+    with pytest.raises(UserError, match=f"not a run: {name} is "):
         Run.from_dict(RUN.to_dict() | {name: value})
 
 
@@ -184,7 +184,7 @@ def test_infinite_is_only_what_a_broken_model_gives(name, value):
 def test_a_run_is_whole(missing):
     values = RUN.to_dict()
     del values[missing]
-    with pytest.raises(UserError, match=f"no run: .*{missing}"):
+    with pytest.raises(UserError, match=f"not a run: .*{missing}"):
         Run.from_dict(values)
 
 

@@ -12,6 +12,7 @@ import pytest
 from mlpmoe.models import scratch
 from mlpmoe.models.ending import GRACE
 from mlpmoe.models.scratch import LOCK, PREFIX, scratch_folder, scratch_root, sweep_scratch
+from tests.interrupts import take_interrupts
 
 # The two modules alone: neither needs torch.
 BUSY = """
@@ -55,8 +56,9 @@ def busy(tmp_path):
     def start(manner="obeys"):
         code = BUSY.format(models=str(Path(scratch.__file__).parent))
         process = subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path, manner], stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", code, tmp_path, manner],
+            stdout=subprocess.PIPE, text=True, preexec_fn=take_interrupts,
+        )  # fmt: skip
         started.append(process)
         return process, Path(process.stdout.readline().strip())
 
