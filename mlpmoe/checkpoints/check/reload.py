@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 LOGIT_TOKENS = 256
-NO_ROOM = 74  # exit status: where its answers are to go, what it says may find no room either
+NO_ROOM = 74  # exit status
 PROBE = "Once upon a time, 3 cats didn't sleep.\n\tÜber 北京  schläft 🦊; x = 10**-3"
 ROWS = 256  # positions turned into float32 losses at a time: bounds the memory
 
@@ -130,9 +130,8 @@ if __name__ == "__main__":
     model = opened(folder, dtype, device, code)
     found = answers(model, pieces, "cpu" if device == "disk" else device)
     ids, reason = probed(folder, code)
+    about = {"dtypes": saved_dtypes(folder), "tokenizer": reason}
     try:
-        about = {"dtypes": saved_dtypes(folder), "tokenizer": reason}
         save_file(found | ids, target, metadata=about)
-    except Exception as error:  # safetensors raises its own
-        print(error, file=sys.stderr)
-        sys.exit(NO_ROOM)
+    except Exception:  # safetensors raises its own
+        os._exit(NO_ROOM)  # what is said at a usual end goes to the same disk, and would change it
