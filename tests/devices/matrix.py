@@ -42,7 +42,7 @@ from tests.devices.cases import all_specs
 MOVED = {"float32": 0.005, "bfloat16": 0.03, "float16": 0.015}
 MADE = {"float32": 0.05, "bfloat16": 0.2, "float16": 0.1}
 WRITTEN = 48  # tokens that are read at once, and written one by one
-SAME = {"float32": 0.97, "bfloat16": 0.85, "float16": 0.9}  # of these, at least
+SAME = {"float32": 0.97, "bfloat16": 0.8, "float16": 0.9}  # of these, at least
 EXPERTS = ConversionSpec(method="contiguous", experts=8, active=0.5)
 FORMS = [
     (ConversionSpec(branches=8, fade=0.6), "dense"),
