@@ -62,8 +62,7 @@ def test_a_visitor_meets_a_real_model(new_window, server: str, take_picture, tmp
     wait_for_text(page, "#sentence", removed)
     wait_for_text(page, "#sentence", "times as perplexed", LONG)
     assert page.input_value("#prompt textarea") == QUESTION
-    page.locator("#writing-report p").first.wait_for(timeout=LONG)
-    assert "Paris" in page.inner_text("#dense-text")
+    wait_for_text(page, "#dense-text", "Paris", LONG)
     take_picture(page, "as-published")
 
     slider(page, "fade").focus()

@@ -108,7 +108,9 @@ def test_what_a_model_writes_is_escaped(writer, demo, visitor, monkeypatch):
     texts = HOSTILE, HOSTILE.replace("<img", "<b>x")
     tokens = [demo.tokenizer(text).input_ids[1:] for text in texts]
     writings = tuple(map(Writing, tokens, texts))
-    monkeypatch.setattr(module, "write_side_by_side", lambda *_: iter([writings]))
+    monkeypatch.setattr(
+        "mlpmoe.explorer.server.loaded.write_side_by_side", lambda *_: iter([writings])
+    )
     steps = list(writer.write(visitor(), *values(fade=0.9)))
     assert words(steps[0][1]) == texts[1]
     for dense, converted, report, _ in steps:
@@ -192,7 +194,7 @@ def asked_to_write(monkeypatch) -> list[int]:
         seen.append(len(models))
         return write_side_by_side(models, *rest)
 
-    monkeypatch.setattr(module, "write_side_by_side", recorded)
+    monkeypatch.setattr("mlpmoe.explorer.server.loaded.write_side_by_side", recorded)
     return seen
 
 
