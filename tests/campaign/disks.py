@@ -79,7 +79,8 @@ class Disks:
     def row(self, what: str, found: str, wrong: list[str]) -> None:
         shown = found.replace(str(self.folder), "…").replace("\n", " ")[:160]
         self.table.row(what, f"{len(wrong)} faults: {shown}" if wrong else shown, not wrong)
-        self.table.notes += [f"{what}: {each}" for each in wrong]
+        for each in wrong:
+            self.table.fault(f"{what}: {each}")
 
     def work_left(self) -> list[str]:
         """Folders that are there under a final name, or are half made."""

@@ -138,14 +138,16 @@ def disturbed(
         random = Random(f"{work.name} {number}")
         case = Disturbed(work, room, wanted, seconds, imports, random)
         times = moments if number == signal.SIGKILL else moments // 2
-        wrong = list(case.ended(number, times))
+        wrong = 0
+        for each in case.ended(number, times):
+            table.fault(f"{work.name}, {each}")
+            wrong += 1
         found = f"{times} times: {case.counts['went on']} then went on from what was there"
         if number != signal.SIGKILL:
             found += f"; ended within {case.slowest:.1f} s"
         if wrong:
-            found += f"; {len(wrong)} faults"
+            found += f"; {wrong} faults"
         table.row(f"{work.name}, {name_of(number)}", found, not wrong)
-        table.notes += [f"{work.name}, {each}" for each in wrong]
 
 
 def campaign(folder: Path, model: str, moments: int, only: tuple[str, ...] = ()) -> Table:

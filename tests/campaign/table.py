@@ -16,6 +16,11 @@ class Table:
         self.rows.append((what, found, fine))
         print(f"{what}: {found}", file=sys.stderr, flush=True)
 
+    def fault(self, note: str) -> None:
+        """What is wrong, said at once: the rest may take long."""
+        self.notes.append(note)
+        print(f"  fault: {note}", file=sys.stderr, flush=True)
+
     @property
     def fine(self) -> bool:
         return all(fine for *_, fine in self.rows)

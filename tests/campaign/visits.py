@@ -225,11 +225,13 @@ def visits(folder: Path, model: str, moments: int, table: Table) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         for doing in DOING:
             times = max(1, moments // (2 if number == signal.SIGKILL else 4))
-            wrong = list(case.ended(number, doing, times))
+            wrong = 0
+            for each in case.ended(number, doing, times):
+                table.fault(f"the page {doing}, {each}")
+                wrong += 1
             found = f"{times} times, then the same page, numbers and checkpoint"
             if number != signal.SIGKILL:
                 found += f"; ended within {case.slowest:.1f} s"
             if wrong:
-                found += f"; {len(wrong)} faults"
+                found += f"; {wrong} faults"
             table.row(f"the page {doing}, {name_of(number)}", found, not wrong)
-            table.notes += [f"the page {doing}, {each}" for each in wrong]
