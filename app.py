@@ -60,11 +60,15 @@ from mlpmoe.explorer.app import build_demo  # noqa: E402 – the slow part
 from mlpmoe.explorer.launch import launch_kwargs  # noqa: E402
 from mlpmoe.models.ending import end_when_asked  # noqa: E402
 
-demo = build_demo()
+if __name__ == "__main__":
+    end_when_asked()  # before anything is made that would be left behind
+try:
+    demo = build_demo()
+except KeyboardInterrupt:
+    raise SystemExit from None
 
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
-        end_when_asked()
         server.shutdown()
         server.server_close()
         demo.launch(server_port=server.server_port, **launch_kwargs())
