@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from tests.campaign.disks import disks
-from tests.campaign.rooms import SOON, Ended, Room, cache_of, name_of
+from tests.campaign.rooms import SOON, Ended, Room, cache_of, name_of, until_the_end
 from tests.campaign.table import Table
 from tests.campaign.visits import visits
 from tests.campaign.works import Work, works, write_texts
@@ -138,16 +139,13 @@ def disturbed(
         random = Random(f"{work.name} {number}")
         case = Disturbed(work, room, wanted, seconds, imports, random)
         times = moments if number == signal.SIGKILL else moments // 2
-        wrong = 0
-        for each in case.ended(number, times):
-            table.fault(f"{work.name}, {each}")
-            wrong += 1
-        found = f"{times} times: {case.counts['went on']} then went on from what was there"
-        if number != signal.SIGKILL:
-            found += f"; ended within {case.slowest:.1f} s"
-        if wrong:
-            found += f"; {wrong} faults"
-        table.row(f"{work.name}, {name_of(number)}", found, not wrong)
+        found = partial(_found, case, number, times)
+        table.ends(work.name, name_of(number), case.ended(number, times), found)
+
+
+def _found(case: Disturbed, number: int, times: int) -> str:
+    said = f"{times} times: {case.counts['went on']} then went on from what was there"
+    return said + until_the_end(number, case.slowest)
 
 
 def campaign(folder: Path, model: str, moments: int, only: tuple[str, ...] = ()) -> Table:

@@ -166,6 +166,11 @@ def name_of(number: int) -> str:
     return "kill -9" if number == signal.SIGKILL else signal.Signals(number).name
 
 
+def until_the_end(number: int, seconds: float) -> str:
+    """In which time a work ended; there is none to a kill."""
+    return "" if number == signal.SIGKILL else f"; ended within {seconds:.1f} s"
+
+
 def without(values: object, names: Collection[str]) -> object:
     """Plain values without the entries of these names, at any depth."""
     if isinstance(values, dict):

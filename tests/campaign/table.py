@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -20,6 +21,15 @@ class Table:
         """What is wrong, said at once: the rest may take long."""
         self.notes.append(note)
         print(f"  fault: {note}", file=sys.stderr, flush=True)
+
+    def ends(self, what: str, signal: str, faults: Iterable[str], found: Callable[[], str]) -> None:
+        """The row of a work that was ended by a signal again and again. faults: as they are found.
+        found: what there is to say once it is over."""
+        wrong = 0
+        for each in faults:
+            self.fault(f"{what}, {each}")
+            wrong += 1
+        self.row(f"{what}, {signal}", found() + (f"; {wrong} faults" if wrong else ""), not wrong)
 
     @property
     def fine(self) -> bool:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +19,7 @@ import httpx
 import psutil
 
 from tests.campaign.clients import ready
-from tests.campaign.rooms import SOON, Room, cache_of, name_of
+from tests.campaign.rooms import SOON, Room, cache_of, name_of, until_the_end
 from tests.campaign.server import Server, serving, started, wait_for
 from tests.campaign.table import Table
 
@@ -225,13 +226,11 @@ def visits(folder: Path, model: str, moments: int, table: Table) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         for doing in DOING:
             times = max(1, moments // (2 if number == signal.SIGKILL else 4))
-            wrong = 0
-            for each in case.ended(number, doing, times):
-                table.fault(f"the page {doing}, {each}")
-                wrong += 1
-            found = f"{times} times, then the same page, numbers and checkpoint"
-            if number != signal.SIGKILL:
-                found += f"; ended within {case.slowest:.1f} s"
-            if wrong:
-                found += f"; {wrong} faults"
-            table.row(f"the page {doing}, {name_of(number)}", found, not wrong)
+            found = partial(_found, case, number, times)
+            faults = case.ended(number, doing, times)
+            table.ends(f"the page {doing}", name_of(number), faults, found)
+
+
+def _found(case: Visited, number: int, times: int) -> str:
+    said = f"{times} times, then the same page, numbers and checkpoint"
+    return said + until_the_end(number, case.slowest)

@@ -47,7 +47,7 @@ from . import lent
 from .asked import Calibrated, Conversion, spec_of
 from .background import in_thread
 from .recent import Recent
-from .room import Room, room_on
+from .room import room_on
 from .structure import Structure
 from .texts import OWN_PREFIX, SHIPPED, Texts
 from .turns import Turns
@@ -97,10 +97,8 @@ class LoadedModel:
     _trainings: Recent = field(default_factory=lambda: Recent(TRAININGS_KNOWN))
     in_training: Conversion | None = None  # at this moment
     _users: set[object] = field(default_factory=set)  # what is under way, also between its turns
-    room: Room = field(init=False)  # for conversions
 
     def __post_init__(self) -> None:
-        self.room = room_on(self.checked.device)
         lent.hold(self.key, self.model, self.tokenizer)
         if self.checked.bytes_on_disk <= SMALL_BYTES:
             self._conversions.size = SMALL_CONVERSIONS_HELD
@@ -232,7 +230,9 @@ class LoadedModel:
 
         weights = (weight for mlp in self.mlps for weight in mlp.module.parameters())
         needed = sum(weight.numel() * weight.element_size() for weight in weights)
-        return self.room.holding(needed, self._conversions.forget_oldest, waiting)
+        return room_on(self.checked.device).holding(
+            needed, self._conversions.forget_oldest, waiting
+        )
 
     def _train(
         self, asked: Calibrated, calibration: Calibration | Observed,
@@ -358,10 +358,11 @@ class LoadedModel:
         own = isinstance(asked, Calibrated) and (text, asked.key)
         if own and any(key.startswith(OWN_PREFIX) for key in own):
             check_disjoint(asked.text, self.texts.read(text))
-        plan, converted = self.plan(text), self.converted(asked)
+        plan = self.plan(text)
+        converted = None if lent.takes(asked) else self.converted(asked)
         dense = self._losses.get_or_make((None, text), Losses)
         losses = self._losses.get_or_make((asked, text), Losses)
-        if lent.takes(asked):
+        if converted is None:
             scores = lent.scores(lent.Request.of(self.key, asked), plan, dense, losses)
         else:
             scores = _scored_by(self.model), _scored_by(converted)
